@@ -1,0 +1,34 @@
+# `make demo`, `make test` and `make lint` set up .venv by themselves, once.
+PYTHON ?= python3
+# PyTorch publishes its CPU wheels on an index of its own.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed
+	$(BIN)/melt-serve demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Two steps: with PyTorch's index in the second one, every package would be looked up there too.
+# vLLM brings CUDA builds of torchvision, torchaudio and torchcodec, which break imports of
+# transformers on a CPU build of torch; text serving needs none of them.
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	    f"melt-serve needs Python 3.11 or later, {sys.executable} is {v.major}.{v.minor}; run: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --retries 0 --extra-index-url $(TORCH_CPU_INDEX) torch==2.13.0+cpu
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,test,load]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Serve Memory-Efficient Looped Transformers (MELT) with vLLM."""

@@ -1,0 +1,173 @@
+"""What a LoopLM or MELT checkpoint states about itself in `config.json`.
+
+Imports nothing of ours: the reference model, the converter and the vLLM engine all stand on it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
+InitialState = Literal["input", "zeros"]
+DecodeMode = Literal["token", "chunk"]
+
+
+@strict
+class LoopLMConfig(PreTrainedConfig):
+    """A looped language model: N layers applied `total_ut_steps` times with the same weights.
+
+    Field names are Ouro's (arXiv 2510.25741), so that its published checkpoints load as they are.
+    The defaults are Ouro-1.4B's shape.
+
+    Raises:
+        StrictDataclassClassValidationError: a field's value cannot be; the message names it.
+    """
+
+    model_type = "ouro"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    default_theta = 1_000_000.0
+
+    vocab_size: int = 49_152
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 65_536
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_dropout: int | float | None = 0.0
+    use_sliding_window: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    total_ut_steps: int = 4
+    early_exit_threshold: float | int = 1.0
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse what neither the reference model nor the engine computes."""
+        assert self.num_key_value_heads is not None
+        if self.total_ut_steps < 1:
+            raise ValueError(f"total_ut_steps (loops) must be at least 1, not {self.total_ut_steps}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r}: a LoopLM's MLP is SwiGLU, so it must be 'silu'")
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window=true: sliding-window attention is not supported")
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout}: attention dropout is not supported")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"rope_type={rope_type!r}: only 'default' rotary embeddings are supported")
+
+    @property
+    def rope_theta(self) -> float:
+        """The base wavelength of the rotary embeddings."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
+
+
+@strict
+class MeltConfig(LoopLMConfig):
+    """A LoopLM that keeps one KV row a (layer, token), rewritten at every loop (arXiv 2605.07721).
+
+    `total_ut_steps` is the number of loops run by default, `max_loops` the most that may be asked
+    for. `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to
+    the checkpoint: the same weights under another C are another model.
+    """
+
+    model_type = "melt"
+
+    kv_gate_type: GateType = "elementwise"
+    kv_gate_initial_state: InitialState = "input"
+    chunk_size: int = 512
+    decode_mode: DecodeMode = "token"
+    max_loops: int | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.max_loops is None:
+            self.max_loops = self.total_ut_steps
+        super().__post_init__(**kwargs)
+
+    def validate_chunks(self) -> None:
+        """Refuse chunk sizes and depths that no sequence can be cut or looped by."""
+        assert self.max_loops is not None
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
+        if not 1 <= self.total_ut_steps <= self.max_loops:
+            raise ValueError(f"total_ut_steps={self.total_ut_steps} is outside 1..max_loops={self.max_loops}")
+
+
+def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | None = None) -> int:
+    """KV-cache bytes one token takes over all layers (design: K and V of N layers, times T for a LoopLM).
+
+    Args:
+        config: a LoopLM's or a MELT's shape; a MELT's rows do not depend on the loops.
+        bytes_per_value: size of one K or V element, 2 for bfloat16.
+        loops: T of a LoopLM, by default its `total_ut_steps`.
+    """
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    one_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+    return one_row if isinstance(config, MeltConfig) else one_row * (loops or config.total_ut_steps)
+
+
+def sharing_unit(chunk_size: int, block_size: int) -> int:
+    """Tokens between two positions where a chunk and a KV block end together: lcm(C, block)."""
+    return math.lcm(chunk_size, block_size)
+
+
+def gate_width(config: MeltConfig) -> int:
+    """Gate values a token: one a dimension (`elementwise`), one (`scalar`), or none to learn."""
+    return {"elementwise": config.hidden_size, "scalar": 1}.get(config.kv_gate_type, 0)
+
+
+def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a checkpoint of this config, as (key, shape), in the order they are used."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    d, mlp = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, d)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for name, shape in (("q", (q, d)), ("k", (kv, d)), ("v", (kv, d)), ("o", (d, q))):
+            yield f"{layer}.self_attn.{name}_proj.weight", shape
+        if isinstance(config, MeltConfig) and (width := gate_width(config)):
+            yield f"{layer}.self_attn.kv_gate.input_proj.weight", (width, d)
+            yield f"{layer}.self_attn.kv_gate.input_proj.bias", (width,)
+            yield f"{layer}.self_attn.kv_gate.state_proj.weight", (width, d)
+        for name, shape in (("gate", (mlp, d)), ("up", (mlp, d)), ("down", (d, mlp))):
+            yield f"{layer}.mlp.{name}_proj.weight", shape
+        for name in ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2"):
+            yield f"{layer}.{name}.weight", (d,)
+    yield "model.norm.weight", (d,)
+    yield "model.early_exit_gate.weight", (1, d)
+    yield "model.early_exit_gate.bias", (1,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, d)
+
+
+def register() -> None:
+    """Make `AutoConfig` know both model types. Harmless when called again."""
+    AutoConfig.register(LoopLMConfig.model_type, LoopLMConfig, exist_ok=True)
+    AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
+
+
+register()

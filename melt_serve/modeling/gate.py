@@ -1,0 +1,58 @@
+"""The KV gate: what a token's latent state h keeps from loop to loop (arXiv 2605.07721; design section 2)."""
+
+import torch
+from torch import Tensor, nn
+
+from melt_serve.config import MeltConfig, gate_width
+
+# Our choice: W_z and U_z start at this standard deviation and b_z at this value, so that z is near
+# 0.12 and a fresh MELT stays close to "the last loop's row".
+GATE_WEIGHT_STD = 0.02
+GATE_BIAS = -2.0
+EMA_KEEP = 0.2  # our choice: the paper does not say whether 0.2 weighs the old state or the new input
+
+
+class KVGate(nn.Module):
+    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type`.
+
+    `elementwise` (the paper's) learns one z a dimension, z_t = sigmoid(W_z n_t + U_z h_{t-1} + b_z);
+    `scalar` one z a token by the same formula. The ablations learn nothing: `mean` makes h_t the mean
+    of n_1..n_t, `ema` an exponential moving average, `last` takes h_t = n_t.
+    """
+
+    def __init__(self, config: MeltConfig):
+        super().__init__()
+        self.type = config.kv_gate_type
+        self.initial_state = config.kv_gate_initial_state
+        if width := gate_width(config):
+            self.input_proj = nn.Linear(config.hidden_size, width)  # W_z, b_z
+            self.state_proj = nn.Linear(config.hidden_size, width, bias=False)  # U_z
+
+    def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
+        """One loop's update of the latent state.
+
+        Args:
+            n: [..., hidden], the normed attention input of this loop.
+            h: [..., hidden], the state after the loop before; None at loop 1.
+            loop: t, counted from 1.
+
+        Returns:
+            [..., hidden], the state h_t that this loop's K and V rows are projected from.
+        """
+        if h is None:
+            if self.initial_state == "input":
+                return n  # h_0 = n_1, so h_1 = n_1 whatever the gate says (our choice)
+            h = torch.zeros_like(n)
+        z = self.keep(n, h, loop)
+        return z * h + (1 - z) * n
+
+    def keep(self, n: Tensor, h: Tensor, loop: int) -> Tensor | float:
+        """The share z of the old state that survives: [..., hidden], [..., 1] or one number."""
+        match self.type:
+            case "mean":
+                return (loop - 1) / loop
+            case "ema":
+                return EMA_KEEP
+            case "last":
+                return 0.0
+        return torch.sigmoid(self.input_proj(n) + self.state_proj(h))

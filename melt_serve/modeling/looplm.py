@@ -1,0 +1,272 @@
+"""LoopLM (Ouro) in plain PyTorch: N layers applied T times, one KV cache a (layer, loop).
+
+Source: Scaling Latent Reasoning via Looped Language Models, arXiv 2510.25741; design section 1.
+Letters: B sequences, S new tokens, K keys, H heads, D head_dim, V vocabulary, d hidden size, N layers, T loops.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from melt_serve.config import LoopLMConfig
+
+RotaryTables = tuple[Tensor, Tensor]
+
+
+@dataclass
+class LoopedOutput(ModelOutput):
+    """What a looped model answers.
+
+    Attributes:
+        loss: next-token cross-entropy of the last loop, where `labels` were given.
+        logits: [B, S, V], after the last loop.
+        loop_logits: [T, B, S, V], the answer at every loop, where `output_loops` was set.
+        exit_probabilities: [T, B, S], Ouro's exit gate after every loop, where `output_loops` was set.
+        past_key_values: the cache, where `use_cache` was set.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    loop_logits: Tensor | None = None
+    exit_probabilities: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d], in the dtype of x."""
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LoopLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_tables(config: LoopLMConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
+    """Cosines and sines of the rotary embedding.
+
+    Args:
+        positions: [B, S], a token's place in its own sequence; padding may hold anything.
+
+    Returns:
+        cos, sin: [B, 1, S, D], computed in float32, given in `dtype`.
+    """
+    assert config.head_dim is not None
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = positions[:, None, :, None].float() / config.rope_theta**exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
+    """RoPE on queries or keys x: [B, H, S, D], the first half of D paired with the second."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """The projections and the softmax that LoopLM and MELT share; rows come from the caller."""
+
+    def __init__(self, config: LoopLMConfig):
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, S, H * D] -> [B, H, S, D]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def query(self, n: Tensor, tables: RotaryTables) -> Tensor:
+        """q = RoPE(W_Q n): [B, S, d] -> [B, H, S, D]."""
+        return rotate(self.heads(self.q_proj(n)), tables)
+
+    def rows(self, source: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        """k = RoPE(W_K s), v = W_V s: [B, S, d] -> two of [B, KV heads, S, D]."""
+        return rotate(self.heads(self.k_proj(source)), tables), self.heads(self.v_proj(source))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """W_O attn(q, k, v).
+
+        Args:
+            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look.
+
+        Returns:
+            [B, S, d].
+        """
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """One layer with sandwich norms; `attention` is what differs between LoopLM and MELT."""
+
+    def __init__(self, config: LoopLMConfig, attention: SelfAttention):
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm_2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm_2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def finish(self, x: Tensor, attention_output: Tensor) -> Tensor:
+        """The residual stream after this layer, given W_O attn(...): both [B, S, d]."""
+        x = x + self.input_layernorm_2(attention_output)
+        return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
+
+
+class LoopedBackbone(nn.Module):
+    """The weights under `model.`: embeddings, N layers, the norm after every loop, the exit gate."""
+
+    def __init__(self, config: LoopLMConfig, attention: type[SelfAttention]):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, attention(config)) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+
+
+class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
+    """What LoopLM and MELT share around their loops: weights, the heads, the Hugging Face surface."""
+
+    config: LoopLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ("DecoderLayer",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own name)
+    attention: type[SelfAttention] = SelfAttention
+
+    def __init__(self, config: LoopLMConfig):
+        super().__init__(config)
+        self.model = LoopedBackbone(config, self.attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings, by Hugging Face's name for them."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The vocabulary head, by Hugging Face's name for it."""
+        return self.lm_head
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate` leaves making the cache to forward
+
+    def answer(
+        self,
+        loop_states: list[Tensor],
+        labels: Tensor | None,
+        output_loops: bool,
+        logits_to_keep: int,
+        cache: Cache | None,
+    ) -> LoopedOutput:
+        """Heads over the states after each loop (T of [B, S, d]), see `LoopedOutput`."""
+        states = [x[:, -logits_to_keep:] for x in loop_states] if logits_to_keep else loop_states
+        output = LoopedOutput(logits=self.lm_head(states[-1]), past_key_values=cache)
+        if output_loops:
+            stacked = torch.stack(states)
+            output.loop_logits = self.lm_head(stacked)
+            output.exit_probabilities = torch.sigmoid(self.model.early_exit_gate(stacked)).squeeze(-1)
+        if labels is not None:
+            output.loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return output
+
+
+def new_token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, S], true for real tokens among the new ones; `attention_mask` may also cover the past."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask[:, -input_ids.shape[1] :].bool()
+
+
+class OuroForCausalLM(LoopedForCausalLM):
+    """A LoopLM with every (layer, loop) pair's own KV rows."""
+
+    config_class = LoopLMConfig
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        loops: int | None = None,
+        output_loops: bool = False,
+        logits_to_keep: int = 0,
+        **_: object,
+    ) -> LoopedOutput:
+        """Run T loops over the new tokens.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, past + S], 0 for padding (left or right).
+            past_key_values: the cache of an earlier call, made with the same `loops`.
+            labels: [B, S], -100 where there is nothing to predict.
+            loops: T, by default the config's `total_ut_steps`.
+            output_loops: also give logits and exit probabilities of every loop.
+            logits_to_keep: answer only for this many last tokens (0: all).
+
+        Raises:
+            ValueError: fewer than 1 loop.
+        """
+        loops = self.config.total_ut_steps if loops is None else loops
+        if loops < 1:
+            raise ValueError(f"loops must be at least 1, not {loops}")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        real = new_token_mask(input_ids, attention_mask)
+        if past and attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
+        keys_real = real if attention_mask is None else attention_mask.bool()
+        positions = keys_real.cumsum(-1)[:, past:] - 1
+        tables = rotary_tables(self.config, positions, self.dtype)
+        columns = torch.arange(keys_real.shape[1], device=input_ids.device)
+        causal = columns[None, :] <= columns[past:, None]
+        visible = (causal & keys_real[:, None]) | ~real[:, :, None]  # padding sees all: its softmax must not be empty
+
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        x = self.model.embed_tokens(input_ids)
+        loop_states = []
+        for loop in range(loops):
+            for i, layer in enumerate(self.model.layers):
+                n = layer.input_layernorm(x)
+                q = layer.self_attn.query(n, tables)
+                k, v = layer.self_attn.rows(n, tables)
+                if past_key_values is not None:
+                    k, v = past_key_values.update(k, v, loop * self.config.num_hidden_layers + i)
+                x = layer.finish(x, layer.self_attn.attend(q, k, v, visible))
+            x = self.model.norm(x)
+            loop_states.append(x)
+        return self.answer(loop_states, labels, output_loops, logits_to_keep, past_key_values)
