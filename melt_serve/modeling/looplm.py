@@ -193,13 +193,14 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LoopedOutput:
         """Heads over the states after each loop (T of [B, S, d]), see `LoopedOutput`."""
         states = [x[:, -logits_to_keep:] for x in loop_states] if logits_to_keep else loop_states
-        output = LoopedOutput(logits=self.lm_head(states[-1]), past_key_values=cache)
+        logits = self.lm_head(states[-1])
+        output = LoopedOutput(logits=logits, past_key_values=cache)
         if output_loops:
             stacked = torch.stack(states)
             output.loop_logits = self.lm_head(stacked)
             output.exit_probabilities = torch.sigmoid(self.model.early_exit_gate(stacked)).squeeze(-1)
         if labels is not None:
-            output.loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            output.loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return output
 
 

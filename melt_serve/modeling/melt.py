@@ -153,6 +153,7 @@ class MeltForCausalLM(LoopedForCausalLM):
     def check_loops(self, loops: int | None) -> int:
         """The loops to run, or a ValueError that names the range."""
         loops = self.config.total_ut_steps if loops is None else loops
+        assert self.config.max_loops is not None
         if not 1 <= loops <= self.config.max_loops:
             raise ValueError(f"loops must be from 1 to max_loops={self.config.max_loops}, not {loops}")
         return loops
