@@ -80,7 +80,7 @@ class LoopLMConfig(PreTrainedConfig):
             raise ValueError(f"rope_type={rope_type!r}: only 'default' rotary embeddings are supported")
 
     @property
-    def rope_theta(self) -> float:
+    def rope_base(self) -> float:
         """The base wavelength of the rotary embeddings."""
         return float((self.rope_parameters or {}).get("rope_theta", self.default_theta))
 

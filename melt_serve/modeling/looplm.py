@@ -76,7 +76,7 @@ def rotary_tables(config: LoopLMConfig, positions: Tensor, dtype: torch.dtype) -
     """
     assert config.head_dim is not None
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[:, None, :, None].float() / config.rope_theta**exponents
+    angles = positions[:, None, :, None].float() / config.rope_base**exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -1,0 +1,124 @@
+"""The serving contract at start-up: what MELT needs is set, what would break it is refused.
+
+The contract (design section 3): up to rounding, the output is a function of the tokens, the weights,
+the loops, C and the decode mode alone. Rule 6 lists what cannot keep it.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from melt_serve.config import MeltConfig
+from melt_serve.engine import patches
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger("vllm.melt_serve")
+
+SCHEDULER = "melt_serve.engine.scheduler.ChunkGridScheduler"
+CPU_WORKER = "melt_serve.engine.worker.MeltCPUWorker"
+
+
+class MeltStartup(VerifyAndUpdateConfig):
+    """vLLM's hook for a model's own configuration, called under plain `vllm serve` too."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Before vLLM settles its defaults for this model."""
+        patches.apply()
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Refuse what cannot keep the contract, then choose scheduler and worker.
+
+        Raises:
+            ValueError: the first option that cannot be kept; the message names it and the remedy.
+        """
+        refuse_checkpoint(vllm_config.model_config.hf_config)
+        refuse_small_steps(vllm_config)
+        refuse_parallelism(vllm_config)
+        refuse_features(vllm_config)
+
+        logger.info("MELT: prefix caching is off, its rows cannot be shared safely yet")
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = CPU_WORKER
+
+
+def refuse_checkpoint(config: MeltConfig) -> None:
+    """Refuse settings of the checkpoint (or `--hf-overrides`) that are not served."""
+    if config.decode_mode != "token":
+        raise ValueError(
+            f"MELT: decode_mode={config.decode_mode!r} is not served yet; "
+            """to decode with C=1 instead, pass --hf-overrides '{"decode_mode": "token"}'"""
+        )
+    assert config.max_loops is not None
+    if not 1 <= config.total_ut_steps <= config.max_loops:
+        raise ValueError(
+            f"MELT: total_ut_steps={config.total_ut_steps} is outside 1..max_loops={config.max_loops} of this checkpoint"
+        )
+
+
+def refuse_small_steps(vllm_config: "VllmConfig") -> None:
+    """Refuse limits that would cut a prompt inside a chunk: in `token` mode a chunk runs whole."""
+    scheduler = vllm_config.scheduler_config
+    chunk_size = vllm_config.model_config.hf_config.chunk_size
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold or None,
+    }
+    for flag, limit in limits.items():
+        if limit is not None and limit < chunk_size:
+            raise ValueError(
+                f"MELT: {flag}={limit} is below this checkpoint's chunk_size={chunk_size}, "
+                f"so no prompt chunk could ever run whole; raise it to {chunk_size} or more"
+            )
+
+
+def refuse_parallelism(vllm_config: "VllmConfig") -> None:
+    """Refuse splits of the model or the step that loops or chunks cannot cross."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"MELT: --pipeline-parallel-size={parallel.pipeline_parallel_size} cannot work: every loop's last layer "
+            "feeds the next loop's first; use --tensor-parallel-size or --data-parallel-size"
+        )
+    for flag, size in (
+        ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
+        ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            raise ValueError(f"MELT: {flag}={size}: context parallelism is not proved for shared rows; leave it at 1")
+    if parallel.use_ubatching:
+        raise ValueError(
+            "MELT: micro-batch overlap (--enable-dbo, --ubatch-size) is not proved for shared rows; leave it off"
+        )
+
+
+def refuse_features(vllm_config: "VllmConfig") -> None:
+    """Refuse features that move, share or guess rows in ways the contract does not cover."""
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "MELT: --enable-prefix-caching is not served yet: vLLM would share rows that depend on the chunk grid; "
+            "leave it unset"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "MELT: --kv-transfer-config: KV connectors are not proved for rows on a chunk grid; leave it out"
+        )
+    if vllm_config.cache_config.kv_offloading_size is not None:
+        raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows on a chunk grid; leave it out")
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "MELT: --speculative-config: in token mode every generated token is a chunk of its own, "
+            "so drafts cannot be verified together; leave it out"
+        )
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    if scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            f"MELT: --scheduler-cls={scheduler_cls} does not keep the chunk grid; leave it out to get {SCHEDULER}"
+        )

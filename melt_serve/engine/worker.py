@@ -1,0 +1,44 @@
+"""vLLM's CPU worker, with seeded requests that may take several prefill steps."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class MeltCPUModelRunner(CPUModelRunner):
+    """Puts a request's random generator back after a step whose sample is thrown away.
+
+    vLLM 0.32 does so by moving the generator's offset, which CPU generators do not have: a seeded
+    request that needs more than one prefill step would end the engine. With a chunk grid every
+    prompt longer than C is such a request.
+    """
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        states = [(generator, generator.get_state()) for generator in self._discarded_generators().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        discarded = self._discarded_generators()
+        for row in discarded:
+            del self.input_batch.generators[row]
+        output = super()._bookkeeping_sync(*args, **kwargs)
+        self.input_batch.generators.update(discarded)
+        return output
+
+    def _discarded_generators(self) -> dict[int, torch.Generator]:
+        discarded = self.discard_request_mask.np
+        return {row: generator for row, generator in self.input_batch.generators.items() if discarded[row]}
+
+
+class MeltCPUWorker(CPUWorker):
+    """The CPU worker with the runner above."""
+
+    def init_device(self) -> None:
+        """Set the device up as vLLM does, then take our runner."""
+        super().init_device()
+        self.model_runner = MeltCPUModelRunner(self.vllm_config, torch.device("cpu"))
