@@ -58,7 +58,7 @@ def refuse_checkpoint(config: MeltConfig) -> None:
     assert config.max_loops is not None
     if not 1 <= config.total_ut_steps <= config.max_loops:
         raise ValueError(
-            f"MELT: total_ut_steps={config.total_ut_steps} is outside 1..max_loops={config.max_loops} of this checkpoint"
+            f"MELT: total_ut_steps={config.total_ut_steps} is outside this checkpoint's 1..max_loops={config.max_loops}"
         )
 
 

@@ -45,8 +45,14 @@ class KVGate(nn.Module):
         self.initial_state = config.kv_gate_initial_state
         if width := gate_width(config):
             quant = vllm_config.quant_config
+            # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
             self.input_proj = ReplicatedLinear(
-                config.hidden_size, width, bias=True, quant_config=quant, prefix=f"{prefix}.input_proj"
+                config.hidden_size,
+                width,
+                bias=True,
+                skip_bias_add=True,
+                quant_config=quant,
+                prefix=f"{prefix}.input_proj",
             )
             self.state_proj = ReplicatedLinear(
                 config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.state_proj"
@@ -65,7 +71,9 @@ class KVGate(nn.Module):
                 return torch.lerp(n, h, (loop - 1) / loop)
             case "ema":
                 return torch.lerp(n, h, EMA_KEEP)
-        return gate_blend(self.input_proj(n)[0] + self.state_proj(h)[0], h, n)
+        from_input, bias = self.input_proj(n)
+        from_state, _ = self.state_proj(h)
+        return gate_blend(from_input + from_state + bias, h, n)
 
 
 class MeltAttention(nn.Module):

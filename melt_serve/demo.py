@@ -1,0 +1,202 @@
+"""`melt-serve demo`: start the server on the bundled checkpoint, ask it questions, show what its cache costs."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from types import FrameType
+from typing import IO, TYPE_CHECKING
+
+from melt_serve.serve import BUNDLED, command
+from melt_serve.train.tasks import Question, questions
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+SEED = 2026
+PASS_SHARE = 0.9
+START_SECONDS = 300
+STOP_SECONDS = 20
+
+
+class DemoError(RuntimeError):
+    """The demo could not be shown; the message says why."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo; 0 if at least nine of ten answers are right, 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        "melt-serve demo",
+        description="Serve the bundled MELT checkpoint with vLLM on a free local port, ask it held-out questions "
+        "through the OpenAI client, and compare its KV cache with a LoopLM's. Ends with exit code 1 if fewer than "
+        "nine answers of ten are right.",
+    )
+    parser.add_argument("--questions", type=int, default=10, metavar="N", help="how many to ask (default: 10)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.questions < 1:
+        parser.error(f"--questions must be at least 1, not {arguments.questions}")
+    try:
+        with server() as url:
+            correct = ask(url, list(islice(questions("heldout", SEED), arguments.questions)))
+            melt, looplm = kv_costs(url)
+    except DemoError as error:
+        print(f"melt-serve demo: {error}", file=sys.stderr)
+        return 1
+    show_costs(melt, looplm)
+    enough = correct >= PASS_SHARE * arguments.questions
+    print(f"\n{correct} of {arguments.questions} answers right" + ("." if enough else ": too few."))
+    if arguments.json:
+        result = {"questions": arguments.questions, "correct": correct, "kv_bytes_per_token": melt}
+        print(json.dumps({**result, "looplm_kv_bytes_per_token": looplm}))
+    return 0 if enough else 1
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """vLLM's server on the bundled checkpoint; gives its URL, and stops it however the demo ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    signal.signal(signal.SIGTERM, _raise_exit)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command(["--host", "127.0.0.1", "--port", str(port)]),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_until_ready(process, url, log)
+            yield url
+        finally:
+            stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
+    """Wait for the server's health check, with a line that shows the seconds.
+
+    Raises:
+        DemoError: the server ended, or took too long; with the last lines it wrote.
+    """
+    started = time.monotonic()
+    while True:
+        seconds = time.monotonic() - started
+        if sys.stdout.isatty():
+            print(f"\rStarting vLLM on the bundled checkpoint ... {seconds:3.0f} s ", end="", flush=True)
+        elif seconds == 0 or int(seconds) % 10 == 0:
+            print(f"Starting vLLM on the bundled checkpoint ... {seconds:.0f} s", flush=True)
+        if process.poll() is not None:
+            raise DemoError(f"the server ended with exit code {process.returncode}; its last lines:\n{tail(log)}")
+        if seconds > START_SECONDS:
+            raise DemoError(f"the server was not ready after {START_SECONDS} s; its last lines:\n{tail(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                print(f"\nReady at {url} after {seconds:.0f} s.\n", flush=True)
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(1)
+
+
+def tail(log: IO[str], lines: int = 20) -> str:
+    """The last lines the server wrote."""
+    log.seek(0)
+    return "".join(log.readlines()[-lines:])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and every process it started, politely first."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            process.send_signal(how)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def ask(url: str, asked: Sequence[Question]) -> int:
+    """Ask every question through the OpenAI client, the first one streamed; give how many were right."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+    correct = 0
+    for number, question in enumerate(asked, start=1):
+        print(f"{number:2}. {question.prompt}")
+        print("    -> ", end="", flush=True)
+        reply = stream(client, model, question) if number == 1 else complete(client, model, question)
+        right = question.check(reply)
+        correct += right
+        print("   right" if right else f"   wrong, it is: {question.answer}", flush=True)
+    return correct
+
+
+def stream(client: "OpenAI", model: str, question: Question) -> str:
+    """Ask with streaming, reasoning and answer shown as they come; give the answer."""
+    reply = ""
+    for chunk in client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=64, stream=True
+    ):
+        if not chunk.choices:
+            continue
+        delta = chunk.choices[0].delta
+        print(getattr(delta, "reasoning", None) or delta.content or "", end="", flush=True)
+        reply += delta.content or ""
+    return reply
+
+
+def complete(client: "OpenAI", model: str, question: Question) -> str:
+    """Ask in one piece; show and give the answer."""
+    completion = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=64
+    )
+    reply = completion.choices[0].message.content or ""
+    print(reply.strip(), end="")
+    return reply
+
+
+def kv_costs(url: str) -> tuple[int, dict[str, int]]:
+    """KV bytes per token: MELT's as the running engine reports them, and a LoopLM's of the same shape by T."""
+    from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
+
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        metrics = response.read().decode()
+    line = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
+    if line is None:
+        raise DemoError("the server's /metrics has no vllm:cache_config_info")
+    facts = dict(re.findall(r'(\w+)="([^"]*)"', line[1]))
+    melt = int(facts["kv_cache_memory_bytes"]) // (int(facts["num_gpu_blocks"]) * int(facts["block_size"]))
+
+    shape = MeltConfig.from_pretrained(BUNDLED)
+    looplm = LoopLMConfig(**{key: value for key, value in shape.to_dict().items() if key != "model_type"})
+    bytes_per_value = shape.dtype.itemsize
+    return melt, {str(loops): kv_bytes_per_token(looplm, bytes_per_value, loops) for loops in (1, 4, 16)}
+
+
+def show_costs(melt: int, looplm: dict[str, int]) -> None:
+    """A table of KV bytes per token over the loops."""
+    print("\nKV cache, bytes per token")
+    print(f"{'loops T':>8} {'LoopLM':>10} {'MELT':>10}")
+    for loops, size in looplm.items():
+        print(f"{loops:>8} {size:>10,} {melt:>10,}")
+
+
+def _raise_exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,130 @@
+"""What cannot keep the serving contract is refused at start-up, or for a request, each with its own message."""
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
+
+from melt_serve.engine import patches, plugin
+from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
+from tests.engine.engines import engine, generate, prompts, save_melt
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("melt")
+    save_melt(path, chunk_size=64)
+    return path
+
+
+def configure(path, **arguments):
+    defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 512}
+    return EngineArgs(model=str(path), **{**defaults, **arguments}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_num_batched_tokens": 63}, "--max-num-batched-tokens=63 is below this checkpoint's chunk_size=64"),
+        ({"max_num_scheduled_tokens": 63}, "--max-num-scheduled-tokens=63 is below"),
+        ({"long_prefill_token_threshold": 63}, "--long-prefill-token-threshold=63 is below"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size=2 cannot work"),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "--decode-context-parallel-size=2: context parallelism",
+        ),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size=2: context parallelism"),
+        ({"enable_dbo": True}, "micro-batch overlap"),
+        ({"enable_prefix_caching": True}, "--enable-prefix-caching is not served yet"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config: KV connectors",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size: KV offload"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "--speculative-config: in token mode",
+        ),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
+        ({"hf_overrides": {"decode_mode": "chunk"}}, "decode_mode='chunk' is not served yet"),
+        ({"hf_overrides": {"total_ut_steps": 9}}, "total_ut_steps=9 is outside"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_what_breaks_the_contract_is_refused_at_start(checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        configure(checkpoint, **arguments)
+
+
+def test_a_budget_of_exactly_one_chunk_is_served(checkpoint):
+    assert configure(checkpoint, max_num_batched_tokens=64).scheduler_config.max_num_batched_tokens == 64
+
+
+def test_defaults_are_set_for_melt_under_plain_vllm(checkpoint):
+    config = configure(checkpoint)
+    assert not config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.scheduler_cls == SCHEDULER
+    assert config.parallel_config.worker_cls == CPU_WORKER
+
+
+def test_prefix_caching_off_is_said_in_the_log(checkpoint):
+    script = (
+        "from vllm import EngineArgs; import sys; EngineArgs(model=sys.argv[1], dtype='float32').create_engine_config()"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+    )
+    assert "prefix caching is off" in output.stdout + output.stderr
+
+
+def test_registering_and_patching_again_changes_nothing():
+    plugin.register()
+    patches.apply()
+    before = LLM.beam_search
+    plugin.register()
+    patches.apply()
+    assert LLM.beam_search is before
+
+
+def test_beam_search_is_refused_and_the_engine_lives_on(checkpoint):
+    with engine(checkpoint) as llm:
+        with pytest.raises(VLLMValidationError, match="no beam search"):
+            llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], BeamSearchParams(beam_width=2, max_tokens=2))
+        assert len(generate(llm, prompts(70))[0].token_ids) == 8
+
+
+def test_a_resumable_session_is_refused_and_the_engine_lives_on(checkpoint):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.engine.protocol import StreamingInput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 512, "enforce_eager": True}
+    parameters = SamplingParams(max_tokens=4, detokenize=False, output_kind=RequestOutputKind.DELTA)
+
+    async def pieces():
+        yield StreamingInput(prompt={"prompt_token_ids": [1, 2, 3]})
+        yield StreamingInput(prompt={"prompt_token_ids": [4, 5, 6]})
+
+    async def talk():
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=str(checkpoint), kv_cache_memory_bytes=32 << 20, **arguments)
+        )
+        try:
+            with pytest.raises(VLLMValidationError, match="cannot resume a session"):
+                async for _ in llm.generate(pieces(), parameters, "streamed"):
+                    pass
+            return [output async for output in llm.generate({"prompt_token_ids": [1, 2, 3]}, parameters, "whole")]
+        finally:
+            llm.shutdown()
+
+    assert asyncio.run(talk())[-1].finished
