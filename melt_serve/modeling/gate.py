@@ -25,8 +25,8 @@ class KVGate(nn.Module):
         self.type = config.kv_gate_type
         self.initial_state = config.kv_gate_initial_state
         if width := gate_width(config):
-            self.input_proj = nn.Linear(config.hidden_size, width)  # W_z, b_z
-            self.state_proj = nn.Linear(config.hidden_size, width, bias=False)  # U_z
+            self.input_proj = GateProjection(config.hidden_size, width)  # W_z, b_z
+            self.state_proj = GateProjection(config.hidden_size, width, bias=False)  # U_z
 
     def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
         """One loop's update of the latent state.
@@ -56,3 +56,7 @@ class KVGate(nn.Module):
             case "last":
                 return 0.0
         return torch.sigmoid(self.input_proj(n) + self.state_proj(h))
+
+
+class GateProjection(nn.Linear):
+    """W_z with b_z, or U_z. A class of its own because transformers initialises weights module by module, by class."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.initialization import constant_, normal_
 
 from melt_serve.config import MeltConfig
-from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, KVGate
+from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
     LoopedOutput,
@@ -37,10 +37,10 @@ class MeltForCausalLM(LoopedForCausalLM):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KVGate) and hasattr(module, "input_proj"):
-            normal_(module.input_proj.weight, std=GATE_WEIGHT_STD)
-            normal_(module.state_proj.weight, std=GATE_WEIGHT_STD)
-            constant_(module.input_proj.bias, GATE_BIAS)
+        if isinstance(module, GateProjection):
+            normal_(module.weight, std=GATE_WEIGHT_STD)
+            if module.bias is not None:
+                constant_(module.bias, GATE_BIAS)
 
     def forward(
         self,

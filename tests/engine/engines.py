@@ -16,6 +16,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.outputs import CompletionOutput
 
 from melt_serve.modeling import MeltConfig, MeltForCausalLM
+from tests.tiny import enliven
 
 VOCABULARY = 128
 GENERATED = 8
@@ -38,7 +39,7 @@ def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
         "chunk_size": 32,
     }
     torch.manual_seed(0)
-    model = MeltForCausalLM(MeltConfig(**{**shape, **overrides})).eval()
+    model = enliven(MeltForCausalLM(MeltConfig(**{**shape, **overrides})).eval())
     model.save_pretrained(path)
     return model
 

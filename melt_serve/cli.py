@@ -1,0 +1,154 @@
+"""The `melt-serve` command: convert a checkpoint, serve it, see it work.
+
+A thin layer: every subcommand imports what it needs only when it runs, so that `--help` is instant.
+"""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Serve Memory-Efficient Looped Transformers (MELT) with vLLM: depth without KV-cache growth.
+
+A looped model runs its layers several times a token and normally keeps KV rows for every loop.
+MELT keeps one row, rewritten at each loop, so more loops cost no more cache."""
+
+EXAMPLES = """\
+examples:
+  melt-serve demo                                    see a small bundled MELT answer, on CPU if need be
+  melt-serve convert ./Ouro-1.4B ./melt-1.6B         give a looped model MELT's gate, ready for training
+  melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
+  melt-serve COMMAND --help                          what a command takes"""
+
+CONVERT_DESCRIPTION = """\
+Turn an Ouro-format looped checkpoint (safetensors, one file or shards) into a MELT checkpoint.
+
+The weights are verified and copied; a fresh KV gate is added in the same dtype. The new gate is
+untrained: post-train the result before you judge its answers. Memory stays near one shard."""
+
+CONVERT_EXAMPLES = """\
+examples:
+  melt-serve convert ./Ouro-1.4B ./melt-1.6B
+      the paper's element-wise gate; chunks of 512 tokens, tokens decoded one at a time
+  melt-serve convert ./Ouro-1.4B ./melt-64 --chunk-size 64 --decode-mode chunk --max-loops 8
+      small chunks, decoded on the same grid they are trained on, up to 8 loops a request
+  melt-serve convert ./Ouro-1.4B ./last --gate-type last
+      no gate to learn: the row of the last loop stays; the starting point of the ablations"""
+
+Handler = Callable[[Sequence[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; give the process's exit code.
+
+    Args:
+        argv: the words after `melt-serve`, by default the process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and words[0] in PASSED_THROUGH:
+            return PASSED_THROUGH[words[0]](words[1:])
+        arguments = parser().parse_args(words)
+        return run_convert(arguments)
+    except OSError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The words and flags of `melt-serve`; `serve` and `demo` are listed, but parse their own."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("melt-serve", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    version = importlib.metadata.version("melt_serve")
+    top.add_argument("--version", action="version", version=f"melt-serve {version}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    commands.add_parser("demo", help="see a small bundled MELT at work", add_help=False)
+    convert = commands.add_parser(
+        "convert",
+        help="give an Ouro-format checkpoint MELT's gate",
+        description=CONVERT_DESCRIPTION,
+        epilog=CONVERT_EXAMPLES,
+        formatter_class=raw,
+    )
+    commands.add_parser("serve", help="start an OpenAI-compatible vLLM server", add_help=False)
+
+    add = convert.add_argument
+    add("source", metavar="SRC", type=Path, help="folder of the Ouro-format checkpoint")
+    add("target", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
+    add(
+        "--gate-type",
+        choices=("elementwise", "scalar", "mean", "ema", "last"),
+        default="elementwise",
+        help="how a token's state is carried from loop to loop (default: elementwise, the paper's)",
+    )
+    add(
+        "--initial-state",
+        choices=("input", "zeros"),
+        default="input",
+        help="the state before loop 1: the first loop's input, or zeros (default: input)",
+    )
+    add("--chunk-size", type=int, default=512, metavar="C", help="tokens that run their loops together (default: 512)")
+    add(
+        "--decode-mode",
+        choices=("token", "chunk"),
+        default="token",
+        help="generated tokens are chunks of their own, or fill the grid like a prompt's (default: token)",
+    )
+    add("--max-loops", type=int, metavar="T", help="the most loops a request may ask for (default: the source's)")
+    add("--seed", type=int, default=0, help="seed of the fresh gate's weights (default: 0)")
+    add("--quiet", action="store_true", help="no progress bar")
+    return top
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """`melt-serve convert`."""
+    from melt_serve.convert import ConversionError, convert
+
+    try:
+        convert(
+            arguments.source,
+            arguments.target,
+            gate_type=arguments.gate_type,
+            initial_state=arguments.initial_state,
+            chunk_size=arguments.chunk_size,
+            decode_mode=arguments.decode_mode,
+            max_loops=arguments.max_loops,
+            seed=arguments.seed,
+            show_progress=not arguments.quiet,
+        )
+    except ConversionError as error:
+        return fail(error)
+    print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
+    return 0
+
+
+def run_serve(words: Sequence[str]) -> int:
+    """`melt-serve serve`."""
+    from melt_serve.serve import main
+
+    return main(list(words))
+
+
+def run_demo(words: Sequence[str]) -> int:
+    """`melt-serve demo`."""
+    from melt_serve.demo import main
+
+    return main(list(words))
+
+
+def fail(error: Exception) -> int:
+    """Say what went wrong in one line; the exit code of a failure."""
+    print("melt-serve: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 1
+
+
+# argparse would take flags such as --help for itself, so these two never reach it.
+PASSED_THROUGH: dict[str, Handler] = {"serve": run_serve, "demo": run_demo}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The reference MELT is design sections 2 and 3: exact at C=1, a LoopLM where it must be one, and one function of
+its tokens however they are fed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from melt_serve.modeling import MeltForCausalLM, MeltRows
+from tests.modeling.plain import PlainMelt
+from tests.tiny import tiny_looplm, tiny_melt, tokens
+
+CLOSE = {"atol": 1e-4, "rtol": 0}
+GATE_TYPES = ("elementwise", "scalar", "mean", "ema", "last")
+MODES = ("token", "chunk")
+
+
+def feed(model: MeltForCausalLM, token_ids: torch.Tensor, pieces: list[int], **options: object) -> torch.Tensor:
+    """Logits of all tokens, given to the model in pieces."""
+    rows, logits = None, []
+    for piece in token_ids.split(pieces, dim=1):
+        output = model(piece, past_key_values=rows, use_cache=True, **options)
+        rows = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+@pytest.mark.parametrize("initial_state", ["input", "zeros"])
+@pytest.mark.parametrize("loops", [1, 2, 4, 8])
+@torch.no_grad()
+def test_chunks_of_one_token_are_the_exact_model(gate_type, initial_state, loops):
+    prompt = tokens(1, 7)
+    model = tiny_melt(chunk_size=1, kv_gate_type=gate_type, kv_gate_initial_state=initial_state)
+    exact = model.token_sequential(prompt[0], loops=loops)
+    for mode in MODES:
+        model.config.decode_mode = mode
+        torch.testing.assert_close(model(prompt, loops=loops).logits[0], exact, **CLOSE)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("chunk_size", "loops"), [(1, 3), (4, 1), (4, 4), (5, 2), (16, 3)])
+@torch.no_grad()
+def test_any_chunk_size_equals_a_plain_implementation(kv_heads, chunk_size, loops):
+    model = tiny_melt(chunk_size=chunk_size, num_key_value_heads=kv_heads, rope_theta=100.0)
+    prompt = tokens(1, 11)
+    plain = PlainMelt(model)
+    expected = [plain.chunk(chunk.tolist(), loops) for chunk in prompt[0].split(chunk_size)]
+    torch.testing.assert_close(model(prompt, loops=loops).logits[0], torch.cat(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+@torch.no_grad()
+def test_at_one_loop_it_is_the_looplm_at_one_loop(gate_type, chunk_size):
+    looplm, prompt = tiny_looplm(), tokens(2, 9)
+    model = tiny_melt(kv_gate_type=gate_type, chunk_size=chunk_size)
+    assert model.load_state_dict(looplm.state_dict(), strict=False).unexpected_keys == []
+    torch.testing.assert_close(model(prompt, loops=1).logits, looplm(prompt, loops=1).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("chunk_size", [9, 16])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_gate_type_last_in_one_chunk_is_the_looplm_at_every_loop(kv_heads, chunk_size):
+    looplm, prompt = tiny_looplm(num_key_value_heads=kv_heads), tokens(2, 9)
+    model = tiny_melt(kv_gate_type="last", chunk_size=chunk_size, num_key_value_heads=kv_heads)
+    model.load_state_dict(looplm.state_dict())
+    output, expected = model(prompt, output_loops=True), looplm(prompt, output_loops=True)
+    torch.testing.assert_close(output.loop_logits, expected.loop_logits, **CLOSE)
+    torch.testing.assert_close(output.exit_probabilities, expected.exit_probabilities, **CLOSE)
+
+
+@torch.no_grad()
+def test_chunks_gates_and_loops_change_the_answer():
+    prompt = tokens(1, 12)
+    reference = tiny_melt()(prompt).logits
+    others = {
+        "one chunk": tiny_melt(chunk_size=16)(prompt),
+        "chunks of one token": tiny_melt(chunk_size=1)(prompt),
+        "another gate": tiny_melt(kv_gate_type="scalar")(prompt),
+        "another initial state": tiny_melt(kv_gate_initial_state="zeros")(prompt),
+        "more loops": tiny_melt()(prompt, loops=6),
+    }
+    for what, other in others.items():
+        assert (other.logits - reference).abs().max() > 0.1, what
+
+
+@torch.no_grad()
+def test_the_first_chunk_does_not_depend_on_what_follows():
+    model, prompt = tiny_melt(), tokens(1, 12)
+    torch.testing.assert_close(model(prompt[:, :6]).logits, model(prompt).logits[:, :6], **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("chunk_size", "pieces"), [(4, [4, 4, 3]), (4, [8, 3]), (3, [6, 5]), (5, [5, 5, 1])])
+@pytest.mark.parametrize("loops", [1, 4])
+@torch.no_grad()
+def test_a_prompt_in_pieces_on_the_grid_equals_the_prompt_at_once(mode, chunk_size, pieces, loops):
+    model, prompt = tiny_melt(decode_mode=mode, chunk_size=chunk_size), tokens(2, 11)
+    torch.testing.assert_close(feed(model, prompt, pieces, loops=loops), model(prompt, loops=loops).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("pieces", [[3, 8], [1, 2, 5, 3], [6, 1, 4], [1] * 11], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("initial_state", ["input", "zeros"])
+@torch.no_grad()
+def test_in_chunk_mode_any_pieces_and_decoding_equal_one_pass(pieces, chunk_size, initial_state):
+    model = tiny_melt(decode_mode="chunk", chunk_size=chunk_size, kv_gate_initial_state=initial_state)
+    prompt = tokens(2, 11)
+    torch.testing.assert_close(feed(model, prompt, pieces), model(prompt).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 4, 6, 8])
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 16])
+@torch.no_grad()
+def test_in_token_mode_decoding_equals_a_pass_with_prompt_lengths(prompt_length, chunk_size):
+    model, sequence = tiny_melt(chunk_size=chunk_size), tokens(2, 11)
+    decoded = feed(model, sequence, [prompt_length] + [1] * (11 - prompt_length))
+    at_once = model(sequence, prompt_lengths=torch.tensor([prompt_length] * 2)).logits
+    torch.testing.assert_close(decoded, at_once, **CLOSE)
+
+
+@torch.no_grad()
+def test_in_token_mode_sequences_may_have_prompts_of_different_lengths():
+    model, sequences, lengths = tiny_melt(), tokens(3, 11), (3, 4, 9)
+    together = model(sequences, prompt_lengths=torch.tensor(lengths)).logits
+    for row, length in enumerate(lengths):
+        alone = model(sequences[row : row + 1], prompt_lengths=torch.tensor([length])).logits[0]
+        torch.testing.assert_close(together[row], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_generated_tokens_are_other_rows_in_token_mode_than_on_the_grid():
+    model, sequence = tiny_melt(), tokens(1, 11)
+    decoded = model(sequence, prompt_lengths=torch.tensor([4])).logits
+    assert (decoded - model(sequence).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_earlier_tokens_may_have_used_other_loops():
+    model, sequence = tiny_melt(), tokens(1, 9)
+    rows = model(sequence[:, :8], loops=2, use_cache=True).past_key_values
+    mixed = model(sequence[:, 8:], past_key_values=rows, loops=6).logits
+    plain = PlainMelt(model)
+    for chunk in sequence[0, :8].split(4):
+        plain.chunk(chunk.tolist(), loops=2)
+    torch.testing.assert_close(mixed[0], plain.chunk(sequence[0, 8:].tolist(), loops=6), **CLOSE)
+
+
+def pad(sequences: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids in sequences)
+    room = [(width - len(ids), 0) if side == "left" else (0, width - len(ids)) for ids in sequences]
+    padded = torch.stack([F.pad(ids, gap) for ids, gap in zip(sequences, room, strict=True)])
+    return padded, (padded != 0).long()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_padded_sequences_answer_as_alone(side, mode):
+    model = tiny_melt(decode_mode=mode)
+    alone = [tokens(length, seed=length) for length in (3, 11, 8)]
+    padded, mask = pad(alone, side)
+    logits = model(padded, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    for row, ids in enumerate(alone):
+        torch.testing.assert_close(logits[row, mask[row].bool()], model(ids[None]).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_a_padded_batch_goes_on_as_each_sequence_alone(mode):
+    model = tiny_melt(decode_mode=mode)
+    prompts = [tokens(length, seed=length) for length in (3, 9, 8)]
+    following = tokens(3, 6, seed=5)
+    padded, mask = pad(prompts, "left")
+    rows = model(padded, attention_mask=mask, use_cache=True).past_key_values
+    for column in range(6):
+        mask = F.pad(mask, (0, 1), value=1)
+        step = following[:, column : column + 1]
+        logits = model(step, attention_mask=mask, past_key_values=rows, use_cache=True).logits
+        for row, prompt in enumerate(prompts):
+            sequence = torch.cat((prompt, following[row, : column + 1]))[None]
+            lengths = torch.tensor([len(prompt)]) if mode == "token" else None
+            expected = model(sequence, prompt_lengths=lengths).logits[0, -1]
+            torch.testing.assert_close(logits[row, -1], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generated_in_a_left_padded_batch_as_alone(mode):
+    model = tiny_melt(decode_mode=mode)
+    prompts = [tokens(length, seed=length) for length in (3, 9, 8)]
+    padded, mask = pad(prompts, "left")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(padded, attention_mask=mask, **options)[:, 9:]
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **options)
+        assert torch.equal(together[row], alone[0, len(prompt) :])
+
+
+def test_beam_search_with_a_cache_equals_beam_search_without():
+    model, prompts = tiny_melt(decode_mode="chunk"), tokens(4, 6)
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(prompts, num_beams=3, **options)
+    assert torch.equal(cached, model.generate(prompts, num_beams=3, use_cache=False, **options))
+    assert not torch.equal(cached, model.generate(prompts, **options))
+
+
+@pytest.mark.parametrize("gate_type", ["elementwise", "scalar"])
+@pytest.mark.parametrize("initial_state", ["input", "zeros"])
+def test_every_weight_has_a_finite_gradient_that_is_not_zero(gate_type, initial_state):
+    model = tiny_melt(kv_gate_type=gate_type, kv_gate_initial_state=initial_state)
+    prompt = tokens(2, 9)
+    output = model(prompt, labels=prompt, output_loops=True)
+    (output.loss + output.exit_probabilities.mean()).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0, name
+
+
+def test_gradients_flow_through_the_rows_of_earlier_chunks():
+    model, prompt = tiny_melt(), tokens(1, 8)
+    embedded = []
+    model.model.embed_tokens.register_forward_hook(lambda *args: embedded.append(args[-1]))
+    logits = model(prompt).logits
+    (gradient,) = torch.autograd.grad(logits[0, 7].square().sum(), embedded[0])
+    assert (gradient[0].abs().amax(-1) > 0).all()
+
+
+def test_logits_are_kept_for_the_last_tokens_only():
+    model, prompt = tiny_melt(), tokens(2, 7)
+    torch.testing.assert_close(model(prompt, logits_to_keep=2).logits, model(prompt).logits[:, -2:], **CLOSE)
+
+
+@pytest.mark.parametrize("loops", [0, 9, -1])
+def test_loops_out_of_range_are_refused(loops):
+    model = tiny_melt()
+    for call in (lambda: model(tokens(1, 3), loops=loops), lambda: model.token_sequential(tokens(3), loops=loops)):
+        with pytest.raises(ValueError, match=rf"loops must be from 1 to max_loops=8, not {loops}"):
+            call()
+
+
+@torch.no_grad()
+def test_in_token_mode_a_prompt_piece_inside_a_chunk_is_refused():
+    model = tiny_melt()
+    rows = model(tokens(1, 6), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="must begin on a multiple of chunk_size=4, not at position 6"):
+        model(tokens(1, 3), past_key_values=rows)
+    with pytest.raises(ValueError, match="must begin on a multiple of chunk_size=4, not at position 6"):
+        model(tokens(1, 1), past_key_values=rows, prompt_lengths=torch.tensor([9]))
+
+
+@torch.no_grad()
+def test_in_chunk_mode_an_open_chunk_cannot_go_on_with_other_loops():
+    model = tiny_melt(decode_mode="chunk")
+    rows = model(tokens(1, 6), use_cache=True, loops=2).past_key_values
+    with pytest.raises(ValueError, match="made with 2 loops; it cannot go on with 3"):
+        model(tokens(1, 1), past_key_values=rows, loops=3)
+    closed = model(tokens(1, 8), use_cache=True, loops=2).past_key_values
+    assert model(tokens(1, 1), past_key_values=closed, loops=3).logits.isfinite().all()
+
+
+def test_stepping_back_is_refused():
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        MeltRows(tiny_melt().config, batch_size=1).crop(1)

@@ -1,0 +1,171 @@
+"""Configurations: what loads, what is refused, and the memory they imply."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token, sharing_unit, weight_shapes
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from tests.tiny import SHAPE, tiny_looplm, tiny_melt, tokens
+
+PUBLISHED_OURO = {
+    "architectures": ["OuroForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_ouro.OuroConfig",
+        "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM",
+    },
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "layer_types": ["full_attention"] * 24,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 24,
+    "model_type": "ouro",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "total_ut_steps": 4,
+    "early_exit_threshold": 1.0,
+    "transformers_version": "4.55.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 49152,
+}
+
+
+@pytest.mark.parametrize("config", [LoopLMConfig(), MeltConfig()], ids=["LoopLM", "MELT"])
+def test_defaults_are_ouro_1_4b(config):
+    assert (config.num_key_value_heads, config.head_dim, config.total_ut_steps) == (16, 128, 4)
+    parameters = sum(1 if not shape else shape[0] * (shape[1:] or (1,))[0] for _, shape in weight_shapes(config))
+    assert parameters == pytest.approx(1.43e9 if config.model_type == "ouro" else 1.64e9, rel=0.01)
+
+
+def test_kv_bytes_are_those_of_design_section_5():
+    assert kv_bytes_per_token(LoopLMConfig(), bytes_per_value=2) == 786_432
+    assert kv_bytes_per_token(MeltConfig(), bytes_per_value=2) == 196_608
+    assert kv_bytes_per_token(MeltConfig(), bytes_per_value=1) == 98_304
+
+
+def test_kv_bytes_grow_with_the_loops_of_a_looplm_only():
+    assert kv_bytes_per_token(LoopLMConfig(), 2, loops=8) == 2 * 786_432
+    for loops in (1, 4, 16):
+        assert kv_bytes_per_token(MeltConfig(total_ut_steps=loops), 2, loops=loops) == 196_608
+
+
+def test_kv_bytes_count_kv_heads_not_query_heads():
+    assert kv_bytes_per_token(MeltConfig(num_key_value_heads=4), 2) == 196_608 // 4
+
+
+def test_chunks_and_blocks_end_together_at_their_least_common_multiple():
+    assert sharing_unit(500, 16) == 2000
+    assert sharing_unit(512, 16) == 512
+
+
+def test_a_published_ouro_config_loads_as_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_OURO))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is LoopLMConfig
+    assert config.rope_base == 500_000.0
+    assert (config.head_dim, config.eos_token_id, config.total_ut_steps) == (128, 0, 4)
+
+
+def test_rope_base_comes_from_rope_parameters_too():
+    assert LoopLMConfig(rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_base == 7.0
+    assert LoopLMConfig().rope_base == 1_000_000.0
+
+
+def test_rope_base_changes_the_answer():
+    prompt = tokens(1, 8)
+    answers = [tiny_looplm(rope_theta=theta)(prompt).logits for theta in (100.0, 1e6)]
+    assert (answers[0] - answers[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("total_ut_steps", 0, r"at least 1, not 0"),
+        ("num_key_value_heads", 3, r"num_attention_heads=16 is not a multiple of num_key_value_heads=3"),
+        ("hidden_act", "gelu", r"hidden_act='gelu'.*must be 'silu'"),
+        ("use_sliding_window", True, r"sliding-window attention is not supported"),
+        ("attention_dropout", 0.1, r"attention_dropout=0\.1: attention dropout is not supported"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, r"rope_type='linear'"),
+        ("hidden_size", "wide", r"hidden_size"),
+        ("vocab_size", 1.5, r"vocab_size"),
+    ],
+)
+@pytest.mark.parametrize("config_class", [LoopLMConfig, MeltConfig])
+def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        config_class(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("chunk_size", 0, r"chunk_size must be at least 1, not 0"),
+        ("chunk_size", "64", r"chunk_size"),
+        ("max_loops", 3, r"total_ut_steps=4 is outside 1\.\.max_loops=3"),
+        ("kv_gate_type", "fancy", r"kv_gate_type.*elementwise"),
+        ("kv_gate_initial_state", "ones", r"kv_gate_initial_state.*zeros"),
+        ("decode_mode", "beam", r"decode_mode.*chunk"),
+    ],
+)
+def test_a_bad_melt_field_is_refused_by_name(field, value, message):
+    with pytest.raises(StrictDataclassError, match=f"(?s){message}"):
+        MeltConfig(**{field: value})
+
+
+def test_max_loops_is_the_default_loops_unless_said():
+    assert MeltConfig(total_ut_steps=6).max_loops == 6
+    assert MeltConfig(total_ut_steps=6, max_loops=9).max_loops == 9
+
+
+def test_a_looplm_survives_saving_and_loading(tmp_path):
+    model = tiny_looplm()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("ouro", ["OuroForCausalLM"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is OuroForCausalLM
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("gate_type", ["elementwise", "scalar", "mean", "ema", "last"])
+def test_a_melt_survives_saving_and_loading(gate_type, tmp_path):
+    model = tiny_melt(kv_gate_type=gate_type, kv_gate_initial_state="zeros", decode_mode="chunk", chunk_size=3)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("melt", ["MeltForCausalLM"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MeltForCausalLM
+    for field in ("kv_gate_type", "kv_gate_initial_state", "decode_mode", "chunk_size", "max_loops", "total_ut_steps"):
+        assert getattr(loaded.config, field) == getattr(model.config, field)
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1, "head_dim": 24}])
+@pytest.mark.parametrize("gate_type", [None, "elementwise", "scalar", "mean", "ema", "last"])
+def test_weight_shapes_are_those_of_the_saved_model(gate_type, overrides):
+    if gate_type is None:
+        model = OuroForCausalLM(LoopLMConfig(**SHAPE | overrides))
+    else:
+        model = MeltForCausalLM(MeltConfig(**SHAPE | overrides, kv_gate_type=gate_type))
+    shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    if overrides.get("tie_word_embeddings"):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        del shapes["lm_head.weight"]
+    assert dict(weight_shapes(model.config)) == shapes
