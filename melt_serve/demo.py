@@ -186,7 +186,7 @@ def kv_costs(url: str) -> tuple[int, dict[str, int]]:
 
     shape = MeltConfig.from_pretrained(BUNDLED)
     looplm = LoopLMConfig(**{key: value for key, value in shape.to_dict().items() if key != "model_type"})
-    bytes_per_value = shape.dtype.itemsize
+    bytes_per_value = melt // kv_bytes_per_token(shape, bytes_per_value=1)
     return melt, {str(loops): kv_bytes_per_token(looplm, bytes_per_value, loops) for loops in (1, 4, 16)}
 
 

@@ -1,0 +1,69 @@
+"""vLLM's own server, with no launcher of ours, on the bundled checkpoint; and the official client."""
+
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from openai import OpenAI
+
+from melt_serve.serve import BUNDLED
+
+PORT = 18321
+URL = f"http://127.0.0.1:{PORT}"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    flags = {
+        "--model": str(BUNDLED),
+        "--served-model-name": "melt-demo",
+        "--host": "127.0.0.1",
+        "--port": str(PORT),
+        "--kv-cache-memory-bytes": str(64 << 20),
+        "--max-model-len": "512",
+        "--reasoning-parser": "deepseek_r1",
+        "--tool-call-parser": "hermes",
+    }
+    words = [word for flag in flags.items() for word in flag]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *words,
+                "--enable-auto-tool-choice",
+                "--enforce-eager",
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            for _ in range(300):
+                assert process.poll() is None, log.read_text()[-4000:]
+                if healthy():
+                    break
+                time.sleep(1)
+            else:
+                raise AssertionError(log.read_text()[-4000:])
+            yield URL
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def healthy() -> bool:
+    try:
+        with urllib.request.urlopen(f"{URL}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@pytest.fixture
+def client(server):
+    return OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)

@@ -1,0 +1,176 @@
+"""OpenAI's API as people use it, through the official client, against vLLM's own server."""
+
+import json
+import re
+import urllib.request
+from itertools import islice
+
+import openai
+import pytest
+
+from melt_serve.train.tasks import questions
+from tests.api.conftest import healthy
+
+MODEL = "melt-demo"
+ASKED = list(islice(questions("heldout", seed=5), 20))
+
+
+def chat(client, question, **arguments):
+    messages = [{"role": "user", "content": question.prompt}]
+    defaults = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 64}
+    return client.chat.completions.create(**{**defaults, **arguments})
+
+
+def get(url):
+    with urllib.request.urlopen(url) as response:
+        return response.read().decode()
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
+def test_held_out_questions_are_answered_right(client):
+    right = sum(question.check(chat(client, question).choices[0].message.content or "") for question in ASKED)
+    assert right >= 18
+
+
+def test_reasoning_is_split_from_the_answer(client):
+    (choice,) = chat(client, ASKED[0]).choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.reasoning.strip() and "think>" not in choice.message.reasoning
+    assert "think>" not in choice.message.content
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+    whole = chat(client, ASKED[0]).choices[0].message
+    pieces = list(chat(client, ASKED[0], stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk.choices[0].delta for chunk in pieces if chunk.choices]
+    assert len(deltas) > 5
+    assert "".join(delta.content or "" for delta in deltas) == whole.content
+    assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == whole.reasoning
+    assert pieces[-1].usage.completion_tokens > 5
+
+
+def test_completions_continue_a_text(client, server):
+    messages = [{"role": "user", "content": ASKED[0].prompt}]
+    tokens = post(f"{server}/tokenize", {"model": MODEL, "messages": messages})
+    assert 40 <= tokens["count"] <= 120
+    completion = client.completions.create(model=MODEL, prompt=tokens["tokens"], temperature=0, max_tokens=64)
+    assert completion.choices[0].text.startswith("<think>")
+    assert completion.usage.prompt_tokens == tokens["count"]
+
+
+def test_tokens_can_be_turned_back_into_text(server):
+    text = "Where is the ball? Größe {1}"
+    tokens = post(f"{server}/tokenize", {"model": MODEL, "prompt": text})["tokens"]
+    assert post(f"{server}/detokenize", {"model": MODEL, "tokens": tokens})["prompt"] == text
+
+
+def test_log_probabilities_come_with_their_alternatives(client):
+    (choice,) = chat(client, ASKED[0], logprobs=True, top_logprobs=3).choices
+    for token in choice.logprobs.content:
+        assert token.logprob <= 0
+        assert token.logprob == max(alternative.logprob for alternative in token.top_logprobs)
+
+
+def test_n_gives_that_many_choices(client):
+    choices = chat(client, ASKED[0], n=3, temperature=1.5, seed=1).choices
+    assert [choice.index for choice in choices] == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_answer(client):
+    def sample(seed):
+        message = chat(client, ASKED[0], temperature=3.0, seed=seed, max_tokens=24).choices[0].message
+        return message.reasoning, message.content
+
+    assert sample(11) == sample(11)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_stop_ends_the_answer_before_the_word(client):
+    completion = chat(client, ASKED[0], stop=["the"])
+    message = completion.choices[0].message
+    assert completion.choices[0].finish_reason == "stop"
+    assert "the" not in (message.reasoning or "") + (message.content or "")
+
+
+def test_a_json_schema_is_obeyed(client):
+    schema = {
+        "type": "object",
+        "properties": {"place": {"enum": ["attic", "barn"]}, "sure": {"type": "boolean"}},
+        "required": ["place", "sure"],
+        "additionalProperties": False,
+    }
+    response_format = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    message = chat(client, ASKED[0], response_format=response_format, max_tokens=200).choices[0].message
+    answer = json.loads(message.content)
+    assert answer["place"] in ("attic", "barn") and isinstance(answer["sure"], bool)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Find a thing.",
+        "parameters": {
+            "type": "object",
+            "properties": {"thing": {"enum": ["ball", "lamp"]}},
+            "required": ["thing"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "find"}}])
+def test_a_tool_call_that_is_asked_for_is_made(client, choice):
+    message = chat(client, ASKED[0], tools=[TOOL], tool_choice=choice, max_tokens=200).choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.name == "find"
+    assert json.loads(call.function.arguments)["thing"] in ("ball", "lamp")
+
+
+def test_a_tool_call_in_the_models_text_is_parsed(client):
+    text = r'</think><tool_call>\{"name": "find", "arguments": \{"thing": "(ball|lamp)"\}\}</tool_call>'
+    extra = {"structured_outputs": {"regex": text}}
+    completion = chat(client, ASKED[0], tools=[TOOL], tool_choice="auto", max_tokens=100, extra_body=extra)
+    assert completion.choices[0].finish_reason == "tool_calls"
+    (call,) = completion.choices[0].message.tool_calls
+    assert call.function.name == "find"
+    assert json.loads(call.function.arguments)["thing"] in ("ball", "lamp")
+
+
+def test_models_health_and_metrics(client, server):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert healthy()
+    metrics = get(f"{server}/metrics")
+    assert re.search(r'vllm:generation_tokens_total\{[^}]*model_name="melt-demo"[^}]*\} [1-9]', metrics)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, "nobody"),
+        ({"messages": [{"role": "user", "content": "Where is the ball? " * 200}]}, openai.BadRequestError, "512"),
+        ({"temperature": "warm"}, openai.BadRequestError, "temperature"),
+        ({"messages": "hello"}, openai.BadRequestError, "messages"),
+        ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2}, openai.BadRequestError, "beam search"),
+    ],
+    ids=["model", "length", "temperature", "messages", "max_tokens", "beam search"],
+)
+def test_a_bad_request_gets_openais_error_and_the_server_lives_on(client, arguments, error, says):
+    with pytest.raises(error, match=says) as refused:
+        chat(client, ASKED[0], **arguments)
+    assert refused.value.body["code"] == refused.value.status_code
+    assert refused.value.body["message"]
+    assert chat(client, ASKED[1]).choices[0].message.content
+
+
+def test_a_prompt_as_long_as_the_context_is_refused_not_kept_waiting(client):
+    with pytest.raises(openai.BadRequestError, match="512"):
+        client.completions.create(model=MODEL, prompt=[5] * 512, max_tokens=1)
+    assert client.completions.create(model=MODEL, prompt=[5] * 511, max_tokens=1).choices[0].finish_reason

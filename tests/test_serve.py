@@ -1,0 +1,38 @@
+"""`melt-serve serve` turns its words into vLLM's own command line."""
+
+import sys
+
+import pytest
+
+from melt_serve.serve import BUNDLED, command, main
+
+SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def test_without_a_path_the_bundled_checkpoint_is_served():
+    words = command(["--port", "9000"])
+    assert words[:5] == [*SERVER, "--model", str(BUNDLED)]
+    assert words[-2:] == ["--port", "9000"]
+    assert "--enforce-eager" in words
+
+
+@pytest.mark.parametrize("flag", ["--no-enforce-eager", "--served_model_name=x", "--reasoning-parser=qwen3"])
+def test_a_users_flag_replaces_the_default(flag):
+    default = flag.split("=")[0].replace("--no-", "--").replace("_", "-")
+    assert command([flag]).count(default) == 0
+
+
+def test_a_path_and_vllms_flags_pass_through_untouched(tmp_path):
+    (tmp_path / "config.json").touch()
+    words = [str(tmp_path), "--hf-overrides", '{"total_ut_steps": 8}', "-tp", "2"]
+    assert command(words) == [*SERVER, "--model", *words]
+    assert command(["org/name"]) == [*SERVER, "--model", "org/name"]
+    assert command(["--model", "org/name"]) == [*SERVER, "--model", "org/name"]
+
+
+@pytest.mark.parametrize(("path", "says"), [("./nowhere", "does not exist"), (".", "no config.json")])
+def test_a_wrong_path_is_one_clear_line(path, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([path]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
