@@ -14,6 +14,18 @@ GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
 InitialState = Literal["input", "zeros"]
 DecodeMode = Literal["token", "chunk"]
 
+AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "total_ut_steps",
+)
+
 
 @strict
 class LoopLMConfig(PreTrainedConfig):
@@ -56,14 +68,15 @@ class LoopLMConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)  # no heads are refused below
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse what neither the reference model nor the engine computes."""
         assert self.num_key_value_heads is not None
-        if self.total_ut_steps < 1:
-            raise ValueError(f"total_ut_steps (loops) must be at least 1, not {self.total_ut_steps}")
+        for field in AT_LEAST_ONE:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -75,9 +88,16 @@ class LoopLMConfig(PreTrainedConfig):
             raise ValueError("use_sliding_window=true: sliding-window attention is not supported")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout}: attention dropout is not supported")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default":
+        if set(getattr(self, "layer_types", None) or ()) - {"full_attention"}:
+            raise ValueError(f"layer_types={self.layer_types}: only 'full_attention' is supported")
+        rope = self.rope_parameters or {}
+        if (rope_type := rope.get("rope_type", "default")) != "default":
             raise ValueError(f"rope_type={rope_type!r}: only 'default' rotary embeddings are supported")
+        if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError(f"partial_rotary_factor={share}: only rotary embeddings of whole heads are supported")
+        theta = rope.get("rope_theta", self.default_theta)
+        if not (isinstance(theta, int | float) and theta > 0):
+            raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
 
     @property
     def rope_base(self) -> float:

@@ -29,6 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 GATE_SHARD_BYTES = 256 << 20
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 VLLM_BLOCK_SIZE = 16  # vLLM's default, when the user names none
 CARRIED_OVER = (
     "tokenizer*",
@@ -306,33 +307,62 @@ def staged(target: Path) -> Iterator[Path]:
     """A folder beside `target` that becomes it at the end, or vanishes: on errors, Ctrl-C and SIGTERM."""
     new_parents = [parent for parent in target.parents if not parent.exists()]
     folder = target.with_name(f".{target.name}.partial")
-    main_thread = threading.current_thread() is threading.main_thread()
-    on_terminate = signal.signal(signal.SIGTERM, leave) if main_thread else None
-    try:
+    ours = False
+    with signals_as_exceptions():
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise ConversionError(f"{folder} exists: another conversion is at work, or was killed; remove it") from None
-        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                ours = True
+                folder.mkdir()
+            except FileExistsError:
+                ours = False
+                raise ConversionError(
+                    f"{folder} exists: another conversion is at work, or was killed; remove it"
+                ) from None
             yield folder
             folder.rename(target)
         except BaseException:
-            on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
-            shutil.rmtree(folder, ignore_errors=True)
+            ignore_signals()
+            if ours:
+                shutil.rmtree(folder, ignore_errors=True)
             for parent in new_parents:
                 with suppress(OSError):
                     parent.rmdir()
-            if main_thread:
-                signal.signal(signal.SIGINT, on_interrupt)
             raise
+
+
+@contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Let the first signal to end raise an exception, so that clean-up runs, and ignore those after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals only ever interrupt the main thread
+        return
+    before = {each: signal.getsignal(each) for each in ENDING_SIGNALS}
+    try:
+        for each, handler in before.items():
+            if handler != signal.SIG_IGN:  # as under nohup
+                signal.signal(each, leave)
+        yield
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, on_terminate)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def leave(signum: int, _: object) -> None:
-    """Turn a signal into an exit that runs the clean-up."""
-    raise SystemExit(128 + signum)
+    """Turn a signal into the exception that ends the program."""
+    ignore_signals()
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+
+def ignore_signals() -> None:
+    """Keep an impatient second Ctrl-C from cutting the clean-up short."""
+    if threading.current_thread() is threading.main_thread():
+        for each in ENDING_SIGNALS:
+            signal.signal(each, unheard)
+
+
+def unheard(*_: object) -> None:
+    """Ignore a signal; unlike with SIG_IGN, Python does not complain about one that has arrived already."""
 
 
 def copy_the_rest(source: Path, folder: Path) -> None:

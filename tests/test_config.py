@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token, sharing_unit, weight_shapes
+from melt_serve.config import AT_LEAST_ONE, LoopLMConfig, MeltConfig, kv_bytes_per_token, sharing_unit, weight_shapes
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from tests.tiny import SHAPE, tiny_looplm, tiny_melt, tokens
 
@@ -97,12 +97,18 @@ def test_rope_base_changes_the_answer():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("total_ut_steps", 0, r"at least 1, not 0"),
+        *((field, value, rf"{field} must be at least 1, not {value}") for field in AT_LEAST_ONE for value in (0, -2)),
         ("num_key_value_heads", 3, r"num_attention_heads=16 is not a multiple of num_key_value_heads=3"),
         ("hidden_act", "gelu", r"hidden_act='gelu'.*must be 'silu'"),
         ("use_sliding_window", True, r"sliding-window attention is not supported"),
         ("attention_dropout", 0.1, r"attention_dropout=0\.1: attention dropout is not supported"),
         ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, r"rope_type='linear'"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, r"rope_type='linear'"),
+        ("rope_theta", 0.0, r"rope_theta must be a positive number, not 0\.0"),
+        ("rope_theta", "x", r"rope_theta must be a positive number, not 'x'"),
+        ("head_dim", 15, r"even rotary dimension.*head_dim.*15"),
+        ("layer_types", ["sliding_attention"] * 24, r"only 'full_attention' is supported"),
         ("hidden_size", "wide", r"hidden_size"),
         ("vocab_size", 1.5, r"vocab_size"),
     ],

@@ -155,8 +155,10 @@ class MeltRows(Cache):
             return
         open_start = self.lengths // self.config.chunk_size * self.config.chunk_size
         needed = (self.open_positions >= open_start[:, None]).any(0)
-        if not needed.all():
-            self.open_positions = self.open_positions[:, needed]
+        self.open_positions = self.open_positions[:, needed]
+        if not needed.any():
+            del self.layers[self.config.num_hidden_layers :]  # the next chunk may have other loops
+        elif not needed.all():
             for rows in self.layers[self.config.num_hidden_layers :]:
                 rows.keys, rows.values = rows.keys[:, :, needed], rows.values[:, :, needed]
 

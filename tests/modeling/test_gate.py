@@ -13,7 +13,8 @@ GATE_TYPES = ("elementwise", "scalar", "mean", "ema", "last")
 
 
 def gate(gate_type: str, initial_state: str = "input", hidden_size: int = 2) -> KVGate:
-    config = MeltConfig(hidden_size=hidden_size, kv_gate_type=gate_type, kv_gate_initial_state=initial_state)
+    shape = {"hidden_size": hidden_size, "num_attention_heads": 1}
+    config = MeltConfig(**shape, kv_gate_type=gate_type, kv_gate_initial_state=initial_state)
     return KVGate(config).requires_grad_(False)
 
 

@@ -66,6 +66,19 @@ def test_padded_sequences_answer_as_alone(side):
         torch.testing.assert_close(logits[row, mask[row].bool()], model(ids).logits[0], **CLOSE)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_goes_on_as_each_sequence_alone(side):
+    model, prompts, following = tiny_looplm(rope_theta=100.0), (tokens(3, seed=1), tokens(9, seed=2)), tokens(2, 4)
+    batch = torch.stack([F.pad(ids, (9 - len(ids), 0) if side == "left" else (0, 9 - len(ids))) for ids in prompts])
+    mask = (batch != 0).long()
+    cache = model(batch, attention_mask=mask, use_cache=True).past_key_values
+    logits = model(following, attention_mask=F.pad(mask, (0, 4), value=1), past_key_values=cache).logits
+    for row, ids in enumerate(prompts):
+        alone = model(torch.cat((ids, following[row]))[None]).logits[0, -4:]
+        torch.testing.assert_close(logits[row], alone, **CLOSE)
+
+
 def test_generated_in_a_left_padded_batch_as_alone():
     model = tiny_looplm()
     short, long = tokens(1, 4, seed=1), tokens(1, 9, seed=2)

@@ -75,8 +75,9 @@ def test_final_rows_are_in_order_of_position_for_every_sequence_of_a_ragged_batc
 
 
 @pytest.mark.parametrize("mode", ["token", "chunk"])
-def test_selected_repeated_and_reordered_sequences_go_on_as_themselves(mode):
-    model, prompts, following = tiny_melt(decode_mode=mode), tokens(2, 6), tokens(2, 1, seed=3)
+@pytest.mark.parametrize("length", [6, 8], ids=["an open chunk", "a closed chunk"])
+def test_selected_repeated_and_reordered_sequences_go_on_as_themselves(length, mode):
+    model, prompts, following = tiny_melt(decode_mode=mode), tokens(2, length), tokens(2, 1, seed=3)
 
     def go_on(prompt: torch.Tensor, change: str, argument: object, step: torch.Tensor) -> torch.Tensor:
         rows = rows_of(model, prompt)
