@@ -25,13 +25,15 @@ examples:
   melt-serve serve ./melt-1.6B --port 8000 --dtype bfloat16
 """
 
-# The demo checkpoint is tiny: compiling it would take longer than all it will ever compute.
+# The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
+# JSON may hold any white space, it likes to write nothing else.
 BUNDLED_DEFAULTS = {
     "--served-model-name": BUNDLED.name,
     "--kv-cache-memory-bytes": str(256 << 20),
-    "--reasoning-parser": "deepseek_r1",
+    "--reasoning-parser": "qwen3",
     "--enable-auto-tool-choice": None,
     "--tool-call-parser": "hermes",
+    "--structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     "--enforce-eager": None,
 }
 

@@ -61,7 +61,7 @@ class Recipe:
             initializer_range=0.05,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             total_ut_steps=4,
-            max_loops=8,
+            max_loops=4,
             chunk_size=32,
             decode_mode="token",
             pad_token_id=tokenizer.pad_token_id,
@@ -209,7 +209,7 @@ def make_checkpoint(target: Path, recipe: Recipe, evaluated: int = 1000) -> dict
     started = time.monotonic()
     model, tokenizer, losses = train(recipe)
     minutes = (time.monotonic() - started) / 60
-    scores = {loops: accuracy(model, tokenizer, evaluated, loops) for loops in (1, 2, 4, 8)}
+    scores = {loops: accuracy(model, tokenizer, evaluated, loops) for loops in (1, 2, 4)}
     part = target.with_name(f".{target.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -12,6 +12,7 @@ from openai import OpenAI
 from melt_serve.serve import BUNDLED
 
 PORT = 18321
+SWITCHES = ("--enable-auto-tool-choice", "--enforce-eager")
 URL = f"http://127.0.0.1:{PORT}"
 
 
@@ -25,8 +26,9 @@ def server(tmp_path_factory):
         "--port": str(PORT),
         "--kv-cache-memory-bytes": str(64 << 20),
         "--max-model-len": "512",
-        "--reasoning-parser": "deepseek_r1",
+        "--reasoning-parser": "qwen3",
         "--tool-call-parser": "hermes",
+        "--structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }
     words = [word for flag in flags.items() for word in flag]
     with log.open("w") as output:

@@ -4,7 +4,9 @@ import re
 from itertools import islice
 
 import pytest
+from transformers import AutoTokenizer
 
+from melt_serve.train.__main__ import BUNDLED
 from melt_serve.train.tasks import FILLERS, ITEMS, NAMES, PLACES, questions
 from melt_serve.train.tokenizer import MARKS, VOCABULARY, build_tokenizer
 
@@ -57,3 +59,14 @@ def test_the_template_shows_a_whole_chat(tokenizer):
         assert part in text
     assert text.index("Be brief.") < text.index("Where is it?") < text.index("I look.") < text.index("hall")
     assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_thinking_can_be_left_out(tokenizer):
+    chat = [{"role": "user", "content": "Where is it?"}]
+    assert render(tokenizer, chat, enable_thinking=False) == render(tokenizer, chat) + "<think></think>"
+
+
+def test_the_bundled_tokenizer_is_this_one(tokenizer):
+    bundled = AutoTokenizer.from_pretrained(BUNDLED)
+    assert bundled.get_vocab() == tokenizer.get_vocab()
+    assert bundled.chat_template == tokenizer.chat_template
