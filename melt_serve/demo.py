@@ -150,15 +150,19 @@ def ask(url: str, asked: Sequence[Question]) -> int:
 
 def stream(client: "OpenAI", model: str, question: Question) -> str:
     """Ask with streaming, reasoning and answer shown as they come; give the answer."""
-    reply = ""
+    reply, thinking = "", False
     for chunk in client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=64, stream=True
     ):
         if not chunk.choices:
             continue
         delta = chunk.choices[0].delta
-        print(getattr(delta, "reasoning", None) or delta.content or "", end="", flush=True)
-        reply += delta.content or ""
+        if thought := getattr(delta, "reasoning", None):
+            print(thought, end="", flush=True)
+            thinking = True
+        if delta.content:
+            print(" => " if thinking else "", delta.content, sep="", end="", flush=True)
+            reply, thinking = reply + delta.content, False
     return reply
 
 
