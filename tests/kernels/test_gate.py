@@ -16,7 +16,7 @@ from melt_serve.modeling.gate import KVGate
 @torch.no_grad()
 def test_gate_blend_equals_the_reference_gate(gate_type, rows, hidden_size, dtype, tolerance):
     torch.manual_seed(0)
-    gate = KVGate(MeltConfig(hidden_size=hidden_size, kv_gate_type=gate_type)).to(dtype)
+    gate = KVGate(MeltConfig(hidden_size=hidden_size, num_attention_heads=1, kv_gate_type=gate_type)).to(dtype)
     n, h = torch.randn(2, rows, hidden_size).to(dtype)
     blended = gate_blend(gate.input_proj(n) + gate.state_proj(h), h, n)
     assert blended.dtype == dtype
