@@ -1,12 +1,14 @@
-"""The `melt-serve` command: convert a checkpoint, serve it, see it work.
+"""The `melt-serve` command: convert a checkpoint, serve it, see it work, count its right answers.
 
 A thin layer: every subcommand imports what it needs only when it runs, so that `--help` is instant.
 """
 
 import argparse
 import importlib.metadata
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -20,6 +22,7 @@ examples:
   melt-serve demo                                    see a small bundled MELT answer, on CPU if need be
   melt-serve convert ./Ouro-1.4B ./melt-1.6B         give a looped model MELT's gate, ready for training
   melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
+  melt-serve eval --loops 1,4                        right answers of the bundled checkpoints, by depth
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -33,9 +36,25 @@ examples:
   melt-serve convert ./Ouro-1.4B ./melt-1.6B
       the paper's element-wise gate; chunks of 512 tokens, tokens decoded one at a time
   melt-serve convert ./Ouro-1.4B ./melt-64 --chunk-size 64 --decode-mode chunk --max-loops 8
-      small chunks, decoded on the same grid they are trained on, up to 8 loops a request
+      small chunks, decoded on the same grid they are trained on, run with up to 8 loops
   melt-serve convert ./Ouro-1.4B ./last --gate-type last
       no gate to learn: the row of the last loop stays; the starting point of the ablations"""
+
+EVAL_DESCRIPTION = """\
+Ask checkpoints the held-out questions of the bundled task, greedily, and print how many answers are right.
+
+The reference model answers, in float32 on this machine. With --server, an OpenAI-compatible server does."""
+
+EVAL_EXAMPLES = """\
+examples:
+  melt-serve eval
+      the bundled LoopLM teacher and its MELT student, each at its own depth
+  melt-serve eval --loops 1,2,4 --decode-mode token,chunk
+      the same by depth, and the MELT in both decode modes
+  melt-serve eval ./my-melt --questions 200 --json
+      another checkpoint, quicker; ends with one line of JSON
+  melt-serve eval --server http://localhost:8000/v1
+      whatever is served there"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -51,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in PASSED_THROUGH:
             return PASSED_THROUGH[words[0]](words[1:])
         arguments = parser().parse_args(words)
-        return run_convert(arguments)
+        return arguments.run(arguments)
     except OSError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -76,6 +95,15 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("serve", help="start an OpenAI-compatible vLLM server", add_help=False)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="count right answers to held-out questions",
+        description=EVAL_DESCRIPTION,
+        epilog=EVAL_EXAMPLES,
+        formatter_class=raw,
+    )
+
+    convert.set_defaults(run=run_convert)
     add = convert.add_argument
     add("source", metavar="SRC", type=Path, help="folder of the Ouro-format checkpoint")
     add("target", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
@@ -98,10 +126,39 @@ def parser() -> argparse.ArgumentParser:
         default="token",
         help="generated tokens are chunks of their own, or fill the grid like a prompt's (default: token)",
     )
-    add("--max-loops", type=int, metavar="T", help="the most loops a request may ask for (default: the source's)")
+    add("--max-loops", type=int, metavar="T", help="the most loops it may be run with (default: the source's)")
     add("--seed", type=int, default=0, help="seed of the fresh gate's weights (default: 0)")
     add("--quiet", action="store_true", help="no progress bar")
+
+    evaluate.set_defaults(run=run_eval)
+    add = evaluate.add_argument
+    add("checkpoints", metavar="CHECKPOINT", nargs="*", type=Path, help="folders (default: the bundled checkpoints)")
+    add("--loops", type=loop_list, metavar="T,T", help="depths to run (default: the checkpoint's own)")
+    add("--questions", type=positive, default=1000, metavar="N", help="how many to ask (default: 1000)")
+    add("--decode-mode", type=mode_list, metavar="MODE,MODE", help="token, chunk or both (default: the MELT's own)")
+    add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
+    add("--json", action="store_true", help="end with one line of JSON")
     return top
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def loop_list(text: str) -> list[int]:
+    """Depths such as `1,2,4`."""
+    return [positive(word) for word in text.split(",")]
+
+
+def mode_list(text: str) -> list[str]:
+    """Decode modes such as `token,chunk`."""
+    for word in text.split(","):
+        if word not in ("token", "chunk"):
+            raise argparse.ArgumentTypeError(f"{word!r} is neither 'token' nor 'chunk'")
+    return text.split(",")
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
@@ -122,7 +179,33 @@ def run_convert(arguments: argparse.Namespace) -> int:
         )
     except ConversionError as error:
         return fail(error)
-    print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
+    if arguments.decode_mode == "token":
+        next_step = f"to serve it: melt-serve serve {arguments.target}"
+    else:
+        next_step = "the engine does not serve chunk mode yet, the reference model runs it"
+    print(f"Wrote {arguments.target}. The gate is untrained; {next_step}")
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """`melt-serve eval`."""
+    from melt_serve.train import evaluate
+
+    if arguments.server and (arguments.checkpoints or arguments.loops or arguments.decode_mode):
+        print("melt-serve eval: error: --server goes with --questions and --json only", file=sys.stderr)
+        return 2
+    try:
+        if arguments.server:
+            scores = [evaluate.evaluate_server(arguments.server, arguments.questions)]
+        else:
+            scores = evaluate.evaluate_checkpoints(
+                arguments.checkpoints, arguments.questions, arguments.loops, arguments.decode_mode
+            )
+    except evaluate.EvaluationError as error:
+        return fail(error)
+    print(evaluate.table(scores))
+    if arguments.json:
+        print(json.dumps({"rows": [asdict(score) for score in scores]}))
     return 0
 
 

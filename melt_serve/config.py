@@ -5,7 +5,7 @@ Imports nothing of ours: the reference model, the converter and the vLLM engine 
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,6 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig
 GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
 InitialState = Literal["input", "zeros"]
 DecodeMode = Literal["token", "chunk"]
+DECODE_MODES: tuple[DecodeMode, ...] = get_args(DecodeMode)
+
+EMA_KEEP = 0.2
+"""The old state's share in gate type `ema`. Our choice: the paper does not say which of the two 0.2 weighs."""
 
 AT_LEAST_ONE = (
     "vocab_size",
@@ -137,7 +141,7 @@ class MeltConfig(LoopLMConfig):
 
 
 def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | None = None) -> int:
-    """KV-cache bytes one token takes over all layers (design: K and V of N layers, times T for a LoopLM).
+    """KV-cache bytes one token takes over all layers (K and V of N layers, times T for a LoopLM).
 
     Args:
         config: a LoopLM's or a MELT's shape; a MELT's rows do not depend on the loops.

@@ -1,4 +1,4 @@
-"""An Ouro-format checkpoint into a MELT one: the same weights plus a fresh gate (design sections 2 and 4).
+"""An Ouro-format checkpoint into a MELT one: the same weights plus a fresh gate (arXiv 2605.07721).
 
 Adding the gate renames nothing, so a shard is verified tensor by tensor and its file copied as it is;
 the gate goes into shards of its own. Memory stays near one shard, whatever the checkpoint's size.
@@ -73,7 +73,7 @@ def convert(
 ) -> None:
     """Write the checkpoint at `source` (Ouro format, safetensors) to `target` as a MELT with a fresh gate.
 
-    The gate starts at the reference model's values (design section 4) in the source's dtype, and is
+    The gate starts at the reference model's values in the source's dtype, and is
     the same for the same seed however the source is sharded. `target` appears whole or not at all.
 
     Args:
@@ -291,7 +291,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def warn_about_blocks(chunk_size: int) -> None:
-    """Say when vLLM's default blocks and this chunk size rarely end together (design, end of section 3)."""
+    """Say when vLLM's default blocks and this chunk size rarely end together: hits in a prefix cache will be rare."""
     unit = sharing_unit(chunk_size, VLLM_BLOCK_SIZE)
     if unit > chunk_size:
         better = max(VLLM_BLOCK_SIZE, 1 << (chunk_size - 1).bit_length())

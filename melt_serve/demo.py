@@ -18,7 +18,8 @@ from itertools import islice
 from types import FrameType
 from typing import IO, TYPE_CHECKING
 
-from melt_serve.serve import BUNDLED, command
+from melt_serve.bundled import MELT
+from melt_serve.serve import command
 from melt_serve.train.tasks import Question, questions
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SEED = 2026
 PASS_SHARE = 0.9
 START_SECONDS = 300
 STOP_SECONDS = 20
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(RuntimeError):
@@ -66,23 +68,33 @@ def main(argv: Sequence[str]) -> int:
 @contextmanager
 def server() -> Iterator[str]:
     """vLLM's server on the bundled checkpoint; gives its URL, and stops it however the demo ends."""
+    from openai import OpenAIError
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    signal.signal(signal.SIGTERM, _raise_exit)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command(["--host", "127.0.0.1", "--port", str(port)]),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _raise_exit)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = None
         try:
+            process = subprocess.Popen(
+                command(["--host", "127.0.0.1", "--port", str(port)]),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             wait_until_ready(process, url, log)
             yield url
+        except (OpenAIError, OSError) as error:
+            raise DemoError(f"the server failed: {error}; its last lines:\n{tail(log)}") from None
         finally:
-            stop(process)
+            if process is not None:
+                stop(process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
@@ -96,7 +108,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str]) -
         seconds = time.monotonic() - started
         if sys.stdout.isatty():
             print(f"\rStarting vLLM on the bundled checkpoint ... {seconds:3.0f} s ", end="", flush=True)
-        elif seconds == 0 or int(seconds) % 10 == 0:
+        elif int(seconds) % 10 == 0:
             print(f"Starting vLLM on the bundled checkpoint ... {seconds:.0f} s", flush=True)
         if process.poll() is not None:
             raise DemoError(f"the server ended with exit code {process.returncode}; its last lines:\n{tail(log)}")
@@ -117,7 +129,9 @@ def tail(log: IO[str], lines: int = 20) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process it started, politely first."""
+    """End the server and every process it started, politely first; impatience does not interrupt this."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     for how in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             process.send_signal(how)
@@ -188,7 +202,7 @@ def kv_costs(url: str) -> tuple[int, dict[str, int]]:
     facts = dict(re.findall(r'(\w+)="([^"]*)"', line[1]))
     melt = int(facts["kv_cache_memory_bytes"]) // (int(facts["num_gpu_blocks"]) * int(facts["block_size"]))
 
-    shape = MeltConfig.from_pretrained(BUNDLED)
+    shape = MeltConfig.from_pretrained(MELT)
     looplm = LoopLMConfig(**{key: value for key, value in shape.to_dict().items() if key != "model_type"})
     bytes_per_value = melt // kv_bytes_per_token(shape, bytes_per_value=1)
     return melt, {str(loops): kv_bytes_per_token(looplm, bytes_per_value, loops) for loops in (1, 4, 16)}

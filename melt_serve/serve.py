@@ -5,16 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent / "checkpoints" / "melt-demo"
+from melt_serve.bundled import MELT
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
 
 Start vLLM's OpenAI-compatible server on a MELT checkpoint. PATH is a folder or a model's name;
-without it the bundled demo checkpoint is served as "{BUNDLED.name}", with its parsers for
+without it the bundled demo checkpoint is served as "{MELT.name}", with its parsers for
 reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT:
 
-  --hf-overrides '{{"total_ut_steps": 8}}'   loops a token runs, from 1 to the checkpoint's max_loops
+  --hf-overrides '{{"total_ut_steps": 2}}'   loops a token runs, from 1 to the checkpoint's max_loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G
   --port N, --api-key KEY                  where to listen, and who may ask
@@ -28,7 +28,7 @@ examples:
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
 # JSON may hold any white space, it likes to write nothing else.
 BUNDLED_DEFAULTS = {
-    "--served-model-name": BUNDLED.name,
+    "--served-model-name": MELT.name,
     "--kv-cache-memory-bytes": str(256 << 20),
     "--reasoning-parser": "qwen3",
     "--enable-auto-tool-choice": None,
@@ -58,16 +58,18 @@ def command(argv: Sequence[str]) -> list[str]:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
 
     Raises:
-        ValueError: PATH is a folder without a checkpoint, or names a path that does not exist.
+        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first.
     """
     words = list(argv)
     model = words.pop(0) if words and not words[0].startswith("-") else None
     if model is not None:
         check_path(model)
+    elif words and (Path(words[-1]) / "config.json").is_file() and words[-2:-1] != ["--model"]:
+        raise ValueError(f"{words[-1]} must come before the flags: melt-serve serve {words[-1]} ...")
     # A module of vLLM's, not its `vllm` command: that one does not start with the CPU build.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    if model is None and not names(words, "--model") and "--help=all" not in words:
-        server += ["--model", str(BUNDLED)]
+    if model is None and not any(names(words, flag) for flag in ("--model", "--config")) and "--help=all" not in words:
+        server += ["--model", str(MELT)]
         for flag, value in BUNDLED_DEFAULTS.items():
             if not names(words, flag):
                 server += [flag] if value is None else [flag, value]

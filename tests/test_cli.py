@@ -70,11 +70,17 @@ def test_convert_writes_a_checkpoint_and_says_what_is_next(tmp_path):
         *("--chunk-size", 32, "--decode-mode", "chunk", "--max-loops", 6, "--seed", 5),
     )
     assert done.returncode == 0
-    assert f"melt-serve serve {tmp_path / 'melt'}" in done.stdout
+    assert "does not serve chunk mode yet" in done.stdout
     assert "100%" in done.stderr
     config = MeltForCausalLM.from_pretrained(tmp_path / "melt").config
     assert (config.kv_gate_type, config.kv_gate_initial_state) == ("scalar", "zeros")
     assert (config.chunk_size, config.decode_mode, config.max_loops) == (32, "chunk", 6)
+
+
+def test_a_convertible_checkpoint_is_one_command_from_being_served(tmp_path):
+    tiny_looplm().save_pretrained(tmp_path / "ouro")
+    done = run("convert", tmp_path / "ouro", tmp_path / "melt", "--quiet")
+    assert done.stdout.endswith(f"melt-serve serve {tmp_path / 'melt'}\n") and done.stderr == ""
 
 
 def test_our_errors_are_one_line_without_a_traceback(tmp_path):

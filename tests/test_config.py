@@ -54,7 +54,7 @@ def test_defaults_are_ouro_1_4b(config):
     assert parameters == pytest.approx(1.43e9 if config.model_type == "ouro" else 1.64e9, rel=0.01)
 
 
-def test_kv_bytes_are_those_of_design_section_5():
+def test_kv_bytes_are_those_of_the_published_shapes():
     assert kv_bytes_per_token(LoopLMConfig(), bytes_per_value=2) == 786_432
     assert kv_bytes_per_token(MeltConfig(), bytes_per_value=2) == 196_608
     assert kv_bytes_per_token(MeltConfig(), bytes_per_value=1) == 98_304

@@ -5,32 +5,35 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
+from melt_serve import demo
+from melt_serve.bundled import MELT
 from melt_serve.config import MeltConfig, kv_bytes_per_token
-from melt_serve.serve import BUNDLED
 
 DEMO = [str(Path(sys.executable).with_name("melt-serve")), "demo", "--json"]
 
 
-def run_demo(*, interrupt: bool = False) -> tuple[int, str, str, list[psutil.Process]]:
-    """Run the demo, or press Ctrl-C once its server is starting: exit code, output, errors, every process it began."""
-    demo = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run_demo(*signals: signal.Signals) -> tuple[int, str, str, list[psutil.Process]]:
+    """Run the demo, and send it signals once its server is starting; gives the exit code, its output, its errors, and
+    every process it began."""
+    process = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     children: set[psutil.Process] = set()
     deadline = time.monotonic() + 300
-    while demo.poll() is None:
+    while process.poll() is None:
         assert time.monotonic() < deadline
         with suppress(psutil.NoSuchProcess):
-            children |= set(psutil.Process(demo.pid).children(recursive=True))
-        if interrupt and len(children) > 1:  # the API server, and the engine it starts
-            demo.send_signal(signal.SIGINT)
-            interrupt = False
+            children |= set(psutil.Process(process.pid).children(recursive=True))
+        if signals and len(children) > 1:  # the API server, and the engine it starts
+            process.send_signal(signals[0])
+            signals = signals[1:]
         time.sleep(0.2)
-    output, errors = demo.communicate()
-    return demo.returncode, output, errors, list(children)
+    output, errors = process.communicate()
+    return process.returncode, output, errors, list(children)
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -46,7 +49,7 @@ def test_the_demo_answers_shows_its_cache_and_leaves_nothing_running():
     code, output, errors, processes = run_demo()
     assert code == 0, output + errors
     result = json.loads(output.splitlines()[-1])
-    row = kv_bytes_per_token(MeltConfig.from_pretrained(BUNDLED), bytes_per_value=2)  # vLLM serves in bfloat16
+    row = kv_bytes_per_token(MeltConfig.from_pretrained(MELT), bytes_per_value=2)  # vLLM serves in bfloat16
     assert result["questions"] == 10 and result["correct"] >= 9
     assert result["kv_bytes_per_token"] == row
     assert result["looplm_kv_bytes_per_token"] == {"1": row, "4": 4 * row, "16": 16 * row}
@@ -54,11 +57,29 @@ def test_the_demo_answers_shows_its_cache_and_leaves_nothing_running():
     assert processes and not running(processes)
 
 
-def test_ctrl_c_stops_the_server_too():
-    code, _, errors, processes = run_demo(interrupt=True)
-    assert code == 130
+@pytest.mark.parametrize(("signals", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGHUP,), 129)])
+def test_ctrl_c_pressed_twice_and_a_closed_terminal_stop_the_server_too(signals, code):
+    ended_with, _, errors, processes = run_demo(*signals)
+    assert ended_with == code
     assert "Traceback" not in errors
     assert processes and not running(processes)
+
+
+def test_too_few_right_answers_fail(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "server", lambda: nullcontext("http://nowhere"))
+    monkeypatch.setattr(demo, "kv_costs", lambda url: (1024, {"1": 1024}))
+    for right, code in ((8, 1), (9, 0)):
+        monkeypatch.setattr(demo, "ask", lambda url, asked, right=right: right)
+        assert demo.main([]) == code
+        assert f"{right} of 10 answers right" in capsys.readouterr().out
+
+
+def test_a_server_that_dies_is_one_error_with_its_last_words(monkeypatch, capsys):
+    dying = [sys.executable, "-c", "print('out of luck'); raise SystemExit(7)"]
+    monkeypatch.setattr(demo, "command", lambda words: dying)
+    assert demo.main([]) == 1
+    error = capsys.readouterr().err
+    assert "exit code 7" in error and "out of luck" in error and "Traceback" not in error
 
 
 def test_fewer_than_one_question_is_refused_at_once():

@@ -4,14 +4,15 @@ import sys
 
 import pytest
 
-from melt_serve.serve import BUNDLED, command, main
+from melt_serve.bundled import MELT
+from melt_serve.serve import command, main
 
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 
 
 def test_without_a_path_the_bundled_checkpoint_is_served():
     words = command(["--port", "9000"])
-    assert words[:5] == [*SERVER, "--model", str(BUNDLED)]
+    assert words[:5] == [*SERVER, "--model", str(MELT)]
     assert words[-2:] == ["--port", "9000"]
     assert "--enforce-eager" in words
 
@@ -28,6 +29,17 @@ def test_a_path_and_vllms_flags_pass_through_untouched(tmp_path):
     assert command(words) == [*SERVER, "--model", *words]
     assert command(["org/name"]) == [*SERVER, "--model", "org/name"]
     assert command(["--model", "org/name"]) == [*SERVER, "--model", "org/name"]
+
+
+def test_a_model_in_a_config_file_is_left_to_vllm():
+    assert command(["--config", "serve.yaml"]) == [*SERVER, "--config", "serve.yaml"]
+
+
+def test_a_path_after_the_flags_is_refused_not_ignored(tmp_path, capsys):
+    (tmp_path / "config.json").touch()
+    assert main(["--port", "9000", str(tmp_path)]) == 2
+    assert "must come before the flags" in capsys.readouterr().err
+    assert command(["--model", str(tmp_path)]) == [*SERVER, "--model", str(tmp_path)]
 
 
 @pytest.mark.parametrize(("path", "says"), [("./nowhere", "does not exist"), (".", "no config.json")])

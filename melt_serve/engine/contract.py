@@ -1,11 +1,12 @@
 """The serving contract at start-up: what MELT needs is set, what would break it is refused.
 
-The contract (design section 3): up to rounding, the output is a function of the tokens, the weights,
+The contract (engine/README.md): up to rounding, the output is a function of the tokens, the weights,
 the loops, C and the decode mode alone. Rule 6 lists what cannot keep it.
 """
 
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -55,11 +56,10 @@ def refuse_checkpoint(config: MeltConfig) -> None:
             f"MELT: decode_mode={config.decode_mode!r} is not served yet; "
             """to decode with C=1 instead, pass --hf-overrides '{"decode_mode": "token"}'"""
         )
-    assert config.max_loops is not None
-    if not 1 <= config.total_ut_steps <= config.max_loops:
-        raise ValueError(
-            f"MELT: total_ut_steps={config.total_ut_steps} is outside this checkpoint's 1..max_loops={config.max_loops}"
-        )
+    try:
+        config.validate()  # again: overrides are set without it
+    except StrictDataclassError as error:
+        raise ValueError(f"MELT: {error.__cause__ or error}") from None
 
 
 def refuse_small_steps(vllm_config: "VllmConfig") -> None:

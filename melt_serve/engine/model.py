@@ -26,14 +26,12 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from melt_serve.config import MeltConfig, gate_width
+from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
 from melt_serve.kernels.gate import gate_blend
-
-EMA_KEEP = 0.2
 
 
 class KVGate(nn.Module):
-    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type` (design sections 2 and 4).
+    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type` (arXiv 2605.07721; modeling/README.md).
 
     Every rank of a tensor-parallel group computes the whole gate: K and V read all of h, and the
     alternative, a gate split over ranks, would gather h N x T times a step.

@@ -23,7 +23,7 @@ def apply() -> None:
 
     _replace(ModelConfig, "is_prefix_caching_supported", _prefix_caching_off_by_default)
     _replace(InputProcessor, "process_inputs", _refuse_resumable_sessions)
-    _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search_online)
+    _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
 
@@ -71,23 +71,12 @@ BEAM_SEARCH_REFUSED = (
 
 
 def _refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Raised when it is called, not when it is iterated: by then a streamed answer has begun with a 200.
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_melt(self.model_config):
+        if _is_melt(getattr(self, "engine_client", self).model_config):
             raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
         return original(self, *args, **kwargs)
-
-    beam_search.melt_serve = True  # type: ignore[attr-defined]
-    return beam_search
-
-
-def _refuse_beam_search_online(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    async def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_melt(self.engine_client.model_config):
-            raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
-        async for output in original(self, *args, **kwargs):
-            yield output
 
     beam_search.melt_serve = True  # type: ignore[attr-defined]
     return beam_search

@@ -1,4 +1,4 @@
-"""The chunk grid: which tokens of a request may run in one step (design section 3, rules 1 and 4)."""
+"""The chunk grid: which tokens of a request may run in one step (engine/README.md)."""
 
 from typing import Any
 

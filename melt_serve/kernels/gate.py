@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def gate_blend(logits: Tensor, h: Tensor, n: Tensor) -> Tensor:
-    """h_t = z * h_{t-1} + (1 - z) * n_t with z = sigmoid(logits) (arXiv 2605.07721; design section 2).
+    """h_t = z * h_{t-1} + (1 - z) * n_t with z = sigmoid(logits) (arXiv 2605.07721; modeling/README.md).
 
     Args:
         logits: [tokens, hidden] or [tokens, 1], W_z n + U_z h + b_z.

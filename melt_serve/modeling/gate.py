@@ -1,15 +1,14 @@
-"""The KV gate: what a token's latent state h keeps from loop to loop (arXiv 2605.07721; design section 2)."""
+"""The KV gate: what a token's latent state h keeps from loop to loop (arXiv 2605.07721; README.md, section 2)."""
 
 import torch
 from torch import Tensor, nn
 
-from melt_serve.config import MeltConfig, gate_width
+from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
 
 # Our choice: W_z and U_z start at this standard deviation and b_z at this value, so that z is near
 # 0.12 and a fresh MELT stays close to "the last loop's row".
 GATE_WEIGHT_STD = 0.02
 GATE_BIAS = -2.0
-EMA_KEEP = 0.2  # our choice: the paper does not say whether 0.2 weighs the old state or the new input
 
 
 class KVGate(nn.Module):

@@ -1,6 +1,6 @@
 """LoopLM (Ouro) in plain PyTorch: N layers applied T times, one KV cache a (layer, loop).
 
-Source: Scaling Latent Reasoning via Looped Language Models, arXiv 2510.25741; design section 1.
+Source: Scaling Latent Reasoning via Looped Language Models, arXiv 2510.25741; README.md, section 1.
 Letters: B sequences, S new tokens, K keys, H heads, D head_dim, V vocabulary, d hidden size, N layers, T loops.
 """
 

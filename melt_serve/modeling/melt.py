@@ -1,6 +1,6 @@
 """MELT in plain PyTorch: one KV row a (layer, token), rewritten at every loop through a gate.
 
-Source: Memory-Efficient Looped Transformer, arXiv 2605.07721; design sections 2 and 3. Letters as in `looplm.py`,
+Source: Memory-Efficient Looped Transformer, arXiv 2605.07721; README.md, sections 2 and 3. Letters as in `looplm.py`,
 and n: normed attention input, h: latent state, C: chunk size, Q: tokens of a chunk.
 """
 

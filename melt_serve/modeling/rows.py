@@ -47,7 +47,7 @@ class Chunk:
 
 
 def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tensor | None = None) -> Iterator[Chunk]:
-    """Cut new tokens into chunks on each sequence's own grid (design section 3).
+    """Cut new tokens into chunks on each sequence's own grid (README.md, section 3).
 
     Args:
         real: [B, S], true for tokens, false for padding, which does not count for the grid.
@@ -57,8 +57,11 @@ def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tenso
             generated: a chunk of its own.
 
     Raises:
-        ValueError: in `token` mode, a prompt goes on inside a chunk whose rows are final already.
+        ValueError: padding inside a sequence; or, in `token` mode, a prompt that goes on inside a chunk
+            whose rows are final already.
     """
+    if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
+        raise ValueError("attention_mask has a hole: padding may stand left or right of a sequence, not inside it")
     size = config.chunk_size
     positions = torch.where(real, lengths[:, None] + real.cumsum(-1) - 1, -1)
     ordinal = positions // size

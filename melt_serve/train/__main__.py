@@ -1,53 +1,81 @@
-"""`python -m melt_serve.train`: remake what the package bundles."""
+"""`python -m melt_serve.train`: make what the package bundles."""
 
 import argparse
+import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent.parent / "checkpoints" / "melt-demo"
+from melt_serve.bundled import CHECKPOINTS
+
+DESCRIPTION = """\
+Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
+measure both on held-out questions, and write them with their cards. About an hour on 2 CPU cores.
+
+A run can be cut into sittings: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
+minute anyway. --resume goes on, and computes exactly what an unbroken run would have."""
 
 EXAMPLES = """\
 examples:
-  python -m melt_serve.train demo                     remake the bundled checkpoint, in place
-  python -m melt_serve.train demo --out ./melt-demo   the same, elsewhere
-  python -m melt_serve.train demo --seed 1            another one of its kind
+  python -m melt_serve.train demo                           remake the bundled checkpoints, in place
+  python -m melt_serve.train demo --minutes 20              the first twenty minutes of it
+  python -m melt_serve.train demo --resume                  ... and the rest
+  python -m melt_serve.train demo --out ./mine --seed 1     others of their kind, elsewhere
 """
 
 
 def main() -> int:
-    """Run one subcommand; the exit code."""
+    """Run one subcommand; the exit code: 0 when done, 3 when a sitting ended first, 130 after Ctrl-C."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m melt_serve.train", description="Train MELT checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="remake the bundled demo checkpoint from nothing",
-        description="Train the bundled demo checkpoint from nothing with fixed seeds, measure it on held-out "
-        "questions, and write it with its card. Takes about 10 to 20 minutes on 2 CPU cores.",
+        help="remake the bundled checkpoints from nothing",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=raw,
     )
-    demo.add_argument("--out", type=Path, default=BUNDLED, help="folder to write (default: the bundled checkpoint's)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
-    demo.add_argument("--warm-steps", type=int, help="steps at one loop")
-    demo.add_argument("--melt-steps", type=int, help="steps at all loops")
-    demo.add_argument("--questions", type=int, default=1000, help="held-out questions to measure on (default: 1000)")
+    add = demo.add_argument
+    add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
+    add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
+    add("--resume", action="store_true", help="go on with the run in that folder")
+    add("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
+    add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
+    add("--questions", type=int, default=1000, metavar="N", help="held-out questions to measure on (default: 1000)")
     arguments = parser.parse_args()
+    if arguments.questions < 1:
+        demo.error(f"--questions must be at least 1, not {arguments.questions}")
+    if arguments.minutes < 0:
+        demo.error(f"--minutes must not be negative, but is {arguments.minutes}")
+    return run(arguments)
 
-    from melt_serve.train.direct import Recipe, make_checkpoint
 
-    steps = {name: getattr(arguments, name) for name in ("warm_steps", "melt_steps") if getattr(arguments, name)}
+def run(arguments: argparse.Namespace) -> int:
+    """`python -m melt_serve.train demo`."""
+    from melt_serve.train.demo import make_checkpoints
+    from melt_serve.train.evaluate import table
+    from melt_serve.train.recipe import Recipe
+    from melt_serve.train.trainer import Paused, Sitting, TrainingError
+
+    again = f"go on with: python -m melt_serve.train demo --resume --run {arguments.run}"
+    sitting = Sitting(arguments.minutes)
     try:
-        scores = make_checkpoint(arguments.out, replace(Recipe(seed=arguments.seed), **steps), arguments.questions)
-    except OSError as error:
+        arguments.run.mkdir(parents=True, exist_ok=True)
+        if not arguments.resume and any(arguments.run.glob("*.state.pt")):
+            raise TrainingError(f"{arguments.run} holds a run already: add --resume, or choose another --run folder")
+        recipe = Recipe().seeded(arguments.seed)
+        scores = make_checkpoints(recipe, arguments.run, arguments.out, sitting, arguments.questions)
+    except Paused:
+        print(f"paused, everything is saved; {again}", file=sys.stderr)
+        return 3 if sitting.signal is None else 128 + sitting.signal
+    except KeyboardInterrupt:
+        print(f"\nstopped, the training is saved; {again}", file=sys.stderr)
+        return 130
+    except (OSError, TrainingError) as error:
         print(f"melt_serve.train: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    for loops, score in scores.items():
-        print(f"loops={loops}: {score:.1%} of {arguments.questions} held-out questions right")
-    print(f"wrote {arguments.out}")
+    print(table(scores))
+    print(f"wrote {arguments.out}/looplm-demo and {arguments.out}/melt-demo; losses: {arguments.run}/losses.jsonl")
     return 0
 
 

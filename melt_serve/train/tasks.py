@@ -1,11 +1,14 @@
-"""An easy chat task with checkable answers and endless data: find the one fact a story hides.
+"""A chat task with checkable answers and endless data: who is where.
 
-Among sentences about nothing much, one says who hid what where; the question asks for a part of it:
+Every sentence puts somebody in a place or with one of the three people named before, so an answer follows a
+chain of sentences, backwards, to a place:
 
-    The birds sing in a tree. Bob hid the lamp in the barn. It rains all day long. ... Where is the lamp?
-    <think>Bob hid the lamp in the barn.</think>In the barn.
+    Find everybody. Ann is in Rome. Bob is with Ann. Eve is in Oslo. Dan is with Bob. ... Where is Dan?
+    <think>Follow Dan Bob Ann Rome</think>In Rome.
 
-Stories span two to four chunks of 32 tokens, so most answers need a row that an earlier chunk wrote.
+With sixteen sentences a prompt spans four chunks of 32 tokens, and chains cross them at random. One step of a chain
+needs two attentions, one after the other: a name must have met the name before it in its sentence before it can be
+found by that. One layer in one loop cannot do it; one layer in several loops can.
 """
 
 import hashlib
@@ -16,29 +19,16 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 
-NAMES = tuple("Ann Ben Bob Cara Dan Eve Finn Gus Hana Ian Jane Kim Leo Mia Noah Sam".split())
-ITEMS = tuple("ball bell book coat coin cup drum fork hat key kite lamp map pen ring rope".split())
-PLACES = tuple("attic barn bus cave den gym hall hut lab loft mill park shed shop tent yard".split())
-FILLERS = (
-    "The sun is low today.",
-    "The birds sing in a tree.",
-    "It rains all day long.",
-    "We walk home at night.",
-    "The road is long and wet.",
-    "A dog runs very fast.",
-    "The wind is cold now.",
-    "They eat bread and soup.",
-    "Two cats sleep on a wall.",
-    "The sea is calm again.",
-    "A red car drives by.",
-    "The moon is out early.",
-    "Some snow fell last week.",
-    "He reads an old letter.",
-    "The tea is still hot.",
-    "She sings a long song.",
+NAMES = tuple(
+    "Ann Ben Bob Cara Dan Eve Finn Gus Hana Ian Jack Jane Kim Lena Leo Mia Noah Olga Pam Rosa Sam Tom Uma Zoe".split()
 )
-SENTENCES = range(5, 13)
-"""How many sentences a story may have, the fact included."""
+PLACES = tuple("Bern Cairo Dakar Delhi Kyoto Lima Milan Oslo Paris Perth Porto Quito Rome Seoul Tokyo Turin".split())
+SENTENCES = 16
+"""Sentences of a full-grown story; training also sees shorter ones."""
+REACH = 3
+"""A sentence refers to one of this many before it."""
+PLACE_SHARE = 0.2
+"""The share of sentences that name a place; the first always does."""
 
 HELDOUT_SHARE = 8
 """One prompt in this many is held out."""
@@ -46,11 +36,16 @@ HELDOUT_SHARE = 8
 
 @dataclass(frozen=True)
 class Question:
-    """A user message, and the reasoning and the answer it deserves."""
+    """A user message, and the reasoning and the answer it deserves.
+
+    Attributes:
+        chain: how many sentences the answer follows.
+    """
 
     prompt: str
     reasoning: str
     answer: str
+    chain: int
 
     @property
     def reply(self) -> str:
@@ -62,29 +57,36 @@ class Question:
         return reply.strip() == self.answer
 
 
-def questions(split: Split, seed: int) -> Iterator[Question]:
-    """Endless questions; no prompt of one split is ever one of the other."""
+def questions(split: Split, seed: int | str, sentences: int = SENTENCES) -> Iterator[Question]:
+    """Endless questions of this many sentences; no prompt of one split is ever one of the other."""
     draw = random.Random(f"{split} {seed}")
     while True:
-        question = draw_question(draw)
+        question = draw_question(draw, sentences)
         if split_of(question.prompt) == split:
             yield question
 
 
-def draw_question(draw: random.Random) -> Question:
-    """One random story with its question."""
-    name, item, place = draw.choice(NAMES), draw.choice(ITEMS), draw.choice(PLACES)
-    fact = f"{name} hid the {item} in the {place}."
-    story = draw.sample(FILLERS, draw.choice(SENTENCES) - 1)
-    story.insert(draw.randint(0, len(story)), fact)
-    asked, answer = draw.choice(
-        (
-            (f"Who hid the {item}?", f"{name}."),
-            (f"What did {name} hide?", f"The {item}."),
-            (f"Where is the {item}?", f"In the {place}."),
-        )
+def draw_question(draw: random.Random, sentences: int) -> Question:
+    """One random story with a question about anybody in it."""
+    names = draw.sample(NAMES, sentences)
+    story, leads_to = ["Find everybody."], dict[str, str]()
+    for person, name in enumerate(names):
+        if person == 0 or draw.random() < PLACE_SHARE:
+            leads_to[name] = draw.choice(PLACES)
+            story.append(f"{name} is in {leads_to[name]}.")
+        else:
+            leads_to[name] = draw.choice(names[max(0, person - REACH) : person])
+            story.append(f"{name} is with {leads_to[name]}.")
+    asked = draw.choice(names)
+    steps = [asked]
+    while steps[-1] in leads_to:
+        steps.append(leads_to[steps[-1]])
+    return Question(
+        prompt=" ".join([*story, f"Where is {asked}?"]),
+        reasoning=" ".join(["Follow", *steps]),
+        answer=f"In {steps[-1]}.",
+        chain=len(steps) - 1,
     )
-    return Question(" ".join([*story, asked]), fact, answer)
 
 
 def split_of(prompt: str) -> Split:

@@ -6,9 +6,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.train.tasks import FILLERS, ITEMS, NAMES, PLACES, questions
+from melt_serve.train.tasks import NAMES, PLACES, questions
 
-VOCABULARY = 640
+VOCABULARY = 512
 """The model's vocabulary, a multiple of 64 as kernels like it; the tokenizer's is a few tokens smaller."""
 MAX_TOKENS = 2048
 
@@ -44,9 +44,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def corpus() -> list[str]:
-    """The text the merges are learnt from: each of the task's words at the start of a text and after a space."""
-    words = [*NAMES, *ITEMS, *PLACES, *" ".join(FILLERS).split()]
+    """The text the merges are learnt from: the task's names and places, and questions for all other words."""
+    words = [*NAMES, *PLACES]
     text = [f"{word} {word}" for word in words for _ in range(20)]
     for question in islice(questions("train", seed=0), 200):
-        text += [question.prompt, question.reasoning, question.answer]
+        text += [question.prompt, question.reply]
     return text + ["system user assistant tool"] * 20

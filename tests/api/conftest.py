@@ -1,5 +1,6 @@
 """vLLM's own server, with no launcher of ours, on the bundled checkpoint; and the official client."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -9,21 +10,23 @@ import urllib.request
 import pytest
 from openai import OpenAI
 
-from melt_serve.serve import BUNDLED
+from melt_serve.bundled import MELT
 
-PORT = 18321
 SWITCHES = ("--enable-auto-tool-choice", "--enforce-eager")
-URL = f"http://127.0.0.1:{PORT}"
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("server") / "log.txt"
     flags = {
-        "--model": str(BUNDLED),
+        "--model": str(MELT),
         "--served-model-name": "melt-demo",
         "--host": "127.0.0.1",
-        "--port": str(PORT),
+        "--port": str(port),
         "--kv-cache-memory-bytes": str(64 << 20),
         "--max-model-len": "512",
         "--reasoning-parser": "qwen3",
@@ -33,34 +36,30 @@ def server(tmp_path_factory):
     words = [word for flag in flags.items() for word in flag]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                *words,
-                "--enable-auto-tool-choice",
-                "--enforce-eager",
-            ],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *SWITCHES],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
             for _ in range(300):
                 assert process.poll() is None, log.read_text()[-4000:]
-                if healthy():
+                if healthy(url):
                     break
                 time.sleep(1)
             else:
                 raise AssertionError(log.read_text()[-4000:])
-            yield URL
+            yield url
         finally:
             process.terminate()
-            process.wait(30)
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
 
 
-def healthy() -> bool:
+def healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{URL}/health", timeout=5) as response:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
             return response.status == 200
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False

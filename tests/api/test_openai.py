@@ -71,8 +71,9 @@ def test_tokens_can_be_turned_back_into_text(server):
 
 def test_log_probabilities_come_with_their_alternatives(client):
     (choice,) = chat(client, ASKED[0], logprobs=True, top_logprobs=3).choices
+    assert len(choice.logprobs.content) > 5
     for token in choice.logprobs.content:
-        assert token.logprob <= 0
+        assert token.logprob <= 0 and len(token.top_logprobs) == 3
         assert token.logprob == max(alternative.logprob for alternative in token.top_logprobs)
 
 
@@ -166,8 +167,9 @@ def test_models_health_and_metrics(client, server):
         ({"messages": "hello"}, openai.BadRequestError, "messages"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
         ({"extra_body": {"use_beam_search": True}, "n": 2}, openai.BadRequestError, "beam search"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2, "stream": True}, openai.BadRequestError, "beam search"),
     ],
-    ids=["model", "length", "temperature", "messages", "max_tokens", "beam search"],
+    ids=["model", "length", "temperature", "messages", "max_tokens", "beam search", "streamed beam search"],
 )
 def test_a_bad_request_gets_openais_error_and_the_server_lives_on(client, arguments, error, says):
     with pytest.raises(error, match=says) as refused:

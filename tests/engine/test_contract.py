@@ -53,6 +53,7 @@ def configure(path, **arguments):
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
         ({"hf_overrides": {"decode_mode": "chunk"}}, "decode_mode='chunk' is not served yet"),
         ({"hf_overrides": {"total_ut_steps": 9}}, "total_ut_steps=9 is outside"),
+        ({"hf_overrides": {"chunk_size": 0}}, "chunk_size must be at least 1, not 0"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

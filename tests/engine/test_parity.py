@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from vllm import SamplingParams, TokensPrompt
 
 from tests.engine.engines import (
     GENERATED,
+    VOCABULARY,
     distance,
     engine,
     engine_logprobs,
@@ -62,14 +64,28 @@ def test_a_reference_with_other_chunks_is_far_away(tmp_path):
     assert distance(model, prompt, output, loops=4) > 1e-2
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path):
+@torch.no_grad()
+def test_every_position_of_a_prompt_equals_the_reference(tmp_path):
+    model = save_melt(tmp_path)
+    everything = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=VOCABULARY, detokenize=False)
+    with engine(tmp_path) as llm:
+        asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts(31, 64, 100)]
+        for request in llm.generate(asked, everything, use_tqdm=False):
+            expected = model(torch.tensor([request.prompt_token_ids])).logits[0].log_softmax(-1)
+            for position, candidates in enumerate(request.prompt_logprobs[1:]):
+                served = torch.tensor([candidates[token].logprob for token in range(VOCABULARY)])
+                torch.testing.assert_close(served, expected[position], atol=FLOAT32, rtol=0)
+
+
+@pytest.mark.parametrize("loops", [1, 2, 4, 8])
+def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path, loops):
     model = save_melt(tmp_path)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     ours, theirs, agreed = [], [], []
-    with engine(tmp_path, dtype="bfloat16") as llm:
+    with engine(tmp_path, dtype="bfloat16", hf_overrides={"total_ut_steps": loops}) as llm:
         for prompt, output in zip(prompts(*LENGTHS), generate(llm, prompts(*LENGTHS)), strict=True):
-            exact = reference_logprobs(model, prompt, output.token_ids, loops=4)
-            reference = reference_logprobs(rounded, prompt, output.token_ids, loops=4)
+            exact = reference_logprobs(model, prompt, output.token_ids, loops)
+            reference = reference_logprobs(rounded, prompt, output.token_ids, loops)
             served = engine_logprobs(output)
             ours.append((served - exact).abs().mean())
             theirs.append((reference - exact).abs().mean())
@@ -80,12 +96,15 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path):
     assert torch.cat(agreed).all() and len(torch.cat(agreed)) > GENERATED
 
 
-def test_tensor_parallel_two_equals_the_reference(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("loops", "kv_heads"), [(1, 1), (2, 4), (4, 2), (8, 1)])
+def test_tensor_parallel_two_equals_the_reference(tmp_path, monkeypatch, loops, kv_heads):
+    """With one KV head, both ranks hold it."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    model = save_melt(tmp_path)
-    with engine(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+    model = save_melt(tmp_path, num_key_value_heads=kv_heads)
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(tmp_path, **parallel, hf_overrides={"total_ut_steps": loops}) as llm:
         for prompt, output in zip(prompts(*LENGTHS), generate(llm, prompts(*LENGTHS)), strict=True):
-            assert distance(model, prompt, output, loops=4) <= FLOAT32, f"prompt of {len(prompt)} tokens"
+            assert distance(model, prompt, output, loops) <= FLOAT32, f"prompt of {len(prompt)} tokens"
 
 
 def test_compiled_equals_the_reference(tmp_path):

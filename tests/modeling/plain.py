@@ -1,4 +1,4 @@
-"""LoopLM and MELT once more, from design sections 1 to 3 and a state dict alone: one token and head at a time."""
+"""LoopLM and MELT once more, from modeling/README.md and a state dict alone: one token and head at a time."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The KV gate does what design section 2 says, to the digit."""
+"""The KV gate does what melt_serve/modeling/README.md says, to the digit."""
 
 import math
 

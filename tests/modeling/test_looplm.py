@@ -1,4 +1,4 @@
-"""The reference LoopLM is design section 1, cached, padded and generated from alike."""
+"""The reference LoopLM is its README's section 1, cached, padded and generated from alike."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reference MELT is design sections 2 and 3: exact at C=1, a LoopLM where it must be one, and one function of
+"""The reference MELT is its README's sections 2 and 3: exact at C=1, a LoopLM where it must be one, and one function of
 its tokens however they are fed."""
 
 import pytest
@@ -295,3 +295,9 @@ def test_in_chunk_mode_an_open_chunk_cannot_go_on_with_other_loops():
 def test_stepping_back_is_refused():
     with pytest.raises(ValueError, match="cannot be taken back"):
         MeltRows(tiny_melt().config, batch_size=1).crop(1)
+
+
+def test_padding_inside_a_sequence_is_refused():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="attention_mask has a hole"):
+        tiny_melt()(tokens(1, 7), attention_mask=mask)

@@ -1,0 +1,124 @@
+"""What comes out of training: checkpoint folders that transformers and vLLM take as they are, with cards."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.train.evaluate import Score
+from melt_serve.train.recipe import Recipe, Stage
+
+REMAKE = """\
+Remake both with
+
+    python -m melt_serve.train demo
+
+on 2 CPU cores."""
+
+
+def export(
+    model: OuroForCausalLM | MeltForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, target: Path
+) -> None:
+    """Write weights, config, tokenizer, chat template and card; `target` is replaced whole or not at all."""
+    part = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def teacher_card(model: OuroForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
+    """The LoopLM's model card."""
+    return f"""{heading("looplm-demo")}
+A looped language model (LoopLM, as Ouro, arXiv 2510.25741) of {describe(model)}. It is the teacher that `melt-demo`
+was distilled from, and bundled to compare with: its KV cache grows with the loops.
+
+{story(recipe, minutes)}
+
+## Recipe
+
+Cross-entropy on the replies, mean over loops. `shallow` is the same model with one loop on the same data.
+
+{stage_table(recipe, ("teacher", "shallow"))}
+
+## Held-out questions
+
+{score_table(scores)}
+"""
+
+
+def student_card(model: MeltForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
+    """The MELT's model card."""
+    return f"""{heading("melt-demo")}
+A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of \
+{model.config.chunk_size} tokens, `{model.config.decode_mode}` decode mode. It was post-trained from
+`looplm-demo` by the paper's two phases: interpolated transition, then attention-aligned distillation.
+
+{story(recipe, minutes)}
+
+## Recipe
+
+{stage_table(recipe, ("transition", "alignment"))}
+
+## Held-out questions
+
+`looplm-demo` is the teacher, `shallow` the same model with one loop on the same data, `converted` the teacher with
+shared rows (gate type `last`) and no post-training.
+
+{score_table(scores)}
+"""
+
+
+def heading(name: str) -> str:
+    """The front matter and the title."""
+    return f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}\n"
+
+
+def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
+    """Weights and shape in words."""
+    config = model.config
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    plural = "s" * (config.num_hidden_layers > 1)
+    return (
+        f"{weights:,} weights: {config.num_hidden_layers} layer{plural} of width {config.hidden_size} run "
+        f"{config.total_ut_steps} times"
+    )
+
+
+def story(recipe: Recipe, minutes: float) -> str:
+    """What both cards say of task, seed and machine."""
+    return f"""\
+It answers one kind of question, made up endlessly by `melt_serve.train.tasks`: who is where, when most
+people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together
+took {minutes:.0f} minutes. {REMAKE}"""
+
+
+def stage_table(recipe: Recipe, names: Sequence[str]) -> str:
+    """Every field of these stages."""
+    stages: list[Stage] = [getattr(recipe, name) for name in names]
+    rows = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    rows += [
+        f"| {field.name} | {' | '.join(str(getattr(stage, field.name)) for stage in stages)} |"
+        for field in fields(stages[0])
+    ]
+    return "\n".join(rows)
+
+
+def score_table(scores: Sequence[Score]) -> str:
+    """The scores as Markdown."""
+    rows = [f"Greedy, whole answers right, of {scores[0].questions:,}; reference model, float32.", ""]
+    rows += ["| checkpoint | loops | decode mode | right |", "|---|---|---|---|"]
+    rows += [
+        f"| {each.checkpoint} | {each.loops} | {each.decode_mode or '-'} | {each.accuracy:.1%} |" for each in scores
+    ]
+    return "\n".join(rows)

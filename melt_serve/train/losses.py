@@ -1,0 +1,36 @@
+"""The losses of post-training (arXiv 2605.07721; README.md). Letters as in `melt_serve.modeling`."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross-entropy in nats, mean over loops and tokens, as Ouro is trained.
+
+    Args:
+        logits: [T, tokens, V].
+        targets: [tokens].
+    """
+    return F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)))
+
+
+def distillation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """L_KD: KL(teacher_t || student_t) in nats, mean over loops and tokens, at temperature 1 (our choice).
+
+    Args:
+        teacher_logits, student_logits: [T, tokens, V].
+    """
+    teacher = F.log_softmax(teacher_logits.float(), dim=-1).flatten(0, 1)
+    student = F.log_softmax(student_logits.float(), dim=-1).flatten(0, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor) -> Tensor:
+    """|| o_MELT - o_LoopLM ||^2 of one layer at one loop, summed over d and over the member tokens.
+
+    Args:
+        teacher_output, student_output: [B, Q, d], attention outputs after W_O, before the sandwich norm.
+        members: [B, Q], true where there is a token.
+    """
+    distance = (student_output - teacher_output.detach()).square().sum(-1)
+    return distance.masked_fill(~members, 0.0).sum()

@@ -1,0 +1,193 @@
+"""The training loop every stage shares: learning rates, logs, and runs that go on where they stopped."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from melt_serve.train.recipe import Stage
+
+SAVE_SECONDS = 60
+LOG = "losses.jsonl"
+Losses = dict[str, Tensor]
+"""The parts of a loss by name; `loss` is what is minimised."""
+
+
+class Paused(Exception):
+    """The sitting is over before the stage is; everything is saved."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why, and what is on disk is good."""
+
+
+class Sitting:
+    """One stretch of time in which stages may run, and the signals that end it early."""
+
+    def __init__(self, minutes: float = math.inf):
+        self.deadline = time.monotonic() + 60 * minutes
+        self.signal: int | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the run should save and pause."""
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the sitting after the current step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._end) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, number: int, _: object) -> None:
+        self.signal = number
+
+
+def run_stage(
+    name: str,
+    stage: Stage,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    losses: Callable[[int], Losses],
+    folder: Path,
+    sitting: Sitting,
+) -> None:
+    """Train `model` for the stage's steps, going on from what `folder` holds of it.
+
+    Every step's losses become a line of `folder/losses.jsonl`. The state is saved every minute, at the end,
+    and when the sitting is over; on one machine an interrupted run computes bit for bit what an unbroken one does.
+
+    Args:
+        name: the stage's, unique in its folder.
+        losses: the loss of step i and its parts, from batch i.
+
+    Raises:
+        Paused: the sitting ended first.
+        TrainingError: the loss is no number.
+    """
+    state_file = folder / f"{name}.state.pt"
+    step = load_state(state_file, stage, model, optimizers)
+    forget_after(folder / LOG, name, step)
+    highest = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    saved = time.monotonic()
+    parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    with (
+        sitting.listen(),
+        tqdm(total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True) as bar,
+        (folder / LOG).open("a", encoding="utf-8") as log,
+    ):
+        while step < stage.steps:
+            begun = time.monotonic()
+            share = share_of_rate(stage, step)
+            for optimizer, rates in zip(optimizers, highest, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
+                optimizer.zero_grad()
+            parts = losses(step)
+            parts["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(parameters, stage.clip)
+            if not norm.isfinite():
+                raise TrainingError(f"{name}: the gradient of step {step} is not finite; the last saved state is good")
+            for optimizer in optimizers:
+                optimizer.step()
+            numbers = {part: value.item() for part, value in parts.items()}
+            seconds = time.monotonic() - begun
+            facts = {"stage": name, "step": step, **numbers, "gradient_norm": norm.item(), "seconds": seconds}
+            log.write(json.dumps(facts) + "\n")
+            step += 1
+            bar.update()
+            bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()}, refresh=False)
+            if step == stage.steps or sitting.over or time.monotonic() - saved > SAVE_SECONDS:
+                log.flush()
+                save_state(state_file, stage, step, model, optimizers)
+                saved = time.monotonic()
+            if sitting.over and step < stage.steps:
+                raise Paused
+    if sitting.over:
+        raise Paused
+
+
+def share_of_rate(stage: Stage, step: int) -> float:
+    """The share of the highest learning rate at this step: a linear rise, a plateau, a linear fall."""
+    fall = max(1, round(stage.steps * (1 - stage.decay_from)))
+    return min(1.0, (step + 1) / stage.warmup, (stage.steps - step) / fall)
+
+
+def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Write the run's state, all of it or nothing."""
+    part = path.with_name(f".{path.name}.partial")
+    state = {
+        "stage": asdict(stage),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
+    """Take up a saved state; gives the steps done, 0 where there is none.
+
+    Raises:
+        TrainingError: the state is of another recipe.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["stage"] != asdict(stage):
+        changed = sorted(key for key, value in asdict(stage).items() if state["stage"].get(key) != value)
+        raise TrainingError(f"{path} was made by another recipe ({', '.join(changed)} differ); use another folder")
+    model.load_state_dict(state["model"])
+    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
+    return state["step"]
+
+
+def forget_after(log: Path, name: str, step: int) -> None:
+    """Drop the log lines of steps that a resumed run will repeat."""
+    if not log.exists():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if keep_line(line, name, step)]
+    if kept != lines:
+        part = log.with_name(f".{log.name}.partial")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, log)
+
+
+def keep_line(line: str, name: str, step: int) -> bool:
+    """Whether a log line is whole and not one of the steps to come."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return entry["stage"] != name or entry["step"] < step
+
+
+def minutes_trained(log: Path) -> float:
+    """The minutes that all steps took together, over all sittings."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line)["seconds"] for line in lines) / 60
