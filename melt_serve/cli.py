@@ -23,6 +23,7 @@ examples:
   melt-serve convert ./Ouro-1.4B ./melt-1.6B         give a looped model MELT's gate, ready for training
   melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
   melt-serve eval --loops 1,4                        right answers of the bundled checkpoints, by depth
+  melt-serve plan ouro-1.4b --device-memory 24       how many requests fit, as a MELT and as a LoopLM
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -55,6 +56,19 @@ examples:
       another checkpoint, quicker; ends with one line of JSON
   melt-serve eval --server http://localhost:8000/v1
       whatever is served there"""
+
+PLAN_DESCRIPTION = """\
+Show what each part of a model takes of a device's memory, as a MELT in both decode modes, as a LoopLM, and as a plain
+transformer of the same shape. Arithmetic only: nothing is loaded. GB are 10^9 bytes."""
+
+PLAN_EXAMPLES = """\
+examples:
+  melt-serve plan
+      Ouro-1.4B's shape at 4 loops, one request of 32,000 tokens
+  melt-serve plan ouro-2.6b --loops 8 --context 8192 --requests 64 --device-memory 80
+      another shape and load, and how many requests fit in 80 GB
+  melt-serve plan ./my-melt --kv-dtype fp8
+      a checkpoint of your own, with FP8 rows"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -102,6 +116,29 @@ def parser() -> argparse.ArgumentParser:
         epilog=EVAL_EXAMPLES,
         formatter_class=raw,
     )
+
+    plan = commands.add_parser(
+        "plan",
+        help="see what fits in a device's memory",
+        description=PLAN_DESCRIPTION,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=raw,
+    )
+
+    plan.set_defaults(run=run_plan)
+    add = plan.add_argument
+    add("model", metavar="MODEL", nargs="?", default="ouro-1.4b", help="ouro-1.4b, ouro-2.6b, or a checkpoint's folder")
+    add("--loops", type=positive, metavar="T", help="loops a token runs (default: the config's)")
+    add("--context", type=positive, default=32000, metavar="N", help="tokens a request holds (default: 32000)")
+    add("--requests", type=positive, default=1, metavar="N", help="requests at once (default: 1)")
+    add("--chunk-size", type=positive, metavar="C", help="the MELT's (default: the config's, or 512)")
+    add("--step-tokens", type=positive, default=2048, metavar="N", help="--max-num-batched-tokens (default: 2048)")
+    add(
+        "--kv-dtype", choices=("float32", "bfloat16", "fp8"), default="bfloat16", help="of the rows (default: bfloat16)"
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)")
+    add("--device-memory", type=float, metavar="GB", help="also say how many requests fit in this much")
+    add("--json", action="store_true", help="end with one line of JSON")
 
     convert.set_defaults(run=run_convert)
     add = convert.add_argument
@@ -206,6 +243,33 @@ def run_eval(arguments: argparse.Namespace) -> int:
     print(evaluate.table(scores))
     if arguments.json:
         print(json.dumps({"rows": [asdict(score) for score in scores]}))
+    return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`melt-serve plan`."""
+    from melt_serve import plan
+
+    try:
+        config = plan.shape_of(arguments.model)
+    except plan.PlanError as error:
+        return fail(error)
+    load = plan.Load(
+        loops=arguments.loops or config.total_ut_steps,
+        context=arguments.context,
+        requests=arguments.requests,
+        step_tokens=arguments.step_tokens,
+        kv_dtype=arguments.kv_dtype,
+        weight_bytes=plan.KV_BYTES[arguments.dtype],
+    )
+    chunk_size = arguments.chunk_size or getattr(config, "chunk_size", 512)
+    device = None if arguments.device_memory is None else int(arguments.device_memory * plan.GB)
+    plans = plan.compare(config, load, chunk_size, device)
+    tokens = f"{load.requests:,} x {load.context:,} tokens"
+    print(f"{arguments.model}, T={load.loops}, C={chunk_size}, {tokens}, rows in {load.kv_dtype}")
+    print(plan.table(plans))
+    if arguments.json:
+        print(json.dumps({"rows": [{**asdict(each), "total": each.total} for each in plans]}))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""MeltForCausalLM from vLLM's own layers: N layers run T times, one KV row a (layer, token).
+"""MELT and LoopLM (Ouro) from vLLM's own layers: N layers run T times, with one KV row a (layer, token), or T.
 
-Compared with `melt_serve.modeling.melt` in tests; see there for the math in its plainest form.
+Compared with `melt_serve.modeling` in tests; see there for the math in its plainest form.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
+from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
 from melt_serve.kernels.gate import gate_blend
 
 
@@ -80,12 +81,11 @@ class MeltAttention(nn.Module):
     Each call writes the same slots again, so that the cache keeps the row of the last loop.
     """
 
-    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str, layer: int):
         super().__init__()
         assert config.num_key_value_heads is not None and config.head_dim is not None
-        ranks = get_tensor_model_parallel_world_size()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.kv_size = max(1, kv_heads // ranks) * config.head_dim
+        self.kv_size = local_kv_heads(config) * config.head_dim
         quant = vllm_config.quant_config
         self.kv_gate = KVGate(config, vllm_config, prefix=f"{prefix}.kv_gate")
         self.q_proj = ColumnParallelLinear(
@@ -97,18 +97,8 @@ class MeltAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
-        self.rotary_emb = get_rope(
-            config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
-        )
-        self.attn = Attention(
-            heads // ranks,
-            config.head_dim,
-            config.head_dim**-0.5,
-            num_kv_heads=max(1, kv_heads // ranks),
-            cache_config=vllm_config.cache_config,
-            quant_config=quant,
-            prefix=f"{prefix}.attn",
-        )
+        self.rotary_emb = rotary_embedding(config)
+        self.attn = paged_attention(config, vllm_config, prefix=f"{prefix}.attn")
 
     def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: int) -> tuple[Tensor, Tensor]:
         """W_O attn(...) and the new state h, both [tokens, hidden]."""
@@ -121,12 +111,86 @@ class MeltAttention(nn.Module):
         return output, h
 
 
-class MeltDecoderLayer(nn.Module):
+class OuroAttention(nn.Module):
+    """A LoopLM's: every loop has rows of its own, so a vLLM `Attention` of its own; no state goes on."""
+
+    def __init__(self, config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, layer: int):
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_size = heads // get_tensor_model_parallel_world_size() * config.head_dim
+        self.kv_size = local_kv_heads(config) * config.head_dim
+        quant = vllm_config.quant_config
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            heads,
+            kv_heads,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = rotary_embedding(config)
+        # vLLM reads a layer's number off its name: the caches are those of a model with T times N layers.
+        names = (
+            prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
+            for loop in range(config.total_ut_steps)
+        )
+        self.attn = nn.ModuleList(paged_attention(config, vllm_config, prefix=f"{name}.attn") for name in names)
+
+    def forward(self, positions: Tensor, n: Tensor, h: None, loop: int) -> tuple[Tensor, None]:
+        """W_O attn(...), [tokens, hidden], at loop t = `loop`, counted from 1."""
+        qkv, _ = self.qkv_proj(n)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn[loop - 1](q, k, v))
+        return output, None
+
+
+def local_kv_heads(config: LoopLMConfig) -> int:
+    """KV heads on this rank; fewer heads than ranks are held by several."""
+    assert config.num_key_value_heads is not None
+    return max(1, config.num_key_value_heads // get_tensor_model_parallel_world_size())
+
+
+def rotary_embedding(config: LoopLMConfig) -> nn.Module:
+    """RoPE on whole heads."""
+    assert config.head_dim is not None
+    return get_rope(
+        config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+    )
+
+
+def paged_attention(config: LoopLMConfig, vllm_config: VllmConfig, prefix: str) -> Attention:
+    """One set of KV rows under this name, and the attention over them."""
+    assert config.head_dim is not None
+    return Attention(
+        config.num_attention_heads // get_tensor_model_parallel_world_size(),
+        config.head_dim,
+        config.head_dim**-0.5,
+        num_kv_heads=local_kv_heads(config),
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
+
+
+class LoopedDecoderLayer(nn.Module):
     """One layer with sandwich norms; the residual stream travels beside x, as vLLM's fused norms want it."""
 
-    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+    def __init__(
+        self,
+        attention: type[MeltAttention] | type[OuroAttention],
+        config: LoopLMConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+        layer: int,
+    ):
         super().__init__()
-        self.self_attn = MeltAttention(config, vllm_config, prefix=f"{prefix}.self_attn")
+        self.self_attn = attention(config, vllm_config, prefix=f"{prefix}.self_attn", layer=layer)
         self.mlp = LlamaMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -141,8 +205,8 @@ class MeltDecoderLayer(nn.Module):
 
     def forward(
         self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, residual and h after this layer, all [tokens, hidden]; x + residual is the residual stream."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, residual and a MELT's h after this layer, all [tokens, hidden]; x + residual is the residual stream."""
         if residual is None:
             n, residual = self.input_layernorm(x), x
         else:
@@ -152,19 +216,20 @@ class MeltDecoderLayer(nn.Module):
         return self.post_attention_layernorm_2(self.mlp(x)), residual, h
 
 
-@support_torch_compile
-class MeltModel(nn.Module):
+class LoopedModel(nn.Module):
     """Embeddings, T times N layers, and the norm after every loop."""
+
+    attention: ClassVar[type[MeltAttention] | type[OuroAttention]]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        config: MeltConfig = vllm_config.model_config.hf_config
+        config: LoopLMConfig = vllm_config.model_config.hf_config
         self.loops = config.total_ut_steps
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
         )
         self.layers = nn.ModuleList(
-            MeltDecoderLayer(config, vllm_config, prefix=f"{prefix}.layers.{i}")
+            LoopedDecoderLayer(self.attention, config, vllm_config, prefix=f"{prefix}.layers.{i}", layer=i)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -187,25 +252,31 @@ class MeltModel(nn.Module):
         return x
 
 
-class MeltForCausalLM(nn.Module, SupportsQuant):
-    """The architecture that `melt` checkpoints name."""
+@support_torch_compile
+class MeltModel(LoopedModel):
+    """A MELT's layers and loops."""
 
-    hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_stacked={
-            ".k_proj": (".kv_proj", "k"),
-            ".v_proj": (".kv_proj", "v"),
-            ".gate_proj": (".gate_up_proj", 0),
-            ".up_proj": (".gate_up_proj", 1),
-        },
-        orig_to_new_prefix={"model.early_exit_gate.": None},
-    )
-    packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+    attention = MeltAttention
+
+
+@support_torch_compile
+class OuroModel(LoopedModel):
+    """A LoopLM's layers and loops."""
+
+    attention = OuroAttention
+
+
+class LoopedForCausalLM(nn.Module, SupportsQuant):
+    """What both architectures share: embeddings and head around the loops, and the loading of weights."""
+
+    backbone: ClassVar[type[LoopedModel]]
+    hf_to_vllm_mapper: ClassVar[WeightsMapper]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        config: MeltConfig = vllm_config.model_config.hf_config
+        config: LoopLMConfig = vllm_config.model_config.hf_config
         self.config = config
-        self.model = MeltModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -237,3 +308,40 @@ class MeltForCausalLM(nn.Module, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; the exit gate is not served yet, so the mapper drops its two."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
+NOT_SERVED = {"model.early_exit_gate.": None}
+
+
+class MeltForCausalLM(LoopedForCausalLM):
+    """The architecture that `melt` checkpoints name: one KV row a (layer, token), whatever the loops."""
+
+    backbone = MeltModel
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".k_proj": (".kv_proj", "k"), ".v_proj": (".kv_proj", "v"), **MLP_WEIGHTS},
+        orig_to_new_prefix=NOT_SERVED,
+    )
+    packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+
+class OuroForCausalLM(LoopedForCausalLM):
+    """The architecture that `ouro` checkpoints name: a LoopLM, with KV rows of every loop.
+
+    vLLM itself had one up to 0.25. Nothing of MELT's contract concerns it: it runs under vLLM's own scheduler.
+    """
+
+    backbone = OuroModel
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            **MLP_WEIGHTS,
+        },
+        orig_to_new_prefix=NOT_SERVED,
+    )
+    packed_modules_mapping = {  # noqa: RUF012
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }

@@ -1,4 +1,4 @@
-"""The entry point vLLM loads in every process: makes `vllm serve` know MELT checkpoints."""
+"""The entry point vLLM loads in every process: makes `vllm serve` know MELT and LoopLM checkpoints."""
 
 from vllm.version import __version__ as vllm_version
 
@@ -24,6 +24,7 @@ def register() -> None:
     from melt_serve.engine.contract import MeltStartup
 
     config.register()
-    if "MeltForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("MeltForCausalLM", "melt_serve.engine.model:MeltForCausalLM")
+    for architecture in ("MeltForCausalLM", "OuroForCausalLM"):
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, f"melt_serve.engine.model:{architecture}")
     MODELS_CONFIG_MAP["MeltForCausalLM"] = MeltStartup

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.columns import columns
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import prompt_ids
@@ -162,9 +163,4 @@ def table(scores: Sequence[Score]) -> str:
         facts = (each.loops, each.chunk_size, each.decode_mode)
         known = ["-" if fact is None else str(fact) for fact in facts]
         lines.append((each.checkpoint, *known, f"{each.questions:,}", f"{each.accuracy:.1%}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    aligned = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    return "\n".join(aligned)
+    return columns(lines)

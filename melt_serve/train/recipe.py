@@ -46,8 +46,8 @@ class Pretraining(Stage):
     """A LoopLM from nothing: cross-entropy on the replies, mean over loops (as Ouro, arXiv 2510.25741).
 
     Attributes:
-        matrix_learning_rate: Muon's, for the matrices inside the layers; it learns the task's lookups in
-            fewer than half of AdamW's steps.
+        matrix_learning_rate: Muon's, for the matrices inside the layers, which learn the task's lookups in
+            fewer steps with it than with AdamW.
         embedding_std: at the start, a token's identity must not drown in what the sandwich norms, whose
             weights are 1, add to the residual stream.
     """

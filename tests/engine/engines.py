@@ -15,31 +15,38 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.outputs import CompletionOutput
 
-from melt_serve.modeling import MeltConfig, MeltForCausalLM
+from melt_serve.modeling import LoopLMConfig, MeltConfig, MeltForCausalLM, OuroForCausalLM
 from tests.tiny import enliven
 
 VOCABULARY = 128
 GENERATED = 8
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.12,
+    "total_ut_steps": 4,
+}
 
 
 def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
     """A small MELT with seeded random weights that mix tokens, gates and loops visibly; saved at `path`."""
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.12,
-        "total_ut_steps": 4,
-        "max_loops": 8,
-        "chunk_size": 32,
-    }
     torch.manual_seed(0)
-    model = enliven(MeltForCausalLM(MeltConfig(**{**shape, **overrides})).eval())
+    config = MeltConfig(**{**SHAPE, "max_loops": 8, "chunk_size": 32, **overrides})
+    model = enliven(MeltForCausalLM(config).eval())
+    model.save_pretrained(path)
+    return model
+
+
+def save_looplm(path: Path, **overrides: object) -> OuroForCausalLM:
+    """A LoopLM of the same kind; saved at `path`."""
+    torch.manual_seed(0)
+    model = enliven(OuroForCausalLM(LoopLMConfig(**{**SHAPE, **overrides})).eval())
     model.save_pretrained(path)
     return model
 
