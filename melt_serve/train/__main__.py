@@ -9,7 +9,8 @@ from melt_serve.bundled import CHECKPOINTS
 
 DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
-measure both on held-out questions, and write them with their cards. About an hour on 2 CPU cores.
+measure both on held-out questions, and write them with their cards. About half an hour on
+2 CPU cores.
 
 A run can be cut into sittings: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
 minute anyway. --resume goes on, and computes exactly what an unbroken run would have."""

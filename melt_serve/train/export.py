@@ -4,19 +4,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.evaluate import Score
 from melt_serve.train.recipe import Recipe, Stage
 
-REMAKE = """\
-Remake both with
-
-    python -m melt_serve.train demo
-
-on 2 CPU cores."""
+WIDTH = 100
 
 
 def export(
@@ -39,49 +36,55 @@ def export(
 
 def teacher_card(model: OuroForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
     """The LoopLM's model card."""
-    return f"""{heading("looplm-demo")}
-A looped language model (LoopLM, as Ouro, arXiv 2510.25741) of {describe(model)}. It is the teacher that `melt-demo`
-was distilled from, and bundled to compare with: its KV cache grows with the loops.
-
-{story(recipe, minutes)}
-
-## Recipe
-
-Cross-entropy on the replies, mean over loops. `shallow` is the same model with one loop on the same data.
-
-{stage_table(recipe, ("teacher", "shallow"))}
-
-## Held-out questions
-
-{score_table(scores)}
-"""
+    what = (
+        f"A looped language model (LoopLM, as Ouro, arXiv 2510.25741) of {describe(model)}. It is the teacher that "
+        "`melt-demo` was distilled from, and bundled to compare with: its KV cache grows with the loops."
+    )
+    how = "Cross-entropy on the replies, mean over loops. `shallow` is the same model with one loop on the same data."
+    return card("looplm-demo", what, how, ("teacher", "shallow"), recipe, minutes, scores)
 
 
 def student_card(model: MeltForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
     """The MELT's model card."""
-    return f"""{heading("melt-demo")}
-A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of \
-{model.config.chunk_size} tokens, `{model.config.decode_mode}` decode mode. It was post-trained from
-`looplm-demo` by the paper's two phases: interpolated transition, then attention-aligned distillation.
-
-{story(recipe, minutes)}
-
-## Recipe
-
-{stage_table(recipe, ("transition", "alignment"))}
-
-## Held-out questions
-
-`looplm-demo` is the teacher, `shallow` the same model with one loop on the same data, `converted` the teacher with
-shared rows (gate type `last`) and no post-training.
-
-{score_table(scores)}
-"""
+    what = (
+        f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
+        f"{model.config.chunk_size} tokens, `{model.config.decode_mode}` decode mode. Its KV cache does "
+        "not grow with the loops."
+    )
+    how = (
+        "Post-trained from `looplm-demo` by the paper's two phases: interpolated transition, then attention-aligned "
+        "distillation."
+    )
+    return card("melt-demo", what, how, ("transition", "alignment"), recipe, minutes, scores)
 
 
-def heading(name: str) -> str:
-    """The front matter and the title."""
-    return f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}\n"
+def card(
+    name: str, what: str, how: str, stages: Sequence[str], recipe: Recipe, minutes: float, scores: Sequence[Score]
+) -> str:
+    """A model card: what it is, how it was made, and what it answers."""
+    task = (
+        "It answers one kind of question, made up endlessly by `melt_serve.train.tasks`: who is where, when most "
+        f"people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together took "
+        f"{minutes:.0f} minutes with {torch.get_num_threads()} CPU threads. Remake both checkpoints with"
+    )
+    names = (
+        "`looplm-demo` is the teacher, `shallow` the same model with one loop on the same data, `converted` the "
+        "teacher with shared rows (gate type `last`) and no post-training. Greedy, whole answers right, of "
+        f"{scores[0].questions:,}; reference model, float32."
+    )
+    parts = [
+        f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}",
+        fill(what, WIDTH),
+        fill(task, WIDTH),
+        "    python -m melt_serve.train demo",
+        "## Recipe",
+        fill(how, WIDTH),
+        stage_table(recipe, stages),
+        "## Held-out questions",
+        fill(names, WIDTH),
+        score_table(scores),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
@@ -93,14 +96,6 @@ def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
         f"{weights:,} weights: {config.num_hidden_layers} layer{plural} of width {config.hidden_size} run "
         f"{config.total_ut_steps} times"
     )
-
-
-def story(recipe: Recipe, minutes: float) -> str:
-    """What both cards say of task, seed and machine."""
-    return f"""\
-It answers one kind of question, made up endlessly by `melt_serve.train.tasks`: who is where, when most
-people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together
-took {minutes:.0f} minutes. {REMAKE}"""
 
 
 def stage_table(recipe: Recipe, names: Sequence[str]) -> str:
@@ -116,8 +111,7 @@ def stage_table(recipe: Recipe, names: Sequence[str]) -> str:
 
 def score_table(scores: Sequence[Score]) -> str:
     """The scores as Markdown."""
-    rows = [f"Greedy, whole answers right, of {scores[0].questions:,}; reference model, float32.", ""]
-    rows += ["| checkpoint | loops | decode mode | right |", "|---|---|---|---|"]
+    rows = ["| checkpoint | loops | decode mode | right |", "|---|---|---|---|"]
     rows += [
         f"| {each.checkpoint} | {each.loops} | {each.decode_mode or '-'} | {each.accuracy:.1%} |" for each in scores
     ]
