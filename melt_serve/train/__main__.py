@@ -61,7 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
     again = f"go on with: python -m melt_serve.train demo --resume --run {arguments.run}"
     sitting = Sitting(arguments.minutes)
     try:
-        arguments.run.mkdir(parents=True, exist_ok=True)
         if not arguments.resume and any(arguments.run.glob("*.state.pt")):
             raise TrainingError(f"{arguments.run} holds a run already: add --resume, or choose another --run folder")
         recipe = Recipe().seeded(arguments.seed)

@@ -34,6 +34,7 @@ def make_checkpoints(recipe: Recipe, folder: Path, target: Path, sitting: Sittin
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     teacher = pretrain("teacher", recipe, recipe.teacher, recipe.shape.loops, tokenizer, folder, sitting)
     shallow = pretrain("shallow", recipe, recipe.shallow, 1, tokenizer, folder, sitting)

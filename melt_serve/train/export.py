@@ -64,8 +64,8 @@ def card(
     """A model card: what it is, how it was made, and what it answers."""
     task = (
         "It answers one kind of question, made up endlessly by `melt_serve.train.tasks`: who is where, when most "
-        f"people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together took "
-        f"{minutes:.0f} minutes with {torch.get_num_threads()} CPU threads. Remake both checkpoints with"
+        f"people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together "
+        f"took {minutes:.0f} minutes with {torch.get_num_threads()} CPU threads. Remake both checkpoints with"
     )
     names = (
         "`looplm-demo` is the teacher, `shallow` the same model with one loop on the same data, `converted` the "
