@@ -28,7 +28,7 @@ def server(tmp_path_factory):
         "--host": "127.0.0.1",
         "--port": str(port),
         "--kv-cache-memory-bytes": str(64 << 20),
-        "--max-model-len": "512",
+        "--max-model-len": "768",
         "--reasoning-parser": "qwen3",
         "--tool-call-parser": "hermes",
         "--structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',

@@ -153,7 +153,7 @@ def test_a_tool_call_in_the_models_text_is_parsed(client):
 
 def test_models_health_and_metrics(client, server):
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert healthy()
+    assert healthy(server)
     metrics = get(f"{server}/metrics")
     assert re.search(r'vllm:generation_tokens_total\{[^}]*model_name="melt-demo"[^}]*\} [1-9]', metrics)
 
@@ -162,7 +162,7 @@ def test_models_health_and_metrics(client, server):
     ("arguments", "error", "says"),
     [
         ({"model": "nobody"}, openai.NotFoundError, "nobody"),
-        ({"messages": [{"role": "user", "content": "Where is the ball? " * 200}]}, openai.BadRequestError, "512"),
+        ({"messages": [{"role": "user", "content": "Where is the ball? " * 200}]}, openai.BadRequestError, "768"),
         ({"temperature": "warm"}, openai.BadRequestError, "temperature"),
         ({"messages": "hello"}, openai.BadRequestError, "messages"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
@@ -181,5 +181,5 @@ def test_a_bad_request_gets_openais_error_and_the_server_lives_on(client, argume
 
 def test_a_prompt_as_long_as_the_context_is_refused_not_kept_waiting(client):
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
-        client.completions.create(model=MODEL, prompt=[5] * 512, max_tokens=1)
-    assert client.completions.create(model=MODEL, prompt=[5] * 511, max_tokens=1).choices[0].finish_reason
+        client.completions.create(model=MODEL, prompt=[5] * 768, max_tokens=1)
+    assert client.completions.create(model=MODEL, prompt=[5] * 767, max_tokens=1).choices[0].finish_reason
