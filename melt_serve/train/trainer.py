@@ -82,7 +82,7 @@ def run_stage(
 
     Raises:
         Paused: the sitting ended first.
-        TrainingError: the loss is no number.
+        TrainingError: the gradient is not finite, or `folder` holds the state of another recipe.
     """
     state_file = folder / f"{name}.state.pt"
     step = load_state(state_file, stage, model, optimizers)
@@ -120,10 +120,8 @@ def run_stage(
                 log.flush()
                 save_state(state_file, stage, step, model, optimizers)
                 saved = time.monotonic()
-            if sitting.over and step < stage.steps:
+            if sitting.over:
                 raise Paused
-    if sitting.over:
-        raise Paused
 
 
 def share_of_rate(stage: Stage, step: int) -> float:
