@@ -45,8 +45,22 @@ class MeltStartup(VerifyAndUpdateConfig):
 
         logger.info("MELT: prefix caching is off, its rows cannot be shared safely yet")
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == "auto":
-            vllm_config.parallel_config.worker_cls = CPU_WORKER
+        take_cpu_worker(vllm_config)
+
+
+class LoopLMStartup(VerifyAndUpdateConfig):
+    """The same hook for a LoopLM: nothing is refused, vLLM's own scheduler serves it."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Keep seeded requests alive on a CPU."""
+        take_cpu_worker(vllm_config)
+
+
+def take_cpu_worker(vllm_config: "VllmConfig") -> None:
+    """Our worker on a CPU, unless the user named one."""
+    if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == "auto":
+        vllm_config.parallel_config.worker_cls = CPU_WORKER
 
 
 def refuse_checkpoint(config: MeltConfig) -> None:

@@ -21,10 +21,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from melt_serve.engine.contract import MeltStartup
+    from melt_serve.engine.contract import LoopLMStartup, MeltStartup
 
     config.register()
-    for architecture in ("MeltForCausalLM", "OuroForCausalLM"):
+    for architecture, startup in (("MeltForCausalLM", MeltStartup), ("OuroForCausalLM", LoopLMStartup)):
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, f"melt_serve.engine.model:{architecture}")
-    MODELS_CONFIG_MAP["MeltForCausalLM"] = MeltStartup
+        MODELS_CONFIG_MAP[architecture] = startup

@@ -39,6 +39,7 @@ class MeltCPUWorker(CPUWorker):
     """The CPU worker with the runner above."""
 
     def init_device(self) -> None:
-        """Set the device up as vLLM does, then take our runner."""
+        """Set the device up as vLLM does, then take our runner, unless vLLM's newer one (V2) was chosen."""
         super().init_device()
-        self.model_runner = MeltCPUModelRunner(self.vllm_config, torch.device("cpu"))
+        if not self.use_v2_model_runner:
+            self.model_runner = MeltCPUModelRunner(self.vllm_config, torch.device("cpu"))

@@ -42,6 +42,15 @@ def test_small_budgets_and_a_warm_prefix_cache_change_nothing(tmp_path):
         assert sum(metric.value for metric in hits) >= 192
 
 
+def test_a_seeded_request_of_several_prefill_steps_repeats_itself(tmp_path):
+    save_looplm(tmp_path)
+    with engine(tmp_path, max_num_batched_tokens=48, max_num_seqs=8, enable_prefix_caching=False) as llm:
+        first, again, other = (
+            generate(llm, prompts(200), temperature=1.0, seed=seed)[0].token_ids for seed in (7, 7, 8)
+        )
+    assert first == again != other
+
+
 def test_tensor_parallel_two_equals_the_reference(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     model = save_looplm(tmp_path)

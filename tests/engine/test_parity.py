@@ -79,7 +79,9 @@ def test_every_position_of_a_prompt_equals_the_reference(tmp_path):
 
 @pytest.mark.parametrize("loops", [1, 2, 4, 8])
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path, loops):
-    model = save_melt(tmp_path)
+    # Calmer weights than elsewhere: over eight loops the others turn rounding into other clear answers, also in the
+    # reference.
+    model = save_melt(tmp_path, initializer_range=0.07)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     ours, theirs, agreed = [], [], []
     with engine(tmp_path, dtype="bfloat16", hf_overrides={"total_ut_steps": loops}) as llm:
