@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from melt_serve.config import LoopLMConfig, weight_shapes
 from melt_serve.convert import ConversionError, convert
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from tests.signals import hear_ctrl_c
 from tests.tiny import tiny_looplm, tokens
 
 OURO_FIELDS = {
@@ -411,7 +412,8 @@ def test_memory_stays_near_one_shard(large, tmp_path):
 def test_a_signal_in_mid_conversion_leaves_nothing_behind(sent, exit_codes, large, tmp_path):
     target = tmp_path / "new" / "melt"
     command = [sys.executable, "-m", "melt_serve.cli", "convert", large, target, "--quiet"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, preexec_fn=hear_ctrl_c) as process:
         while not list(tmp_path.glob("new/.melt.partial/*.safetensors")):
             assert process.poll() is None
             time.sleep(0.001)

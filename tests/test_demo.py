@@ -14,6 +14,7 @@ import pytest
 from melt_serve import demo
 from melt_serve.bundled import MELT
 from melt_serve.config import MeltConfig, kv_bytes_per_token
+from tests.signals import hear_ctrl_c
 
 DEMO = [str(Path(sys.executable).with_name("melt-serve")), "demo", "--json"]
 
@@ -21,7 +22,8 @@ DEMO = [str(Path(sys.executable).with_name("melt-serve")), "demo", "--json"]
 def run_demo(*signals: signal.Signals) -> tuple[int, str, str, list[psutil.Process]]:
     """Run the demo, and send it signals once its server is starting; gives the exit code, its output, its errors, and
     every process it began."""
-    process = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(DEMO, **pipes, preexec_fn=hear_ctrl_c)
     children: set[psutil.Process] = set()
     deadline = time.monotonic() + 300
     while process.poll() is None:
