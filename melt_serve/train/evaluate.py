@@ -46,7 +46,7 @@ def heldout(count: int) -> list[Question]:
 def evaluate_checkpoints(
     paths: Sequence[Path], count: int, loops: Sequence[int] | None = None, modes: Sequence[DecodeMode] | None = None
 ) -> list[Score]:
-    """Score LoopLM and MELT checkpoints with the reference model, greedily.
+    """Score LoopLM and MELT checkpoints with the reference model in float32, greedily.
 
     Args:
         paths: folders; none for the bundled ones.
@@ -66,7 +66,8 @@ def evaluate_checkpoints(
             raise EvaluationError(f"{path} runs at most max_loops={config.max_loops} loops, not {max(loops)}")
     scores = []
     for path, config in zip(paths, configs, strict=True):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
         scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes)
     return scores
 
