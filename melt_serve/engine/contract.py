@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from melt_serve.config import MeltConfig
+from melt_serve.config import MeltConfig, sharing_unit
 from melt_serve.engine import patches
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class MeltStartup(VerifyAndUpdateConfig):
         refuse_parallelism(vllm_config)
         refuse_features(vllm_config)
 
-        logger.info("MELT: prefix caching is off, its rows cannot be shared safely yet")
+        choose_block_size(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         take_cpu_worker(vllm_config)
 
@@ -64,12 +64,7 @@ def take_cpu_worker(vllm_config: "VllmConfig") -> None:
 
 
 def refuse_checkpoint(config: MeltConfig) -> None:
-    """Refuse settings of the checkpoint (or `--hf-overrides`) that are not served."""
-    if config.decode_mode != "token":
-        raise ValueError(
-            f"MELT: decode_mode={config.decode_mode!r} is not served yet; "
-            """to decode with C=1 instead, pass --hf-overrides '{"decode_mode": "token"}'"""
-        )
+    """Refuse settings of the checkpoint, or `--hf-overrides`, that cannot be."""
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
@@ -78,8 +73,10 @@ def refuse_checkpoint(config: MeltConfig) -> None:
 
 def refuse_small_steps(vllm_config: "VllmConfig") -> None:
     """Refuse limits that would cut a prompt inside a chunk: in `token` mode a chunk runs whole."""
-    scheduler = vllm_config.scheduler_config
-    chunk_size = vllm_config.model_config.hf_config.chunk_size
+    config: MeltConfig = vllm_config.model_config.hf_config
+    if config.decode_mode == "chunk":
+        return
+    scheduler, chunk_size = vllm_config.scheduler_config, config.chunk_size
     limits = {
         "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
         "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,
@@ -115,10 +112,9 @@ def refuse_parallelism(vllm_config: "VllmConfig") -> None:
 
 def refuse_features(vllm_config: "VllmConfig") -> None:
     """Refuse features that move, share or guess rows in ways the contract does not cover."""
-    if vllm_config.cache_config.enable_prefix_caching:
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
-            "MELT: --enable-prefix-caching is not served yet: vLLM would share rows that depend on the chunk grid; "
-            "leave it unset"
+            "MELT: --disable-hybrid-kv-cache-manager: an open chunk's rows need cache groups of their own; leave it out"
         )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
@@ -128,11 +124,40 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows on a chunk grid; leave it out")
     if vllm_config.speculative_config is not None:
         raise ValueError(
-            "MELT: --speculative-config: in token mode every generated token is a chunk of its own, "
-            "so drafts cannot be verified together; leave it out"
+            "MELT: --speculative-config: drafts cannot be verified together where every generated token is a chunk of "
+            "its own (token mode), and are not proved inside an open chunk (chunk mode); leave it out"
         )
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, SCHEDULER):
         raise ValueError(
             f"MELT: --scheduler-cls={scheduler_cls} does not keep the chunk grid; leave it out to get {SCHEDULER}"
+        )
+
+
+def choose_block_size(vllm_config: "VllmConfig") -> None:
+    """Make blocks end where chunks end, unless the user named a block size.
+
+    Raises:
+        ValueError: `chunk` mode, and the chunk size is not a multiple of the block size.
+    """
+    cache, config = vllm_config.cache_config, vllm_config.model_config.hf_config
+    chunk_size = config.chunk_size
+    finest, coarsest = (32, 128) if current_platform.is_cpu() else (16, 16)  # vLLM's attention kernels; its default
+    if not cache.user_specified_block_size:
+        fitting = [size for size in range(finest, coarsest + 1, finest) if chunk_size % size == 0]
+        # Marked as named: vLLM would put its own default in its place later.
+        cache.block_size, cache.user_specified_block_size = max(fitting, default=coarsest), True
+    if config.decode_mode == "chunk" and chunk_size % cache.block_size:
+        raise ValueError(
+            f"MELT: chunk_size={chunk_size} is not a multiple of the KV block size, {cache.block_size}, as "
+            f"decode_mode='chunk' needs it; name a --block-size that divides it, or decode with C=1: "
+            """--hf-overrides '{"decode_mode": "token"}'"""
+        )
+    if (unit := sharing_unit(chunk_size, cache.block_size)) > chunk_size:
+        logger.warning(
+            "MELT: prefixes are shared in pieces of %d tokens, the least common multiple of chunk_size=%d and the KV "
+            "block size, %d; a --block-size that divides the chunk size shares more",
+            unit,
+            chunk_size,
+            cache.block_size,
         )

@@ -28,6 +28,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
+from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.kernels.gate import gate_blend
 
 
@@ -76,9 +77,11 @@ class KVGate(nn.Module):
 
 
 class MeltAttention(nn.Module):
-    """Queries from n, K and V rows from the gated state h; one vLLM `Attention`, called once a loop.
+    """Queries from n, K and V rows from the gated state h.
 
-    Each call writes the same slots again, so that the cache keeps the row of the last loop.
+    The cache keeps the row of the last loop. In `token` mode every loop calls the same attention layer and
+    writes the same slots again; in `chunk` mode the loops before the last have layers of their own, whose
+    rows last as long as their chunk is open.
     """
 
     def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str, layer: int):
@@ -98,7 +101,20 @@ class MeltAttention(nn.Module):
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_embedding(config)
-        self.attn = paged_attention(config, vllm_config, prefix=f"{prefix}.attn")
+        # First the final rows: their cache group and its tables come before those that are laid over them.
+        self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
+        loops_with_rows = range(1, config.total_ut_steps) if config.decode_mode == "chunk" else ()
+        self.open_attn = nn.ModuleList(
+            paged_attention(
+                OpenRows,
+                config,
+                vllm_config,
+                prefix=f"{cache_name(config, prefix, layer, loop)}.attn",
+                final=self.attn,
+                loop=loop,
+            )
+            for loop in loops_with_rows
+        )
 
     def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: int) -> tuple[Tensor, Tensor]:
         """W_O attn(...) and the new state h, both [tokens, hidden]."""
@@ -107,7 +123,8 @@ class MeltAttention(nn.Module):
         kv, _ = self.kv_proj(h)
         k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v))
+        attn = self.open_attn[loop - 1] if loop <= len(self.open_attn) else self.attn
+        output, _ = self.o_proj(attn(q, k, v))
         return output, h
 
 
@@ -134,12 +151,10 @@ class OuroAttention(nn.Module):
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_embedding(config)
-        # vLLM reads a layer's number off its name: the caches are those of a model with T times N layers.
-        names = (
-            prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
+        self.attn = nn.ModuleList(
+            paged_attention(Attention, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn")
             for loop in range(config.total_ut_steps)
         )
-        self.attn = nn.ModuleList(paged_attention(config, vllm_config, prefix=f"{name}.attn") for name in names)
 
     def forward(self, positions: Tensor, n: Tensor, h: None, loop: int) -> tuple[Tensor, None]:
         """W_O attn(...), [tokens, hidden], at loop t = `loop`, counted from 1."""
@@ -164,10 +179,20 @@ def rotary_embedding(config: LoopLMConfig) -> nn.Module:
     )
 
 
-def paged_attention(config: LoopLMConfig, vllm_config: VllmConfig, prefix: str) -> Attention:
+def cache_name(config: LoopLMConfig, prefix: str, layer: int, loop: int) -> str:
+    """A name for one loop's rows of a layer.
+
+    vLLM reads a layer's number off its name: these are the names of a model with T times N layers.
+    """
+    return prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
+
+
+def paged_attention(
+    kind: type[Attention], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, **of_kind: object
+) -> Attention:
     """One set of KV rows under this name, and the attention over them."""
     assert config.head_dim is not None
-    return Attention(
+    return kind(
         config.num_attention_heads // get_tensor_model_parallel_world_size(),
         config.head_dim,
         config.head_dim**-0.5,
@@ -175,6 +200,7 @@ def paged_attention(config: LoopLMConfig, vllm_config: VllmConfig, prefix: str) 
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
+        **of_kind,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -21,7 +22,7 @@ def apply() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-    _replace(ModelConfig, "is_prefix_caching_supported", _prefix_caching_off_by_default)
+    _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
     _replace(InputProcessor, "process_inputs", _refuse_resumable_sessions)
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
@@ -31,7 +32,7 @@ def _replace(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
     original = owner.__dict__.get(name)
     if original is None:
         raise RuntimeError(f"melt-serve cannot patch {owner.__qualname__}.{name}: this vLLM does not have it")
-    if not getattr(original, "melt_serve", False) and not getattr(getattr(original, "fget", None), "melt_serve", False):
+    if not getattr(original, "melt_serve", False):
         setattr(owner, name, wrap(original))
 
 
@@ -39,14 +40,19 @@ def _is_melt(model_config: ModelConfig) -> bool:
     return getattr(model_config.hf_config, "model_type", None) == "melt"
 
 
-def _prefix_caching_off_by_default(original: property) -> property:
-    # vLLM settles the default before a model's own hook runs, and the hook cannot tell a default from
-    # a user's wish. With the default off, "on" means that the user asked, and is refused.
-    def is_prefix_caching_supported(self: ModelConfig) -> bool:
-        return not _is_melt(self) and original.fget(self)  # type: ignore[misc]
+def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
+    # A chunk of a prompt and a token of every running request fit in a step, whatever C is. The hook for a
+    # model's configuration comes later, and cannot tell a default from a user's wish.
+    @functools.wraps(original)
+    def set_defaults(self: EngineArgs, usage: Any, model_config: ModelConfig, *args: Any) -> None:
+        unset = self.max_num_batched_tokens is None
+        original(self, usage, model_config, *args)
+        if unset and _is_melt(model_config):
+            floor = model_config.hf_config.chunk_size + self.max_num_seqs
+            self.max_num_batched_tokens = max(self.max_num_batched_tokens, floor)
 
-    is_prefix_caching_supported.melt_serve = True  # type: ignore[attr-defined]
-    return property(is_prefix_caching_supported)
+    set_defaults.melt_serve = True  # type: ignore[attr-defined]
+    return set_defaults
 
 
 def _refuse_resumable_sessions(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,8 +61,8 @@ def _refuse_resumable_sessions(original: Callable[..., Any]) -> Callable[..., An
     def process_inputs(self: InputProcessor, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
         if resumable and _is_melt(self.model_config):
             raise VLLMValidationError(
-                "MELT in token mode cannot resume a session with streamed inputs: its prompt would be cut elsewhere; "
-                "send the whole prompt as one request"
+                "MELT cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
+                "in chunk mode it is not proved; send the whole prompt as one request"
             )
         return original(self, *args, resumable=resumable, **kwargs)
 
@@ -74,7 +80,8 @@ def _refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
     # Raised when it is called, not when it is iterated: by then a streamed answer has begun with a 200.
     @functools.wraps(original)
     def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_melt(getattr(self, "engine_client", self).model_config):
+        model_config = getattr(self, "engine_client", self).model_config
+        if _is_melt(model_config) and model_config.hf_config.decode_mode == "token":
             raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
         return original(self, *args, **kwargs)
 

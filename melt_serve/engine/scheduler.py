@@ -1,9 +1,27 @@
-"""The chunk grid: which tokens of a request may run in one step (engine/README.md)."""
+"""The chunk grid: which tokens of a request may run in one step, and whose turn it is (README.md, rules 1 to 4)."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
+
+from melt_serve.config import DecodeMode, MeltConfig
+from melt_serve.engine.cache import FinalRowsManager
+
+PATIENCE = 4
+"""Steps a prompt waits for a budget that running requests use up, before it has a turn ahead of them."""
+
+
+@dataclass
+class Turn:
+    """A prompt that decodes have kept waiting: `tokens` of a step's budget are kept for `request_id`."""
+
+    request_id: str
+    tokens: int
+    steps_waited: int
 
 
 class ChunkGridScheduler(AsyncScheduler):
@@ -15,8 +33,43 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.chunk_size: int = self.vllm_config.model_config.hf_config.chunk_size
+        config: MeltConfig = self.vllm_config.model_config.hf_config
+        self.chunk_size, self.decode_mode = config.chunk_size, config.decode_mode
         self.need_mamba_block_aligned_split = True
+        final_rows = self.kv_cache_manager.coordinator.single_type_managers[0]
+        assert isinstance(final_rows, FinalRowsManager)
+        self.final_rows = final_rows
+        self.waiting_for_budget: Turn | None = None
+        self.turn: Turn | None = None
+        self.granted = 0
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """vLLM's step; running requests come first in it, unless a prompt has waited for them too long."""
+        self.granted = 0
+        if (waiting := self.waiting_for_budget) is not None and waiting.steps_waited >= PATIENCE:
+            self.turn, self.waiting_for_budget = waiting, None
+        output = super().schedule(throttle_prefills)
+        self.turn = None
+        self.waiting_for_budget = self._next_in_line(output)
+        return output
+
+    def _next_in_line(self, output: SchedulerOutput) -> Turn | None:
+        """The first prompt that got nothing in this step because the budget was used up, if any."""
+        served = output.num_scheduled_tokens
+        stalled = [request for request in self.running if request.is_prefill_chunk and request.request_id not in served]
+        if not stalled and self.waiting and len(self.running) < self.max_num_active_reqs:
+            stalled = [self.waiting.peek_request()]
+        if not stalled or stalled[0] in self.deferred_waiting:
+            return None
+        request = stalled[0]
+        start = request.num_computed_tokens
+        tokens = min((start // self.chunk_size + 1) * self.chunk_size, request.num_tokens) - start
+        tokens = min(tokens, self.max_num_scheduled_tokens)
+        if self.max_num_scheduled_tokens - output.total_num_scheduled_tokens >= tokens:
+            return None
+        before = self.waiting_for_budget
+        waited = before.steps_waited if before is not None and before.request_id == request.request_id else 0
+        return Turn(request.request_id, tokens, waited + 1)
 
     def _mamba_block_aligned_split(
         self,
@@ -25,26 +78,65 @@ class ChunkGridScheduler(AsyncScheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
+        if self.turn is not None and request.request_id == self.turn.request_id:
+            self.turn = None
+        elif self.turn is not None:
+            left = self.max_num_scheduled_tokens - self.granted - self.turn.tokens
+            num_new_tokens = max(0, min(num_new_tokens, left))
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        return tokens_in_step(start, num_new_tokens, request.num_prompt_tokens, self.chunk_size)
+        tokens = tokens_in_step(start, num_new_tokens, request.num_prompt_tokens, self.chunk_size, self.decode_mode)
+        self.granted += tokens
+        return tokens
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        # A resumed request looks its generated tokens up, too: in token mode those rows are not on the grid.
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        if hit > (limit := self.final_rows.shareable(request)):
+            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        return blocks, hit, boundary, diverged
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # vLLM makes a block findable when it schedules it. For a plain model a hit in the same step is fine,
+        # because rows are written before they are read; a final row is written by the last loop only. Such a
+        # request is passed over in this step, and those behind it are not.
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        if request.num_computed_tokens or not self.final_rows.cached_this_step:
+            return True
+        blocks, *_ = self._get_local_prefix_cache_hit(request)
+        return self.final_rows.cached_this_step.isdisjoint(blocks.get_block_ids()[0])
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        # By priority, a request may lose its place in the very step it had it: what vLLM has made findable of
+        # it in this step is never computed.
+        blocks = self.final_rows.req_to_blocks.get(request.request_id, ())
+        never_computed = self.final_rows.cached_this_step.intersection(block.block_id for block in blocks)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        self.kv_cache_manager.evict_blocks(never_computed)
 
 
-def tokens_in_step(start: int, wanted: int, prompt_length: int, chunk_size: int) -> int:
-    """How many tokens of a request run in a step, in `token` mode.
+def tokens_in_step(
+    start: int, wanted: int, prompt_length: int, chunk_size: int, decode_mode: DecodeMode = "token"
+) -> int:
+    """How many tokens of a request run in a step: none beyond the end of a chunk.
 
-    A prompt chunk runs whole or not at all; a generated token is a chunk of its own, also when a
-    preempted request is replayed.
+    In `token` mode a prompt chunk runs whole or not at all, and a generated token is a chunk of its own,
+    also when a preempted request is replayed. In `chunk` mode a step may stop anywhere inside a chunk.
 
     Args:
         start: the position of the first token to run.
         wanted: tokens that are there and that the step's budget admits.
         prompt_length: the request's own prompt, without generated tokens.
         chunk_size: C.
+        decode_mode: of the checkpoint.
 
     Returns:
         At most `wanted`; 0 for "not in this step".
     """
+    end_of_chunk = (start // chunk_size + 1) * chunk_size
+    if decode_mode == "chunk":
+        return min(wanted, end_of_chunk - start)
     if start >= prompt_length:
         return min(wanted, 1)
-    rest_of_chunk = min((start // chunk_size + 1) * chunk_size, prompt_length) - start
+    rest_of_chunk = min(end_of_chunk, prompt_length) - start
     return rest_of_chunk if wanted >= rest_of_chunk else 0

@@ -40,7 +40,7 @@ def configure(path, **arguments):
         ),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size=2: context parallelism"),
         ({"enable_dbo": True}, "micro-batch overlap"),
-        ({"enable_prefix_caching": True}, "--enable-prefix-caching is not served yet"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager: an open chunk's rows"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config: KV connectors",
@@ -48,10 +48,11 @@ def configure(path, **arguments):
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size: KV offload"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "--speculative-config: in token mode",
+            "--speculative-config: drafts cannot be verified together",
         ),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
-        ({"hf_overrides": {"decode_mode": "chunk"}}, "decode_mode='chunk' is not served yet"),
+        ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),
+        ({"hf_overrides": {"decode_mode": "chunk", "chunk_size": 24}}, "chunk_size=24 is not a multiple"),
         ({"hf_overrides": {"total_ut_steps": 9}}, "total_ut_steps=9 is outside"),
         ({"hf_overrides": {"chunk_size": 0}}, "chunk_size must be at least 1, not 0"),
     ],
@@ -66,16 +67,31 @@ def test_a_budget_of_exactly_one_chunk_is_served(checkpoint):
     assert configure(checkpoint, max_num_batched_tokens=64).scheduler_config.max_num_batched_tokens == 64
 
 
-def test_defaults_are_set_for_melt_under_plain_vllm(checkpoint):
-    config = configure(checkpoint)
-    assert not config.cache_config.enable_prefix_caching
+def test_a_budget_below_one_chunk_is_served_in_chunk_mode(checkpoint):
+    config = configure(checkpoint, max_num_batched_tokens=16, max_num_seqs=8, hf_overrides={"decode_mode": "chunk"})
+    assert config.scheduler_config.max_num_batched_tokens == 16
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_defaults_are_set_for_melt_under_plain_vllm(checkpoint, mode):
+    config = configure(checkpoint, hf_overrides={"decode_mode": mode})
+    assert config.cache_config.enable_prefix_caching
     assert config.scheduler_config.scheduler_cls == SCHEDULER
     assert config.parallel_config.worker_cls == CPU_WORKER
 
 
-def test_prefix_caching_off_is_said_in_the_log(checkpoint):
+@pytest.mark.parametrize(
+    ("chunk_size", "block_size"), [(32, 32), (64, 64), (160, 32), (192, 96), (512, 128), (500, 128), (8, 128)]
+)
+def test_an_unnamed_block_size_divides_the_chunk_size_where_it_can(checkpoint, chunk_size, block_size):
+    config = configure(checkpoint, hf_overrides={"chunk_size": chunk_size})
+    assert config.cache_config.block_size == block_size
+
+
+def test_a_named_block_size_stays_and_what_it_costs_is_said(checkpoint):
     script = (
-        "from vllm import EngineArgs; import sys; EngineArgs(model=sys.argv[1], dtype='float32').create_engine_config()"
+        "from vllm import EngineArgs; import sys; "
+        "print(EngineArgs(model=sys.argv[1], dtype='float32', block_size=96).create_engine_config().cache_config.block_size)"
     )
     output = subprocess.run(
         [sys.executable, "-c", script, str(checkpoint)],
@@ -84,7 +100,14 @@ def test_prefix_caching_off_is_said_in_the_log(checkpoint):
         check=True,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
     )
-    assert "prefix caching is off" in output.stdout + output.stderr
+    assert output.stdout.splitlines()[-1] == "96"
+    assert "prefixes are shared in pieces of 192 tokens" in output.stdout + output.stderr
+
+
+def test_an_unset_budget_holds_a_chunk_and_every_running_request(checkpoint):
+    unset = configure(checkpoint, max_num_seqs=7, max_model_len=1024, hf_overrides={"chunk_size": 9000})
+    assert unset.scheduler_config.max_num_batched_tokens == 9007
+    assert configure(checkpoint, max_num_seqs=7).scheduler_config.max_num_batched_tokens < 9007
 
 
 def test_registering_and_patching_again_changes_nothing():
@@ -96,7 +119,7 @@ def test_registering_and_patching_again_changes_nothing():
     assert LLM.beam_search is before
 
 
-def test_beam_search_is_refused_and_the_engine_lives_on(checkpoint):
+def test_beam_search_is_refused_in_token_mode_and_the_engine_lives_on(checkpoint):
     with engine(checkpoint) as llm:
         with pytest.raises(VLLMValidationError, match="no beam search"):
             llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], BeamSearchParams(beam_width=2, max_tokens=2))
