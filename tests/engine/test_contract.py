@@ -91,7 +91,8 @@ def test_an_unnamed_block_size_divides_the_chunk_size_where_it_can(checkpoint, c
 def test_a_named_block_size_stays_and_what_it_costs_is_said(checkpoint):
     script = (
         "from vllm import EngineArgs; import sys; "
-        "print(EngineArgs(model=sys.argv[1], dtype='float32', block_size=96).create_engine_config().cache_config.block_size)"
+        "config = EngineArgs(model=sys.argv[1], dtype='float32', block_size=96).create_engine_config(); "
+        "print(config.cache_config.block_size)"
     )
     output = subprocess.run(
         [sys.executable, "-c", script, str(checkpoint)],

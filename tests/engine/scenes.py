@@ -1,0 +1,164 @@
+"""Scenes that servers go through, played on a live engine: who asks what and when, in how much time and room."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.outputs import CompletionOutput
+from vllm.v1.request import RequestStatus
+
+from tests.engine.engines import VOCABULARY
+
+MAX_LENGTH = 320
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        arrives: the engine step before which it arrives.
+        document: which of a few documents its prompt begins with...
+        shared: ...and how many tokens of it.
+        own: tokens that only this prompt has, after those.
+        answer: tokens to generate.
+        continues: begin instead with all that this earlier request holds by then, prompt and answer.
+        seed: of its sampling; greedy without one.
+        n: answers to the same prompt.
+    """
+
+    arrives: int
+    document: int
+    shared: int
+    own: int
+    answer: int
+    continues: int | None = None
+    seed: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Requests, and what the engine has for them.
+
+    Attributes:
+        budget: tokens a step.
+        spare_blocks: KV blocks beyond those of one request of `MAX_LENGTH` tokens; all there are if None.
+        warm: start with what the prefix cache holds of earlier scenes.
+    """
+
+    asks: tuple[Ask, ...]
+    budget: int = 512
+    spare_blocks: int | None = None
+    warm: bool = False
+
+
+@dataclass
+class Played:
+    """What came of it: prompts and answers by (request, index), and how often the scheduler did what is counted."""
+
+    prompts: dict[int, list[int]] = field(default_factory=dict)
+    answers: dict[tuple[int, int], CompletionOutput] = field(default_factory=dict)
+    counts: Counter = field(default_factory=Counter)
+
+
+def play(llm: LLM, scene: Scene) -> Played:
+    """Run the scene step by step; leaves the engine as it was, but for the prefix cache."""
+    engine, played = llm.llm_engine, Played()
+    scheduler = engine.engine_core.engine_core.scheduler
+    arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
+    if not scene.warm:
+        assert engine.reset_prefix_cache()
+    with confined(scheduler, scene), counted(scheduler, played.counts):
+        for step in range(5000):
+            while arriving and (scene.asks[arriving[0]].arrives <= step or not engine.has_unfinished_requests()):
+                number = arriving.pop(0)
+                prompt = played.prompts[number] = prompt_of(scene, number, played)
+                parameters = sampling(scene.asks[number], len(prompt))
+                engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+            if not engine.has_unfinished_requests():
+                return played
+            for output in engine.step():
+                for answer in output.outputs:
+                    played.answers[int(output.request_id), answer.index] = answer
+    raise AssertionError("the engine makes no progress")
+
+
+def prompt_of(scene: Scene, number: int, played: Played) -> list[int]:
+    """The tokens a request brings, as far as there is room for two generated ones."""
+    ask = scene.asks[number]
+    own = random_tokens(ask.own, seed=number)
+    if ask.continues in played.prompts:
+        answer = played.answers.get((ask.continues, 0))
+        begin = [*played.prompts[ask.continues], *(answer.token_ids if answer else ())]
+    else:
+        begin = random_tokens(MAX_LENGTH, seed=1000 + ask.document)[: ask.shared]
+    return [*begin, *own][: MAX_LENGTH - 2]
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=0 if ask.seed is None and ask.n == 1 else 1,
+        seed=ask.seed,
+        n=ask.n,
+        max_tokens=min(ask.answer, MAX_LENGTH - prompt_length),
+        logprobs=VOCABULARY,
+        ignore_eos=True,
+        detokenize=False,
+    )
+
+
+@contextmanager
+def confined(scheduler: Any, scene: Scene) -> Iterator[None]:
+    """Give a live scheduler the scene's budget and blocks; afterwards every block must be back."""
+    pool, config = scheduler.kv_cache_manager.block_pool, scheduler.vllm_config
+    specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+    longest = sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
+    free, budget = pool.get_num_free_blocks(), scheduler.max_num_scheduled_tokens
+    taken = [] if scene.spare_blocks is None else pool.get_new_blocks(free - longest - scene.spare_blocks)
+    scheduler.max_num_scheduled_tokens = scene.budget
+    try:
+        yield
+    finally:
+        scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)  # none, unless the scene failed
+        scheduler.max_num_scheduled_tokens = budget
+        pool.free_blocks(taken)
+    assert pool.get_num_free_blocks() == free, "blocks were lost"
+
+
+@contextmanager
+def counted(scheduler: Any, counts: Counter) -> Iterator[None]:
+    """Count what a live scheduler does: preemptions, tokens found in the prefix cache, requests passed over."""
+    manager = scheduler.kv_cache_manager
+    preempt, ready, record = (
+        scheduler._preempt_request,
+        scheduler._handle_blocked_waiting_request,
+        manager.record_prefix_cache_stats,
+    )
+
+    def counting_preempt(*args: Any, **kwargs: Any) -> None:
+        counts["preempted"] += 1
+        preempt(*args, **kwargs)
+
+    def counting_ready(request: Any) -> bool:
+        counts["passed over"] += not (answer := ready(request))
+        return answer
+
+    def counting_record(request: Any, hits: int) -> None:
+        counts["hit"] += hits
+        record(request, hits)
+
+    scheduler._preempt_request, scheduler._handle_blocked_waiting_request = counting_preempt, counting_ready
+    manager.record_prefix_cache_stats = counting_record
+    try:
+        yield
+    finally:
+        del scheduler._preempt_request, scheduler._handle_blocked_waiting_request, manager.record_prefix_cache_stats

@@ -1,0 +1,88 @@
+"""Outputs never depend on load: random scenes on the real engine, held against the reference model.
+
+Every answer of every scene must equal the reference's log-probabilities for its own tokens, whatever else
+went on: so it equals what the same request gets alone, cold or warm, in any order and in any amount of room.
+
+`--hypothesis-profile=long` plays many more scenes than the bounded number of a usual run.
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from tests.engine.engines import engine, engine_logprobs, reference_logprobs, save_melt
+from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
+
+FLOAT32 = 1e-4
+LOOPS = 4
+
+
+class Server:
+    """A live engine with its reference, and what has happened on it."""
+
+    def __init__(self, llm, model):
+        self.llm, self.model, self.counts = llm, model, Counter()
+
+    def furthest(self, scene: Scene) -> float:
+        """Play the scene; the largest difference in log-probability between any answer and the reference."""
+        played = play(self.llm, scene)
+        self.counts.update(played.counts)
+        assert len(played.answers) == sum(ask.n for ask in scene.asks)
+        distances = []
+        for (number, index), answer in played.answers.items():
+            expected = reference_logprobs(self.model, played.prompts[number], answer.token_ids, LOOPS)
+            distances.append((engine_logprobs(answer) - expected).abs().max().item())
+            note(f"request {number}.{index}: {distances[-1]:.1e}")
+        return max(distances)
+
+
+KINDS = {
+    "token": {"chunk_size": 32},
+    "token, blocks of a third of a chunk": {"chunk_size": 96},
+    "token, chunks that no block divides": {"chunk_size": 48},
+    "chunk": {"decode_mode": "chunk", "chunk_size": 32},
+    "chunk of two blocks": {"decode_mode": "chunk", "chunk_size": 64},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.replace(" ", "-"))
+def server(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("melt")
+    model = save_melt(path, **KINDS[request.param], total_ut_steps=LOOPS, num_hidden_layers=1)
+    arguments = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
+    with engine(path, **arguments) as llm:
+        yield Server(llm, model)
+
+
+def near_multiples() -> st.SearchStrategy[int]:
+    """Lengths around the multiples of chunks and blocks, where cuts and shares begin and end."""
+    around = st.builds(lambda of, off: max(0, 32 * of + off), st.integers(0, 6), st.integers(-2, 2))
+    return around | st.integers(0, 200)
+
+
+asks = st.builds(
+    Ask,
+    arrives=st.integers(0, 30),
+    document=st.integers(0, 1),
+    shared=near_multiples(),
+    own=st.integers(1, 70),
+    answer=st.integers(1, 70),
+    continues=st.none() | st.integers(0, 4),
+    seed=st.none() | st.integers(0, 3),
+    n=st.sampled_from((1, 1, 1, 2)),
+)
+scenes = st.builds(
+    Scene,
+    asks=st.lists(asks, min_size=1, max_size=6).map(tuple),
+    budget=st.integers(96, 512) | st.sampled_from((96, 97, 102, 128)),
+    spare_blocks=st.none() | st.integers(0, 8),
+    warm=st.booleans(),
+)
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(scene=scenes)
+def test_no_scene_changes_an_answer(server, scene):
+    assert server.furthest(scene) <= FLOAT32
