@@ -2,6 +2,5 @@
 
 from hypothesis import settings
 
-settings.register_profile("default", max_examples=12, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("some", max_examples=120, deadline=None, print_blob=True)
-settings.register_profile("long", max_examples=500, deadline=None, print_blob=True)
+settings.register_profile("default", max_examples=8, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("long", max_examples=100, deadline=None, print_blob=True)

@@ -79,12 +79,15 @@ def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
+def everything(max_tokens: int, **sampling: object) -> SamplingParams:
+    """Greedy, with the log-probability of every token of the vocabulary, unless `sampling` says otherwise."""
+    greedy = {"temperature": 0, "logprobs": VOCABULARY, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(max_tokens=max_tokens, **{**greedy, **sampling})
+
+
 def generate(llm: LLM, token_ids: Sequence[list[int]], **sampling: object) -> list[CompletionOutput]:
-    """Greedy answers with every token's log-probability, unless `sampling` says otherwise."""
-    parameters = SamplingParams(
-        **{"temperature": 0, "max_tokens": GENERATED, "logprobs": VOCABULARY, "ignore_eos": True, **sampling},
-        detokenize=False,
-    )
+    """Answers of `GENERATED` tokens, sampled as in `everything`."""
+    parameters = everything(**{"max_tokens": GENERATED, **sampling})
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in token_ids], parameters, use_tqdm=False)
     return [output.outputs[0] for output in outputs]
 

@@ -1,6 +1,6 @@
 """Scenes that servers go through, played on a live engine: who asks what and when, in how much time and room."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.outputs import CompletionOutput
 from vllm.v1.request import RequestStatus
 
-from tests.engine.engines import VOCABULARY
+from tests.engine.engines import VOCABULARY, everything
 
 MAX_LENGTH = 320
 
@@ -29,6 +29,7 @@ class Ask:
         continues: begin instead with all that this earlier request holds by then, prompt and answer.
         seed: of its sampling; greedy without one.
         n: answers to the same prompt.
+        priority: the lower, the sooner; of use under vLLM's priority policy only.
     """
 
     arrives: int
@@ -39,6 +40,7 @@ class Ask:
     continues: int | None = None
     seed: int | None = None
     n: int = 1
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Scene:
         budget: tokens a step.
         spare_blocks: KV blocks beyond those of one request of `MAX_LENGTH` tokens; all there are if None.
         warm: start with what the prefix cache holds of earlier scenes.
+        ahead: schedule each step before the one before it has run, as vLLM does where it runs asynchronously.
     """
 
     asks: tuple[Ask, ...]
     budget: int = 512
     spare_blocks: int | None = None
     warm: bool = False
+    ahead: bool = False
 
 
 @dataclass
@@ -69,17 +73,19 @@ class Played:
 def play(llm: LLM, scene: Scene) -> Played:
     """Run the scene step by step; leaves the engine as it was, but for the prefix cache."""
     engine, played = llm.llm_engine, Played()
-    scheduler = engine.engine_core.engine_core.scheduler
+    core = engine.engine_core.engine_core
+    scheduler = core.scheduler
     arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
     if not scene.warm:
         assert engine.reset_prefix_cache()
-    with confined(scheduler, scene), counted(scheduler, played.counts):
+    with confined(scheduler, scene), counted(scheduler, played.counts), scheduled_ahead(core, scene.ahead):
         for step in range(5000):
             while arriving and (scene.asks[arriving[0]].arrives <= step or not engine.has_unfinished_requests()):
                 number = arriving.pop(0)
                 prompt = played.prompts[number] = prompt_of(scene, number, played)
                 parameters = sampling(scene.asks[number], len(prompt))
-                engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+                ask = TokensPrompt(prompt_token_ids=prompt)
+                engine.add_request(str(number), ask, parameters, priority=scene.asks[number].priority)
             if not engine.has_unfinished_requests():
                 return played
             for output in engine.step():
@@ -105,15 +111,8 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 
 def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=0 if ask.seed is None and ask.n == 1 else 1,
-        seed=ask.seed,
-        n=ask.n,
-        max_tokens=min(ask.answer, MAX_LENGTH - prompt_length),
-        logprobs=VOCABULARY,
-        ignore_eos=True,
-        detokenize=False,
-    )
+    temperature = 0 if ask.seed is None and ask.n == 1 else 1
+    return everything(min(ask.answer, MAX_LENGTH - prompt_length), temperature=temperature, seed=ask.seed, n=ask.n)
 
 
 @contextmanager
@@ -121,7 +120,8 @@ def confined(scheduler: Any, scene: Scene) -> Iterator[None]:
     """Give a live scheduler the scene's budget and blocks; afterwards every block must be back."""
     pool, config = scheduler.kv_cache_manager.block_pool, scheduler.vllm_config
     specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
-    longest = sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
+    final, *rings = (-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
+    longest = final + sum(rings) * (2 if scene.ahead else 1)
     free, budget = pool.get_num_free_blocks(), scheduler.max_num_scheduled_tokens
     taken = [] if scene.spare_blocks is None else pool.get_new_blocks(free - longest - scene.spare_blocks)
     scheduler.max_num_scheduled_tokens = scene.budget
@@ -132,6 +132,31 @@ def confined(scheduler: Any, scene: Scene) -> Iterator[None]:
         scheduler.max_num_scheduled_tokens = budget
         pool.free_blocks(taken)
     assert pool.get_num_free_blocks() == free, "blocks were lost"
+
+
+@contextmanager
+def scheduled_ahead(core: Any, ahead: bool) -> Iterator[None]:
+    """Let a live engine, which runs synchronously on a CPU, be one step behind its scheduler."""
+    under_way: deque = deque()
+
+    def run_oldest() -> dict:
+        scheduled = under_way.popleft()
+        output = core.model_executor.execute_model(scheduled) or core.model_executor.sample_tokens(None)
+        return core.scheduler.update_from_output(scheduled, output)
+
+    def step() -> tuple[dict, bool]:
+        if core.scheduler.has_requests():
+            under_way.append(core.scheduler.schedule())
+        return (run_oldest(), True) if len(under_way) == 2 or not core.scheduler.has_requests() else ({}, False)
+
+    synchronous = core.step_fn
+    core.step_fn = step if ahead else synchronous
+    try:
+        yield
+    finally:
+        while under_way:
+            run_oldest()
+        core.step_fn = synchronous
 
 
 @contextmanager

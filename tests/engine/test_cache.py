@@ -3,13 +3,12 @@
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import SamplingParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from melt_serve.config import kv_bytes_per_token
 from melt_serve.engine.cache import FinalRowsManager, FinalRowsSpec, OpenRowsSpec
 from melt_serve.engine.scheduler import ChunkGridScheduler
-from tests.engine.engines import VOCABULARY, distance, engine, engine_logprobs, generate, prompts, save_melt
+from tests.engine.engines import distance, engine, engine_logprobs, everything, generate, prompts, save_melt
 
 RIGHT, WRONG = 1e-4, 1e-2
 MODES = pytest.mark.parametrize("mode", ["token", "chunk"])
@@ -21,10 +20,6 @@ def scheduler_of(llm):
 
 def metric(llm, name):
     return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
-
-
-def everything(max_tokens):
-    return SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=VOCABULARY, ignore_eos=True, detokenize=False)
 
 
 def furthest(model, asked, outputs):

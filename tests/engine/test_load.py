@@ -9,7 +9,7 @@ went on: so it equals what the same request gets alone, cold or warm, in any ord
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
 from tests.engine.engines import engine, engine_logprobs, reference_logprobs, save_melt
@@ -38,22 +38,35 @@ class Server:
         return max(distances)
 
 
+PRIORITIES = {"scheduling_policy": "priority"}
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 KINDS = {
-    "token": {"chunk_size": 32},
-    "token, blocks of a third of a chunk": {"chunk_size": 96},
-    "token, chunks that no block divides": {"chunk_size": 48},
-    "chunk": {"decode_mode": "chunk", "chunk_size": 32},
-    "chunk of two blocks": {"decode_mode": "chunk", "chunk_size": 64},
+    "token": ({"chunk_size": 32}, {}),
+    "token, by priority": ({"chunk_size": 32}, PRIORITIES),
+    "token, blocks of a third of a chunk": ({"chunk_size": 96}, {}),
+    "token, chunks that no block divides": ({"chunk_size": 48}, {}),
+    "token, two ranks": ({"chunk_size": 32}, TWO_RANKS),
+    "chunk": ({"decode_mode": "chunk", "chunk_size": 32}, {}),
+    "chunk, by priority": ({"decode_mode": "chunk", "chunk_size": 32}, PRIORITIES),
+    "chunk of two blocks": ({"decode_mode": "chunk", "chunk_size": 64}, {}),
+    "chunk, two ranks": ({"decode_mode": "chunk", "chunk_size": 32}, TWO_RANKS),
 }
+"""Checkpoints and engines that scenes are played on."""
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.replace(" ", "-"))
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-"))
 def server(request, tmp_path_factory):
+    checkpoint, options = KINDS[request.param]
     path = tmp_path_factory.mktemp("melt")
-    model = save_melt(path, **KINDS[request.param], total_ut_steps=LOOPS, num_hidden_layers=1)
-    arguments = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
-    with engine(path, **arguments) as llm:
-        yield Server(llm, model)
+    model = save_melt(path, **checkpoint, total_ut_steps=LOOPS, num_hidden_layers=1)
+    limits = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
+    with pytest.MonkeyPatch.context() as environment:
+        if "tensor_parallel_size" in options:
+            environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        with engine(path, **limits, **options) as llm:
+            live = Server(llm, model)
+            yield live
+    assert live.counts["preempted"] and live.counts["hit"] and live.counts["passed over"], live.counts
 
 
 def near_multiples() -> st.SearchStrategy[int]:
@@ -72,17 +85,26 @@ asks = st.builds(
     continues=st.none() | st.integers(0, 4),
     seed=st.none() | st.integers(0, 3),
     n=st.sampled_from((1, 1, 1, 2)),
+    priority=st.integers(0, 2),
 )
 scenes = st.builds(
     Scene,
     asks=st.lists(asks, min_size=1, max_size=6).map(tuple),
     budget=st.integers(96, 512) | st.sampled_from((96, 97, 102, 128)),
-    spare_blocks=st.none() | st.integers(0, 8),
+    spare_blocks=st.none() | st.integers(0, 5),
     warm=st.booleans(),
+    ahead=st.booleans(),
 )
+
+
+CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
+TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
 
 
 @settings(suppress_health_check=list(HealthCheck))
 @given(scene=scenes)
+@example(scene=Scene(CROWD, budget=97, spare_blocks=0))
+@example(scene=Scene(CROWD, spare_blocks=2, ahead=True))
+@example(scene=Scene(TALK, spare_blocks=0))
 def test_no_scene_changes_an_answer(server, scene):
     assert server.furthest(scene) <= FLOAT32

@@ -20,11 +20,13 @@ from tests.engine.engines import (
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
 FLOAT32 = 1e-4
+MODES = pytest.mark.parametrize("mode", ["token", "chunk"])
 
 
+@MODES
 @pytest.mark.parametrize("loops", [1, 2, 4, 8])
-def test_float32_equals_the_reference_at_every_depth(tmp_path, loops):
-    model = save_melt(tmp_path)
+def test_float32_equals_the_reference_at_every_depth(tmp_path, loops, mode):
+    model = save_melt(tmp_path, decode_mode=mode)
     with engine(tmp_path, hf_overrides={"total_ut_steps": loops}) as llm:
         for prompt, output in zip(prompts(*LENGTHS), generate(llm, prompts(*LENGTHS)), strict=True):
             assert distance(model, prompt, output, loops) <= FLOAT32, f"prompt of {len(prompt)} tokens"
@@ -44,12 +46,16 @@ def test_float32_equals_the_reference_at_every_depth(tmp_path, loops):
         {"chunk_size": 1},
         {"chunk_size": 24},
         {"chunk_size": 512},
+        {"decode_mode": "chunk", "kv_gate_initial_state": "zeros", "num_key_value_heads": 4},
+        {"decode_mode": "chunk", "kv_gate_type": "last", "num_key_value_heads": 1, "num_hidden_layers": 3},
+        {"decode_mode": "chunk", "chunk_size": 160},
+        {"decode_mode": "chunk", "chunk_size": 512},
     ],
     ids=lambda overrides: ",".join(f"{key}={value}" for key, value in overrides.items()),
 )
 def test_float32_equals_the_reference_for_every_kind_of_checkpoint(tmp_path, overrides):
     model = save_melt(tmp_path, **overrides)
-    lengths = (1, 24, 33, 71)
+    lengths = (1, 24, 33, 71, 155)
     with engine(tmp_path) as llm:
         for prompt, output in zip(prompts(*lengths), generate(llm, prompts(*lengths)), strict=True):
             assert distance(model, prompt, output, loops=4) <= FLOAT32, f"prompt of {len(prompt)} tokens"
@@ -109,8 +115,9 @@ def test_tensor_parallel_two_equals_the_reference(tmp_path, monkeypatch, loops, 
             assert distance(model, prompt, output, loops) <= FLOAT32, f"prompt of {len(prompt)} tokens"
 
 
-def test_compiled_equals_the_reference(tmp_path):
-    model = save_melt(tmp_path, num_hidden_layers=1)
+@MODES
+def test_compiled_equals_the_reference(tmp_path, mode):
+    model = save_melt(tmp_path, num_hidden_layers=1, decode_mode=mode)
     with engine(tmp_path, enforce_eager=False, hf_overrides={"total_ut_steps": 3}) as llm:
         for prompt, output in zip(prompts(*LENGTHS), generate(llm, prompts(*LENGTHS)), strict=True):
             assert distance(model, prompt, output, loops=3) <= FLOAT32, f"prompt of {len(prompt)} tokens"
