@@ -7,12 +7,14 @@ went on: so it equals what the same request gets alone, cold or warm, in any ord
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
-from tests.engine.engines import engine, engine_logprobs, reference_logprobs, save_melt
+from tests.engine.engines import engine, engine_logprobs, generate, reference_logprobs, save_melt
 from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
 
 FLOAT32 = 1e-4
@@ -108,3 +110,27 @@ TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, contin
 @example(scene=Scene(TALK, spare_blocks=0))
 def test_no_scene_changes_an_answer(server, scene):
     assert server.furthest(scene) <= FLOAT32
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_with_fp8_rows_an_answer_is_what_it_is_alone(tmp_path, mode):
+    """The reference has no FP8 rows; the same engine, cold and with one prompt at a time, stands in for it."""
+    save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
+    limits = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
+    crowd = tuple(replace(ask, n=1, seed=ask.arrives % 2 or None) for ask in CROWD)
+    with engine(tmp_path, kv_cache_dtype="fp8", **limits) as llm:
+        for scene in (Scene(crowd, budget=97, spare_blocks=0), Scene(crowd, warm=True, ahead=True), Scene(TALK)):
+            played = play(llm, scene)
+            for number, prompt in played.prompts.items():
+                ask = scene.asks[number]
+                assert llm.reset_prefix_cache()
+                (alone,) = generate(
+                    llm,
+                    [prompt],
+                    max_tokens=min(ask.answer, MAX_LENGTH - len(prompt)),
+                    temperature=float(ask.seed is not None),
+                    seed=ask.seed,
+                )
+                crowded = played.answers[number, 0]
+                assert crowded.token_ids == alone.token_ids
+                torch.testing.assert_close(engine_logprobs(crowded), engine_logprobs(alone), atol=FLOAT32, rtol=0)
