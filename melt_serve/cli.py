@@ -216,11 +216,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         )
     except ConversionError as error:
         return fail(error)
-    if arguments.decode_mode == "token":
-        next_step = f"to serve it: melt-serve serve {arguments.target}"
-    else:
-        next_step = "the engine does not serve chunk mode yet, the reference model runs it"
-    print(f"Wrote {arguments.target}. The gate is untrained; {next_step}")
+    print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
     return 0
 
 

@@ -70,7 +70,7 @@ def test_convert_writes_a_checkpoint_and_says_what_is_next(tmp_path):
         *("--chunk-size", 32, "--decode-mode", "chunk", "--max-loops", 6, "--seed", 5),
     )
     assert done.returncode == 0
-    assert "does not serve chunk mode yet" in done.stdout
+    assert f"to serve it: melt-serve serve {tmp_path}" in done.stdout
     assert "100%" in done.stderr
     config = MeltForCausalLM.from_pretrained(tmp_path / "melt").config
     assert (config.kv_gate_type, config.kv_gate_initial_state) == ("scalar", "zeros")

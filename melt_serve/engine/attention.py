@@ -28,6 +28,8 @@ from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 class FinalRows(Attention):
     """Attention over final rows; in `token` mode every loop writes them, in `chunk` mode the last one."""
 
+    attn_backend: Any  # a class of vLLM's, AttentionBackend
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_metadata: Any = None
@@ -45,6 +47,8 @@ class FinalRows(Attention):
 
 class OpenRows(Attention):
     """Attention of a loop before the last, in `chunk` mode."""
+
+    attn_backend: Any
 
     def __init__(self, *args: Any, final: FinalRows, loop: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -3,6 +3,7 @@
 import json
 import re
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import openai
@@ -52,6 +53,29 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     assert "".join(delta.content or "" for delta in deltas) == whole.content
     assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == whole.reasoning
     assert pieces[-1].usage.completion_tokens > 5
+
+
+def test_what_is_said_does_not_depend_on_streams_crowds_or_what_is_cached(client, server):
+    def said(question, **arguments):
+        answer = chat(client, question, logprobs=True, top_logprobs=5, **arguments)
+        choices = [chunk.choices[0] for chunk in answer if chunk.choices] if "stream" in arguments else answer.choices
+        return [
+            (token.token, token.logprob) for choice in choices if choice.logprobs for token in choice.logprobs.content
+        ]
+
+    def hits():
+        found = re.search(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", get(f"{server}/metrics"), re.MULTILINE)
+        return float(found[1])
+
+    asked = ASKED[:8]
+    alone = [said(question) for question in asked]
+    before = hits()
+    with ThreadPoolExecutor(len(asked)) as crowd:
+        crowded = list(crowd.map(lambda question: said(question, stream=True), asked))
+    assert hits() > before
+    for one, other in zip(alone, crowded, strict=True):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        assert [value for _, value in one] == pytest.approx([value for _, value in other], abs=1e-4)
 
 
 def test_completions_continue_a_text(client, server):
