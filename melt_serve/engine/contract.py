@@ -127,6 +127,10 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
             "MELT: --speculative-config: drafts cannot be verified together where every generated token is a chunk of "
             "its own (token mode), and are not proved inside an open chunk (chunk mode); leave it out"
         )
+    if vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras:
+        raise ValueError(
+            "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"
+        )
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, SCHEDULER):
         raise ValueError(

@@ -22,12 +22,13 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
+from melt_serve.engine import lora  # noqa: F401  (its wrapper is found by vLLM from here on)
 from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.kernels.gate import gate_blend
 
@@ -292,7 +293,7 @@ class OuroModel(LoopedModel):
     attention = OuroAttention
 
 
-class LoopedForCausalLM(nn.Module, SupportsQuant):
+class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
     """What both architectures share: embeddings and head around the loops, and the loading of weights."""
 
     backbone: ClassVar[type[LoopedModel]]

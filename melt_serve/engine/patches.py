@@ -1,10 +1,11 @@
-"""Every place where vLLM 0.32 itself is changed, and why. Applied only where a MELT model is configured.
+"""Every place where vLLM 0.32 itself is changed, and why. Applied only where a model of ours is served.
 
 A patch that no longer fits raises: better no server than one that breaks the contract silently.
 """
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from vllm.config import ModelConfig
@@ -28,10 +29,34 @@ def apply() -> None:
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
 
-def _replace(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
+def keep_an_empty_adapter_slot() -> None:
+    """Let requests without a LoRA adapter have none on a CPU, also in a batch with others that have one.
+
+    They have slot -1, which vLLM's CPU kernels take for the last slot (vLLM pull requests 48421 and 49656,
+    open at 0.32). With one slot more than adapters, that one is always empty. For the worker, once our
+    models are loaded there.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.lora import model_manager
+
+    _replace(model_manager, "from_layer", _one_slot_more)
+
+
+def _one_slot_more(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
+        return original(layer, max_loras + 1, *args, **kwargs)
+
+    from_layer.melt_serve = True  # type: ignore[attr-defined]
+    return from_layer
+
+
+def _replace(owner: type | ModuleType, name: str, wrap: Callable[[Any], Any]) -> None:
     original = owner.__dict__.get(name)
     if original is None:
-        raise RuntimeError(f"melt-serve cannot patch {owner.__qualname__}.{name}: this vLLM does not have it")
+        raise RuntimeError(f"melt-serve cannot patch {owner.__name__}.{name}: this vLLM does not have it")
     if not getattr(original, "melt_serve", False):
         setattr(owner, name, wrap(original))
 

@@ -105,8 +105,8 @@ def engine_logprobs(output: CompletionOutput) -> torch.Tensor:
 def reference_logprobs(model: MeltForCausalLM, prompt: list[int], generated: Sequence[int], loops: int) -> torch.Tensor:
     """[generated, vocabulary], what the reference says when it decodes the same tokens in the checkpoint's mode."""
     tokens = torch.tensor([[*prompt, *generated]])
-    by_token = model.config.decode_mode == "token"
-    output = model(tokens, loops=loops, prompt_lengths=torch.tensor([len(prompt)]) if by_token else None)
+    by_token = getattr(model.config, "decode_mode", None) == "token"
+    output = model(tokens, loops=loops, **({"prompt_lengths": torch.tensor([len(prompt)])} if by_token else {}))
     return output.logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
 
 

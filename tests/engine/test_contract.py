@@ -50,6 +50,7 @@ def configure(path, **arguments):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "--speculative-config: drafts cannot be verified together",
         ),
+        ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras: adapters of k_proj and v_proj"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
         ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),
         ({"hf_overrides": {"decode_mode": "chunk", "chunk_size": 24}}, "chunk_size=24 is not a multiple"),
