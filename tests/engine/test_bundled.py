@@ -1,5 +1,6 @@
-"""The bundled MELT through the engine gives the reference model's answers, word for word."""
+"""The bundled MELT through the engine: the reference model's answers, word for word, and as many right ones in FP8."""
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
@@ -8,14 +9,32 @@ from melt_serve.train.data import prompt_ids
 from melt_serve.train.evaluate import answers, heldout, longest_reply
 from tests.engine.engines import engine
 
+TOKENIZER = AutoTokenizer.from_pretrained(MELT)
 
-def test_engine_and_reference_answer_alike():
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(MELT).eval(), AutoTokenizer.from_pretrained(MELT)
-    asked = heldout(60)
-    greedy = SamplingParams(temperature=0, max_tokens=longest_reply(tokenizer))
-    with engine(MELT, skip_tokenizer_init=False) as llm:
-        prompts = [{"prompt_token_ids": prompt_ids(question, tokenizer)} for question in asked]
+
+def served(asked, **options):
+    """The engine's greedy replies, after their reasoning."""
+    greedy = SamplingParams(temperature=0, max_tokens=longest_reply(TOKENIZER))
+    with engine(MELT, skip_tokenizer_init=False, **options) as llm:
+        prompts = [{"prompt_token_ids": prompt_ids(question, TOKENIZER)} for question in asked]
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
-    served = [output.outputs[0].text.partition("</think>")[2] for output in outputs]
-    assert served == answers(model, tokenizer, asked, model.config.total_ut_steps)
-    assert sum(question.check(reply) for question, reply in zip(asked, served, strict=True)) >= 54
+    return [output.outputs[0].text.partition("</think>")[2] for output in outputs]
+
+
+def right(asked, replies):
+    return sum(question.check(reply) for question, reply in zip(asked, replies, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_engine_and_reference_answer_alike(mode):
+    asked, model = heldout(60), AutoModelForCausalLM.from_pretrained(MELT).eval()
+    model.config.decode_mode = mode
+    replies = served(asked, hf_overrides={"decode_mode": mode})
+    assert replies == answers(model, TOKENIZER, asked, model.config.total_ut_steps)
+    assert right(asked, replies) >= 54
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_fp8_rows_cost_no_more_than_one_point_of_a_hundred(mode):
+    asked, options = heldout(200), {"dtype": "bfloat16", "hf_overrides": {"decode_mode": mode}}
+    assert right(asked, served(asked, **options, kv_cache_dtype="fp8")) >= right(asked, served(asked, **options)) - 2
