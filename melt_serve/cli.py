@@ -1,4 +1,4 @@
-"""The `melt-serve` command: convert a checkpoint, serve it, see it work, count its right answers.
+"""The `melt-serve` command: convert a checkpoint, serve it, see it work, count its right answers, measure it.
 
 A thin layer: every subcommand imports what it needs only when it runs, so that `--help` is instant.
 """
@@ -24,6 +24,7 @@ examples:
   melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
   melt-serve eval --loops 1,4                        right answers of the bundled checkpoints, by depth
   melt-serve plan ouro-1.4b --device-memory 24       how many requests fit, as a MELT and as a LoopLM
+  melt-serve bench memory                            the same, read from running engines
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -69,6 +70,19 @@ examples:
       another shape and load, and how many requests fit in 80 GB
   melt-serve plan ./my-melt --kv-dtype fp8
       a checkpoint of your own, with FP8 rows"""
+
+BENCH_MEMORY_DESCRIPTION = """\
+Start a real engine for each line, with random weights and the same KV bytes, and read from it what a token and a
+request cost, how many fit, and what the process took at its peak. Every engine runs in a process of its own."""
+
+BENCH_MEMORY_EXAMPLES = """\
+examples:
+  melt-serve bench memory
+      the bundled checkpoint's shape at 1 to 32 loops, as a MELT in both decode modes and as a LoopLM
+  melt-serve bench memory --shape melt-1.6b --loops 1,4 --kv-dtype auto,fp8
+      Ouro-1.4B's true shape, also with FP8 rows; takes 7 GB of memory
+  melt-serve bench memory --loops 1,2,4,8 --models melt --plot memory.png --json
+      MELT alone, with a plot, and one line of JSON at the end"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -172,10 +186,65 @@ def parser() -> argparse.ArgumentParser:
     add("checkpoints", metavar="CHECKPOINT", nargs="*", type=Path, help="folders (default: the bundled checkpoints)")
     add("--loops", type=loop_list, metavar="T,T", help="depths to run (default: the checkpoint's own)")
     add("--questions", type=positive, default=1000, metavar="N", help="how many to ask (default: 1000)")
-    add("--decode-mode", type=mode_list, metavar="MODE,MODE", help="token, chunk or both (default: the MELT's own)")
+    add(
+        "--decode-mode",
+        type=words_of("token", "chunk"),
+        metavar="MODE,MODE",
+        help="token, chunk or both (default: the MELT's own)",
+    )
     add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
     add("--json", action="store_true", help="end with one line of JSON")
+    add_bench(commands)
     return top
+
+
+def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`melt-serve bench`, whose measurements are subcommands of their own."""
+    raw = argparse.RawDescriptionHelpFormatter
+    bench = commands.add_parser("bench", help="measure MELT against LoopLM on real engines")
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+
+    memory = benches.add_parser(
+        "memory",
+        help="what a token, a request and a process cost",
+        description=BENCH_MEMORY_DESCRIPTION,
+        epilog=BENCH_MEMORY_EXAMPLES,
+        formatter_class=raw,
+    )
+    memory.set_defaults(run=run_bench_memory)
+    add = memory.add_argument
+    add("--shape", choices=("demo", "melt-1.6b"), default="demo", help="sizes of the model (default: demo)")
+    add("--loops", type=loop_list, default=[1, 2, 4, 8, 16, 32], metavar="T,T", help="depths (default: 1,2,4,8,16,32)")
+    add(
+        "--models",
+        type=words_of("melt", "looplm"),
+        default=["melt", "looplm"],
+        metavar="MODEL,MODEL",
+        help="default: melt,looplm",
+    )
+    add(
+        "--kv-dtype",
+        type=words_of("auto", "fp8"),
+        default=["auto"],
+        metavar="DTYPE,DTYPE",
+        help="of the rows: auto (bfloat16), fp8 or both (default: auto)",
+    )
+    add(
+        "--kv-cache-memory",
+        type=byte_count,
+        metavar="BYTES",
+        help="KV cache of every engine, such as 8M or 2G (default: 64M; 2G for melt-1.6b)",
+    )
+    add("--chunk-size", type=positive, default=64, metavar="C", help="the MELT's (default: 64)")
+    add("--context", type=positive, metavar="N", help="tokens a request may have (default: 2048; 256 for melt-1.6b)")
+    add("--step-tokens", type=positive, default=64, metavar="N", help="tokens a step may have (default: 64)")
+    add_output(memory)
+
+
+def add_output(bench: argparse.ArgumentParser) -> None:
+    """What every measurement can leave behind."""
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, as .png, .svg or .pdf")
+    bench.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
 def positive(text: str) -> int:
@@ -190,12 +259,22 @@ def loop_list(text: str) -> list[int]:
     return [positive(word) for word in text.split(",")]
 
 
-def mode_list(text: str) -> list[str]:
-    """Decode modes such as `token,chunk`."""
-    for word in text.split(","):
-        if word not in ("token", "chunk"):
-            raise argparse.ArgumentTypeError(f"{word!r} is neither 'token' nor 'chunk'")
-    return text.split(",")
+def words_of(first: str, second: str) -> Callable[[str], list[str]]:
+    """A parser of one or both of two words, such as `token,chunk`."""
+
+    def word_list(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in (first, second):
+                raise argparse.ArgumentTypeError(f"{word!r} is neither {first!r} nor {second!r}")
+        return text.split(",")
+
+    return word_list
+
+
+def byte_count(text: str) -> int:
+    """Bytes such as `4096`, `96M` or `2G`; K, M and G are powers of 1024."""
+    digits, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
+    return positive(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
@@ -266,6 +345,36 @@ def run_plan(arguments: argparse.Namespace) -> int:
     print(plan.table(plans))
     if arguments.json:
         print(json.dumps({"rows": [{**asdict(each), "total": each.total} for each in plans]}))
+    return 0
+
+
+def run_bench_memory(arguments: argparse.Namespace) -> int:
+    """`melt-serve bench memory`."""
+    from melt_serve.bench import memory
+    from melt_serve.bench.engine import BenchError
+    from melt_serve.bench.plots import refuse_plot, write
+
+    options = memory.Options(
+        shape=arguments.shape,
+        loops=arguments.loops,
+        models=arguments.models,
+        kv_dtypes=arguments.kv_dtype,
+        kv_memory=arguments.kv_cache_memory,
+        chunk_size=arguments.chunk_size,
+        context=arguments.context,
+        step_tokens=arguments.step_tokens,
+    )
+    try:
+        if arguments.plot:
+            refuse_plot(arguments.plot)
+        rows = memory.measure(options)
+    except BenchError as error:
+        return fail(error)
+    print(memory.table(rows))
+    if arguments.plot:
+        write(memory.figure(rows), arguments.plot)
+    if arguments.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}))
     return 0
 
 

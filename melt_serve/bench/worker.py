@@ -1,0 +1,128 @@
+"""The child process of `engine.py`: one vLLM engine, and what can be asked of it.
+
+A question is a line of JSON on the standard input, `[function, arguments]`; an answer is a line on the standard output.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Scheduler, worker and model in this very process, where they can be read, timed and profiled.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+def main() -> None:
+    """Start the engine as the first question says, then answer until the other end is closed."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed goes to the log
+    questions: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=listen, args=(questions,), daemon=True).start()
+    llm: LLM | None = None
+    while True:
+        what, facts = json.loads(questions.get())
+        try:
+            if what == "start":
+                llm, answer = start(**facts), None
+            else:
+                answer = QUESTIONS[what](llm, **facts)
+        except Exception as error:
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        else:
+            answers.write(json.dumps({"answer": answer}) + "\n")
+
+
+def listen(questions: "queue.Queue[str]") -> None:
+    """Take questions while others are answered; end the process, whatever it does, when the other end is closed."""
+    for line in sys.stdin:
+        questions.put(line)
+    os._exit(0)
+
+
+def start(path: str, arguments: dict[str, Any]) -> "LLM":
+    """vLLM on the config at `path`, with random weights from a fixed seed."""
+    from vllm import LLM
+
+    return LLM(
+        path,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        **arguments,
+    )
+
+
+def memory(llm: "LLM", prompt: int) -> dict[str, object]:
+    """What the engine's cache holds and costs, and the process's peak after a step of `prompt` tokens. Bytes.
+
+    Everything about the cache is read from what the engine has allocated and accounts with.
+    """
+    generate(llm, requests=1, prompt=prompt, generated=1, seed=0)
+    vllm_config = llm.llm_engine.vllm_config
+    runner = model_runner(llm)
+    cache = runner.kv_cache_config
+    final, *open_rows = cache.kv_cache_groups
+    storages = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in runner.kv_caches}
+    config = vllm_config.model_config.hf_config
+    # A MELT's h of every layer lives through all loops of a step; a LoopLM has none.
+    state = vllm_config.scheduler_config.max_num_batched_tokens * config.num_hidden_layers * config.hidden_size
+    return {
+        "kv_bytes_per_token": sum(storages.values()) // (cache.num_blocks * final.kv_cache_spec.block_size),
+        "open_chunk_bytes": sum(
+            group.kv_cache_spec.max_memory_usage_bytes(vllm_config) * len(group.layer_names) for group in open_rows
+        ),
+        "token_capacity": vllm_config.cache_config.kv_cache_size_tokens,
+        "max_concurrency": vllm_config.cache_config.kv_cache_max_concurrency,
+        "peak_bytes": peak_bytes(),
+        "transient_bytes": state * runner.dtype.itemsize if config.model_type == "melt" else 0,
+    }
+
+
+def model_runner(llm: "LLM") -> Any:
+    """The engine's model runner, in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had resident (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def generate(llm: "LLM", requests: int, prompt: int, generated: int, seed: int) -> float:
+    """Serve greedy requests of random prompts, all there from the start; the seconds it took.
+
+    Args:
+        llm: the engine.
+        requests: how many.
+        prompt: tokens each.
+        generated: tokens each, whatever they are.
+        seed: of the prompts. Another seed shares no prefix.
+    """
+    import torch
+    from vllm import SamplingParams, TokensPrompt
+
+    vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
+    tokens = torch.randint(vocabulary, (requests, prompt), generator=torch.Generator().manual_seed(seed))
+    prompts = [TokensPrompt(prompt_token_ids=row) for row in tokens.tolist()]
+    sampling = SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False)
+    started = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+QUESTIONS: dict[str, Callable[..., object]] = {"memory": memory, "generate": generate}
+
+if __name__ == "__main__":
+    main()

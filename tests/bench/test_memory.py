@@ -1,0 +1,79 @@
+"""`melt-serve bench memory` on real engines of the bundled checkpoint's shape."""
+
+import json
+
+import pytest
+
+from melt_serve import cli
+from melt_serve.bench.shapes import shape
+from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
+
+LAYERS, HIDDEN = 1, 192
+MELT_ROW = kv_bytes_per_token(MeltConfig(**shape("demo")), bytes_per_value=2)
+
+
+def bench(capsys, *words):
+    code = cli.main(["bench", "memory", "--json", *words])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    return json.loads(output.out.splitlines()[-1])["rows"], output.out
+
+
+def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant(capsys):
+    rows, table = bench(capsys, "--models", "melt", "--loops", "1,4")
+    assert [(row["decode_mode"], row["loops"]) for row in rows] == [
+        ("token", 1),
+        ("token", 4),
+        ("chunk", 1),
+        ("chunk", 4),
+    ]
+    assert [row["kv_bytes_per_token"] for row in rows] == [MELT_ROW] * 4
+    assert [row["open_chunk_bytes"] for row in rows] == [0, 0, 0, 3 * 64 * MELT_ROW]
+    once, four, _, open_chunk = (row["max_concurrency"] for row in rows)
+    assert once == four == rows[0]["token_capacity"] / 2048
+    assert open_chunk == pytest.approx(four * 2048 / (2048 + 3 * 64), rel=0.01)
+    assert all(row["transient_bytes"] == LAYERS * 64 * HIDDEN * 2 for row in rows)
+    assert all(row["peak_bytes"] > 64 << 20 for row in rows)
+    assert "MELT, chunk mode  4" in table
+
+
+def test_a_looplms_rows_grow_with_the_loops_and_a_plot_is_written(capsys, tmp_path):
+    plot = tmp_path / "memory.png"
+    (row,), _ = bench(capsys, "--models", "looplm", "--loops", "4", "--kv-dtype", "fp8", "--plot", str(plot))
+    assert row["kv_bytes_per_token"] == kv_bytes_per_token(LoopLMConfig(**shape("demo")), 1, loops=4) == 2 * MELT_ROW
+    assert row["token_capacity"] == pytest.approx((64 << 20) / (2 * MELT_ROW), rel=0.01)
+    assert (row["decode_mode"], row["open_chunk_bytes"], row["transient_bytes"]) == (None, 0, 0)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_vllm_refuses_is_one_line_that_names_the_engine(capsys):
+    assert cli.main(["bench", "memory", "--models", "melt", "--loops", "2", "--context", "4096"]) == 1
+    error = capsys.readouterr().err
+    assert "MELT, token mode, T=2, KV auto" in error and "max_position_embeddings=2048" in error
+    assert error.count("melt-serve: error") == error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--kv-cache-memory", "1M"], "LoopLM, T=2, KV auto: one request of --context=2048 tokens takes 3145728 bytes"),
+        (["--chunk-size", "128"], "--step-tokens=64 must be at least --chunk-size=128"),
+        (["--context", "64"], "--step-tokens=64 must be at least --chunk-size=64 and below --context=64"),
+        (["--plot", "nowhere/memory.png"], "nowhere is not a folder"),
+        (["--plot", "memory.doc"], ".png, .svg or .pdf"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_at_once(words, says, capsys):
+    assert cli.main(["bench", "memory", "--models", "looplm,melt", "--loops", "2", *words]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--loops", "0"], ["--kv-cache-memory", "2X"], ["--models", "gpt"], ["--shape", "x"]]
+)
+def test_flags_that_make_no_sense_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "memory", *words])
+    assert ended.value.code == 2
+    assert words[0] in capsys.readouterr().err
