@@ -25,6 +25,7 @@ examples:
   melt-serve eval --loops 1,4                        right answers of the bundled checkpoints, by depth
   melt-serve plan ouro-1.4b --device-memory 24       how many requests fit, as a MELT and as a LoopLM
   melt-serve bench memory                            the same, read from running engines
+  melt-serve bench throughput                        tokens a second against a LoopLM, on real engines
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -83,6 +84,19 @@ examples:
       Ouro-1.4B's true shape, also with FP8 rows; takes 7 GB of memory
   melt-serve bench memory --loops 1,2,4,8 --models melt --plot memory.png --json
       MELT alone, with a plot, and one line of JSON at the end"""
+
+BENCH_THROUGHPUT_DESCRIPTION = """\
+Serve the same requests with a MELT and a LoopLM of one shape, on real engines with random weights and the same KV
+bytes, in turn, and compare: once with a cache too small for all requests, once with room for all."""
+
+BENCH_THROUGHPUT_EXAMPLES = """\
+examples:
+  melt-serve bench throughput
+      8 layers, d=512, 32 requests of 128 + 128 tokens, at 4 and 8 loops; takes half an hour on 2 CPU cores
+  melt-serve bench throughput --loops 4 --cache scarce --profile
+      one setting, and where the time goes
+  melt-serve bench throughput --loops 2 --layers 2 --requests 8 --generated 32 --json
+      smaller and quicker, and one line of JSON at the end"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -240,6 +254,34 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--step-tokens", type=positive, default=64, metavar="N", help="tokens a step may have (default: 64)")
     add_output(memory)
 
+    throughput = benches.add_parser(
+        "throughput",
+        help="tokens a second on the same requests with the same cache",
+        description=BENCH_THROUGHPUT_DESCRIPTION,
+        epilog=BENCH_THROUGHPUT_EXAMPLES,
+        formatter_class=raw,
+    )
+    throughput.set_defaults(run=run_bench_throughput)
+    add = throughput.add_argument
+    add("--layers", type=positive, default=8, metavar="N", help="of the model (default: 8)")
+    add("--hidden", type=positive, default=512, metavar="D", help="hidden size, a multiple of 64 (default: 512)")
+    add("--loops", type=loop_list, default=[4, 8], metavar="T,T", help="depths (default: 4,8)")
+    add(
+        "--cache",
+        type=words_of("scarce", "plentiful"),
+        default=["scarce", "plentiful"],
+        metavar="CACHE,CACHE",
+        help="scarce: 6 requests of the LoopLM fit; plentiful: all do (default: scarce,plentiful)",
+    )
+    add("--decode-mode", choices=("token", "chunk"), default="token", help="the MELT's (default: token)")
+    add("--chunk-size", type=positive, default=32, metavar="C", help="the MELT's (default: 32)")
+    add("--requests", type=positive, default=32, metavar="N", help="all there from the start (default: 32)")
+    add("--prompt", type=positive, default=128, metavar="N", help="tokens of a prompt (default: 128)")
+    add("--generated", type=positive, default=128, metavar="N", help="tokens of an answer (default: 128)")
+    add("--rounds", type=positive, default=3, metavar="N", help="how often both serve all requests (default: 3)")
+    add("--profile", action="store_true", help="show where the time of one more round goes")
+    add_output(throughput)
+
 
 def add_output(bench: argparse.ArgumentParser) -> None:
     """What every measurement can leave behind."""
@@ -375,6 +417,42 @@ def run_bench_memory(arguments: argparse.Namespace) -> int:
         write(memory.figure(rows), arguments.plot)
     if arguments.json:
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
+    return 0
+
+
+def run_bench_throughput(arguments: argparse.Namespace) -> int:
+    """`melt-serve bench throughput`."""
+    from melt_serve.bench import throughput
+    from melt_serve.bench.engine import BenchError
+    from melt_serve.bench.plots import refuse_plot, write
+
+    options = throughput.Options(
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        loops=arguments.loops,
+        caches=arguments.cache,
+        decode_mode=arguments.decode_mode,
+        chunk_size=arguments.chunk_size,
+        requests=arguments.requests,
+        prompt=arguments.prompt,
+        generated=arguments.generated,
+        rounds=arguments.rounds,
+        profile=arguments.profile,
+    )
+    try:
+        if arguments.plot:
+            refuse_plot(arguments.plot)
+        rows = throughput.measure(options)
+    except BenchError as error:
+        return fail(error)
+    print(throughput.table(rows))
+    for row in rows:
+        if row.melt_profile:
+            print(f"\n{throughput.profile_table(row)}")
+    if arguments.plot:
+        write(throughput.figure(rows), arguments.plot)
+    if arguments.json:
+        print(json.dumps({"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}))
     return 0
 
 

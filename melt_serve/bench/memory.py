@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError, Engine
-from melt_serve.bench.shapes import Checkpoint, Model, shape
+from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, Model, shape
 from melt_serve.columns import columns
 from melt_serve.config import DECODE_MODES, DecodeMode, kv_bytes_per_token
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BLOCK_SIZE = 32  # the finest vLLM's CPU attention takes; the same for both, so that capacities compare
 
 DEFAULTS = {"demo": (64 << 20, 2048), "melt-1.6b": (2 << 30, 256)}
 """A shape's size of the cache in bytes, and its context: one request of a LoopLM with 32 loops fits."""

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from melt_serve.bundled import MELT
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 from melt_serve.plan import SHAPES
 
 Model = Literal["melt", "looplm"]
+MODELS: tuple[Model, ...] = get_args(Model)
+
+BLOCK_SIZE = 32
+"""Tokens in a KV block, the finest vLLM's CPU attention takes; the same for both models, so that capacities compare."""
 
 DEPENDS_ON_THE_ENGINE = ("model_type", "architectures", "dtype", "total_ut_steps", "max_loops")
 

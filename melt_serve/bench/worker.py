@@ -27,7 +27,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else is printed goes to the log
     questions: queue.Queue[str] = queue.Queue()
     threading.Thread(target=listen, args=(questions,), daemon=True).start()
-    llm: LLM | None = None
+    llm: Any = None
     while True:
         what, facts = json.loads(questions.get())
         try:
@@ -122,7 +122,25 @@ def generate(llm: "LLM", requests: int, prompt: int, generated: int, seed: int) 
     return time.perf_counter() - started
 
 
-QUESTIONS: dict[str, Callable[..., object]] = {"memory": memory, "generate": generate}
+def requests_that_fit(llm: "LLM") -> float:
+    """Requests of the longest kind that the cache holds at once."""
+    return float(llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
+
+
+def profile(llm: "LLM", **facts: int) -> dict[str, float]:
+    """Seconds of one `generate`, by part."""
+    from melt_serve.bench import profiler
+
+    runner = model_runner(llm)
+    return profiler.profile([runner.get_model(), runner.sampler], lambda: generate(llm, **facts))
+
+
+QUESTIONS: dict[str, Callable[..., object]] = {
+    "memory": memory,
+    "generate": generate,
+    "requests_that_fit": requests_that_fit,
+    "profile": profile,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,18 @@
 """`melt-serve bench memory` on real engines of the bundled checkpoint's shape."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from melt_serve import cli
 from melt_serve.bench.shapes import shape
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
+from tests.signals import hear_ctrl_c
 
 LAYERS, HIDDEN = 1, 192
 MELT_ROW = kv_bytes_per_token(MeltConfig(**shape("demo")), bytes_per_value=2)
@@ -44,6 +50,19 @@ def test_a_looplms_rows_grow_with_the_loops_and_a_plot_is_written(capsys, tmp_pa
     assert row["token_capacity"] == pytest.approx((64 << 20) / (2 * MELT_ROW), rel=0.01)
     assert (row["decode_mode"], row["open_chunk_bytes"], row["transient_bytes"]) == (None, 0, 0)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_ends_the_engine_too():
+    command = [sys.executable, "-m", "melt_serve.cli", "bench", "memory"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+    deadline = time.monotonic() + 60
+    while not (engines := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert not any(engine.is_running() for engine in engines)
 
 
 def test_what_vllm_refuses_is_one_line_that_names_the_engine(capsys):
