@@ -81,7 +81,7 @@ examples:
   melt-serve bench memory
       the bundled checkpoint's shape at 1 to 32 loops, as a MELT in both decode modes and as a LoopLM
   melt-serve bench memory --shape melt-1.6b --loops 1,4 --kv-dtype auto,fp8
-      Ouro-1.4B's true shape, also with FP8 rows; takes 7 GB of memory
+      Ouro-1.4B's true shape, also with FP8 rows; takes 8 GB of memory
   melt-serve bench memory --loops 1,2,4,8 --models melt --plot memory.png --json
       MELT alone, with a plot, and one line of JSON at the end"""
 
