@@ -6,12 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
+from melt_serve.bundled import MELT
 from melt_serve.engine import patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
+from melt_serve.train.data import prompt_ids
+from melt_serve.train.evaluate import heldout
 from tests.engine.engines import engine, generate, prompts, save_melt
 
 
@@ -126,6 +131,22 @@ def test_beam_search_is_refused_in_token_mode_and_the_engine_lives_on(checkpoint
         with pytest.raises(VLLMValidationError, match="no beam search"):
             llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], BeamSearchParams(beam_width=2, max_tokens=2))
         assert len(generate(llm, prompts(70))[0].token_ids) == 8
+
+
+@torch.no_grad()
+def test_in_chunk_mode_beams_score_as_the_reference_scores_them():
+    """Every step of a beam search sends generated tokens back as a prompt, which chunk mode does not mind."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MELT).eval(), AutoTokenizer.from_pretrained(MELT)
+    model.config.decode_mode = "chunk"
+    prompt = prompt_ids(heldout(1)[0], tokenizer)
+    with engine(MELT, skip_tokenizer_init=False, hf_overrides={"decode_mode": "chunk"}) as llm:
+        beams = BeamSearchParams(beam_width=3, max_tokens=40, ignore_eos=True)
+        (output,) = llm.beam_search([{"prompt_token_ids": prompt}], beams)
+    assert len(output.sequences) == 3
+    for beam in output.sequences:
+        logprobs = model(torch.tensor([beam.tokens])).logits[0].log_softmax(-1)
+        scores = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(beam.tokens[len(prompt) :])[:, None])
+        assert beam.cum_logprob == pytest.approx(scores.sum().item(), abs=1e-2)
 
 
 def test_a_resumable_session_is_refused_and_the_engine_lives_on(checkpoint):
