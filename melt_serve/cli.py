@@ -92,9 +92,9 @@ bytes, in turn, and compare: once with a cache too small for all requests, once 
 BENCH_THROUGHPUT_EXAMPLES = """\
 examples:
   melt-serve bench throughput
-      8 layers, d=512, 32 requests of 128 + 128 tokens, at 4 and 8 loops; takes half an hour on 2 CPU cores
-  melt-serve bench throughput --loops 4 --cache scarce --profile
-      one setting, and where the time goes
+      8 layers, d=512, 32 requests of 128 + 128 tokens, at 4 and 8 loops; takes a quarter of an hour on 2 CPU cores
+  melt-serve bench throughput --loops 4 --cache scarce --fit 2 --profile
+      one setting, a scarcer cache, and where the time goes
   melt-serve bench throughput --loops 2 --layers 2 --requests 8 --generated 32 --json
       smaller and quicker, and one line of JSON at the end"""
 
@@ -271,8 +271,9 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         type=words_of("scarce", "plentiful"),
         default=["scarce", "plentiful"],
         metavar="CACHE,CACHE",
-        help="scarce: 6 requests of the LoopLM fit; plentiful: all do (default: scarce,plentiful)",
+        help="scarce: few requests of the LoopLM fit; plentiful: all do (default: scarce,plentiful)",
     )
+    add("--fit", type=positive, default=6, metavar="N", help="LoopLM requests a scarce cache holds (default: 6)")
     add("--decode-mode", choices=("token", "chunk"), default="token", help="the MELT's (default: token)")
     add("--chunk-size", type=positive, default=32, metavar="C", help="the MELT's (default: 32)")
     add("--requests", type=positive, default=32, metavar="N", help="all there from the start (default: 32)")
@@ -437,6 +438,7 @@ def run_bench_throughput(arguments: argparse.Namespace) -> int:
         prompt=arguments.prompt,
         generated=arguments.generated,
         rounds=arguments.rounds,
+        fit=arguments.fit,
         profile=arguments.profile,
     )
     try:

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 Cache = Literal["scarce", "plentiful"]
 
 STEP_TOKENS = 2048
-SCARCE_REQUESTS = 6
-"""Requests of a LoopLM that fit in a scarce cache."""
-
 SCARCE_GOALS = {4: 1.5, 8: 2.5}
-"""What MELT should gain by T where the cache is scarce, in the default shape."""
+"""What MELT should gain by T in the default shape, where six LoopLM requests of 32 fit, or fewer."""
 
 SHARE_OF_BOUND = 0.95
 """Of the arithmetic bound, where the cache is plentiful."""
@@ -45,6 +42,7 @@ class Options:
         prompt: tokens each.
         generated: tokens each.
         rounds: how often both engines serve them.
+        fit: requests of the LoopLM that a scarce cache holds.
         profile: one more round, with a clock around every part of the model.
     """
 
@@ -58,6 +56,7 @@ class Options:
     prompt: int
     generated: int
     rounds: int
+    fit: int = 6
     profile: bool = False
 
     @property
@@ -178,7 +177,7 @@ def load(options: Options, seed: int) -> dict[str, int]:
 
 def cache_bytes(options: Options, cache: Cache, loops: int) -> int:
     """Bytes of the cache for both: a few requests of the LoopLM, or more than all of them."""
-    requests = min(SCARCE_REQUESTS, options.requests) if cache == "scarce" else options.requests
+    requests = min(options.fit, options.requests) if cache == "scarce" else options.requests
     block = BLOCK_SIZE * kv_bytes_per_token(options.checkpoint("looplm", loops).config, bytes_per_value=2)
     # And one block for every loop: vLLM never uses the first block of its pool.
     return (requests * math.ceil(options.context / BLOCK_SIZE) + 1) * block

@@ -1,11 +1,12 @@
 """`melt-serve bench throughput` on real engines of a tiny shape. How fast they are is not for a test to say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from melt_serve import cli
-from melt_serve.bench.throughput import Options, work
+from melt_serve.bench.throughput import Options, cache_bytes, work
 
 DEFAULT = Options(8, 512, [4], ["scarce"], "token", 32, requests=32, prompt=128, generated=128, rounds=3)
 
@@ -25,6 +26,13 @@ def test_a_round_compares_the_same_requests_in_the_same_cache_and_shows_where_th
     assert set(melt) - set(looplm) == {"gate, matmuls", "gate, element-wise"}
     assert all(seconds > 0 for seconds in (*melt.values(), *looplm.values()))
     assert "gate, element-wise" in output and "<svg" in plot.read_text()
+
+
+def test_a_scarce_cache_holds_as_many_looplm_requests_as_asked():
+    """A block holds 32 tokens: 8 of them hold a request, and vLLM never uses one."""
+    block = 32 * 4 * 8 * 2 * 512 * 2  # T, layers, K and V, values, bytes of each
+    for fit, cache, blocks in ((2, "scarce", 17), (6, "scarce", 49), (99, "scarce", 257), (2, "plentiful", 257)):
+        assert cache_bytes(replace(DEFAULT, fit=fit), cache, loops=4) == blocks * block
 
 
 def test_the_bound_is_the_gates_two_matmuls_on_all_loops_but_the_first():
