@@ -14,6 +14,8 @@ GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
 InitialState = Literal["input", "zeros"]
 DecodeMode = Literal["token", "chunk"]
 DECODE_MODES: tuple[DecodeMode, ...] = get_args(DecodeMode)
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 EMA_KEEP = 0.2
 """The old state's share in gate type `ema`. Our choice: the paper does not say which of the two 0.2 weighs."""
@@ -115,7 +117,8 @@ class MeltConfig(LoopLMConfig):
 
     `total_ut_steps` is the number of loops run by default, `max_loops` the most that may be asked
     for. `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to
-    the checkpoint: the same weights under another C are another model.
+    the checkpoint: the same weights under another C are another model. `effort_loops` says what
+    OpenAI's `reasoning_effort` means, where it should not mean what `loops_by_effort` says.
     """
 
     model_type = "melt"
@@ -125,6 +128,7 @@ class MeltConfig(LoopLMConfig):
     chunk_size: int = 512
     decode_mode: DecodeMode = "token"
     max_loops: int | None = None
+    effort_loops: dict[str, int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.max_loops is None:
@@ -138,6 +142,31 @@ class MeltConfig(LoopLMConfig):
             raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
         if not 1 <= self.total_ut_steps <= self.max_loops:
             raise ValueError(f"total_ut_steps={self.total_ut_steps} is outside 1..max_loops={self.max_loops}")
+
+    def validate_efforts(self) -> None:
+        """Refuse efforts nobody can ask for, and loops this checkpoint does not run."""
+        assert self.max_loops is not None
+        for effort, loops in (self.effort_loops or {}).items():
+            if effort not in EFFORTS:
+                raise ValueError(f"effort_loops: {effort!r} is none of {', '.join(EFFORTS)}")
+            if not 1 <= loops <= self.max_loops:
+                raise ValueError(f"effort_loops: {effort}={loops} is outside 1..max_loops={self.max_loops}")
+
+    @property
+    def loops_by_effort(self) -> dict[str, int]:
+        """The loops each `reasoning_effort` asks for: `medium` is the default depth (our choice)."""
+        assert self.max_loops is not None
+        default, most = self.total_ut_steps, self.max_loops
+        shares = {
+            "none": 1,
+            "minimal": 1,
+            "low": math.ceil(default / 2),
+            "medium": default,
+            "high": min(math.ceil(1.5 * default), most),
+            "xhigh": min(2 * default, most),
+            "max": most,
+        }
+        return shares | (self.effort_loops or {})
 
 
 def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | None = None) -> int:

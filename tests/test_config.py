@@ -128,6 +128,8 @@ def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
         ("kv_gate_type", "fancy", r"kv_gate_type.*elementwise"),
         ("kv_gate_initial_state", "ones", r"kv_gate_initial_state.*zeros"),
         ("decode_mode", "beam", r"decode_mode.*chunk"),
+        ("effort_loops", {"great": 1}, r"effort_loops: 'great' is none of none, minimal, low"),
+        ("effort_loops", {"low": 5}, r"effort_loops: low=5 is outside 1\.\.max_loops=4"),
     ],
 )
 def test_a_bad_melt_field_is_refused_by_name(field, value, message):
@@ -138,6 +140,13 @@ def test_a_bad_melt_field_is_refused_by_name(field, value, message):
 def test_max_loops_is_the_default_loops_unless_said():
     assert MeltConfig(total_ut_steps=6).max_loops == 6
     assert MeltConfig(total_ut_steps=6, max_loops=9).max_loops == 9
+
+
+def test_efforts_are_shares_of_the_default_loops_unless_said():
+    efforts = MeltConfig(total_ut_steps=4, max_loops=8).loops_by_effort
+    assert efforts == {"none": 1, "minimal": 1, "low": 2, "medium": 4, "high": 6, "xhigh": 8, "max": 8}
+    assert set(MeltConfig(total_ut_steps=1).loops_by_effort.values()) == {1}
+    assert MeltConfig(effort_loops={"low": 3}).loops_by_effort == MeltConfig().loops_by_effort | {"low": 3}
 
 
 def test_a_looplm_survives_saving_and_loading(tmp_path):

@@ -1,21 +1,24 @@
-"""Which rows a loop reads and writes: attention layers over vLLM's paged cache.
+"""Which rows a loop reads and writes: one attention layer over vLLM's paged cache, whose tables change with the loop.
 
-In `token` mode all loops share one layer, whose slots each loop overwrites. In `chunk` mode the loops
-before the last have layers of their own. What such a layer sees is the final rows of closed chunks and
-its own loop's rows of the open chunk: two block tables laid over each other.
+All loops of a layer call the same attention layer. Its metadata changes between them: fewer tokens run, as requests
+finish their loops, and in `chunk` mode other rows are meant. There, a loop before a request's last sees the final
+rows of closed chunks and its own loop's rows of the open chunk: two block tables laid over each other.
 """
 
 import copy
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
@@ -25,17 +28,23 @@ from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What vLLM says of a step's requests and of their blocks of one kind, and what makes a kernel's metadata of it."""
+
+    builder: Any
+    common: CommonAttentionMetadata
+
+
 class FinalRows(Attention):
-    """Attention over final rows; in `token` mode every loop writes them, in `chunk` mode the last one."""
+    """A layer's attention, and the rows that stay of every token: those of its last loop."""
 
     attn_backend: Any  # a class of vLLM's, AttentionBackend
+    step: StepRecord
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.step_metadata: Any = None
-        """What this step's attention over final rows needs, for `OpenRows` to start from."""
-        if get_current_vllm_config().model_config.hf_config.decode_mode == "chunk":
-            self.attn_backend = final_rows_backend(self.attn_backend)
+        self.attn_backend = recording_backend(self.attn_backend)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """One row a token."""
@@ -46,15 +55,18 @@ class FinalRows(Attention):
 
 
 class OpenRows(Attention):
-    """Attention of a loop before the last, in `chunk` mode."""
+    """Room for the open chunk's rows of one loop, `chunk` mode only.
+
+    Nobody calls it. Its blocks lie in the memory of the layer's final rows, through which both are read and written.
+    """
 
     attn_backend: Any
+    step: StepRecord
 
-    def __init__(self, *args: Any, final: FinalRows, loop: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loop: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.final_name = final.layer_name
+        self.attn_backend = recording_backend(self.attn_backend)
         self.loop = loop
-        self.attn_backend = open_rows_backend(self.attn_backend)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """One row a token of the open chunk."""
@@ -65,63 +77,147 @@ class OpenRows(Attention):
 
 
 @functools.cache
-def final_rows_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A backend that also leaves a step's metadata with its layer."""
+def recording_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A backend that also leaves a step's record with the first layer of its cache group."""
 
-    class FinalRowsBuilder(backend.get_builder_cls()):  # type: ignore[misc]
-        def __init__(self, kv_cache_spec: FinalRowsSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
+    class RecordingBuilder(backend.get_builder_cls()):  # type: ignore[misc]
+        supports_update_block_table = False  # else vLLM would not show the tables of all groups
+
+        def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
             self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
 
-        def build(self, *args: Any, **kwargs: Any) -> Any:
-            self.layer.step_metadata = super().build(*args, **kwargs)
-            return self.layer.step_metadata
+        def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **kwargs: Any) -> Any:
+            self.layer.step = StepRecord(self, common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, **kwargs)
 
-    return subclass_attention_backend("FinalRows", backend, FinalRowsBuilder)
+        def build_part(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            """Metadata for a part of the step that was recorded."""
+            return super().build(0, common_attn_metadata)
+
+    return subclass_attention_backend("Recording", backend, RecordingBuilder)
 
 
-@functools.cache
-def open_rows_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A backend whose block tables and slots are those of one loop before the last."""
+@dataclass(frozen=True)
+class Tables:
+    """Where a loop's rows are: blocks [R, blocks] of each request, and slots [S] that the step's tokens write."""
 
-    class OpenRowsBuilder(backend.get_builder_cls()):  # type: ignore[misc]
-        supports_update_block_table = False
+    blocks: Tensor
+    slots: Tensor
 
-        def __init__(self, kv_cache_spec: OpenRowsSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
-            super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
-            layers = vllm_config.compilation_config.static_forward_context
-            # The group of each loop holds one layer for every layer of the model, in the same order.
-            self.final = layers[layers[layer_names[0]].final_name]
-            self.null_slots = vllm_config.cache_config.block_size
 
-        @classmethod
-        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER  # tables are new tensors in every step
+class StepRows:
+    """A step's tokens and their tables, from loop to loop.
 
-        def build(
-            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-        ) -> Any:
-            """The final rows' metadata of this step, with this loop's block table and slots."""
-            final, own = self.final.step_metadata, common_attn_metadata
-            block_size, chunk_size = self.kv_cache_spec.block_size, self.kv_cache_spec.chunk_size
-            metadata = copy.copy(final)
-            metadata.block_table = lay_over(
-                own.block_table_tensor, final.block_table, own.seq_lens, chunk_size, block_size, self.null_slots
+    Attributes:
+        deepest: the loops of the request that runs most.
+        last_loops: all requests' loops.
+        tokens: [A], those that still run, as places among the step's own S.
+        requests: [A], each one's request, as a row of the step's R.
+        positions: [A], in its own sequence.
+        left: [A], the last loop of each.
+    """
+
+    def __init__(
+        self,
+        final: Sequence[FinalRows],
+        open_rows: Sequence[OpenRows],
+        positions: Tensor,
+        loops: Tensor | None,
+        default_loops: int,
+    ):
+        """At the beginning of a step, when all tokens run.
+
+        Args:
+            final: the final rows of all layers.
+            open_rows: one layer's open rows, of loop 1, 2, ...
+            positions: [S].
+            loops: [R], each request's, on the CPU.
+            default_loops: of all requests, if `loops` is None.
+        """
+        record = final[0].step
+        self.names = [layer.layer_name for layer in final]
+        self.builder, self.common = record.builder, record.common
+        if loops is None:
+            loops = torch.full((self.common.num_reqs,), default_loops)
+        self.last_loops = set(loops.tolist())
+        self.deepest = max(self.last_loops)
+        self.tokens = torch.arange(len(positions), device=positions.device)
+        ends = self.common.query_start_loc[1 : len(loops) + 1]
+        self.requests = torch.searchsorted(ends, self.tokens.to(ends.dtype), right=True).clamp(max=len(loops) - 1)
+        self.positions = positions
+        self.left = loops.to(positions.device)[self.requests]
+        self.metadata = get_forward_context().attn_metadata[self.names[0]]
+        self.runs: Tensor | None = None
+        self.final = Tables(self.common.block_table_tensor, self.common.slot_mapping)
+        self.open = [self._laid_over(layer) for layer in open_rows[: self.deepest - 1]]
+
+    @contextmanager
+    def at(self, loop: int) -> Iterator[None]:
+        """What attention layers called inside see: this loop's tables, and the tokens that still run."""
+        if self.runs is None and not self.open:
+            yield  # as vLLM has set it up
+            return
+        tables = self.open[loop - 1] if loop <= len(self.open) else self.final
+        metadata = copy.copy(self.metadata)
+        metadata.block_table = tables.blocks if self.runs is None else tables.blocks[self.runs]
+        metadata.slot_mapping = tables.slots if self.runs is None else tables.slots[self.tokens]
+        context = get_forward_context()
+        changed = replace(
+            context,
+            attn_metadata={**context.attn_metadata, **dict.fromkeys(self.names, metadata)},
+            slot_mapping={**context.slot_mapping, **dict.fromkeys(self.names, metadata.slot_mapping)},
+        )
+        with override_forward_context(changed):
+            yield
+
+    def keep(self, staying: Tensor) -> None:
+        """Go on with these tokens only: [A], true for each that runs another loop, at least one.
+
+        Tokens of one request that stand next to each other are one sequence to the kernel. Where one between
+        them has left, they are two, over the same blocks: each ends at its own last token, so attention is causal.
+        """
+        self.tokens, self.requests = self.tokens[staying], self.requests[staying]
+        self.positions, self.left = self.positions[staying], self.left[staying]
+        begins = torch.ones_like(self.tokens, dtype=torch.bool)
+        begins[1:] = (self.requests.diff() != 0) | (self.positions.diff() != 1)
+        starts = begins.nonzero().squeeze(1)
+        bounds = torch.cat((starts, starts.new_tensor([len(self.tokens)]))).to(self.common.query_start_loc.dtype)
+        ends = self.positions[bounds[1:].long() - 1] + 1
+        self.runs = self.requests[starts]
+        bounds_cpu, ends_cpu = bounds.cpu(), ends.to(self.common.seq_lens.dtype).cpu()
+        self.metadata = self.builder.build_part(
+            CommonAttentionMetadata(
+                query_start_loc=bounds,
+                query_start_loc_cpu=bounds_cpu,
+                seq_lens=ends.to(self.common.seq_lens.dtype),
+                seq_lens_cpu_upper_bound=ends_cpu,
+                num_reqs=len(starts),
+                num_actual_tokens=len(self.tokens),
+                max_query_len=int(bounds_cpu.diff().max()),
+                max_seq_len=int(ends_cpu.max()),
+                block_table_tensor=self.final.blocks[self.runs],
+                slot_mapping=self.final.slots[self.tokens],
+                causal=True,
+                positions=self.positions,
             )
-            # In place: vLLM hands out this very tensor as the layers' slot mapping.
-            slots = own.slot_mapping
-            slots.copy_(torch.where(slots < self.null_slots, final.slot_mapping[: len(slots)], slots))
-            metadata.slot_mapping = slots
-            return metadata
+        )
 
-    return subclass_attention_backend("OpenRows", backend, OpenRowsBuilder)
+    def _laid_over(self, rows: OpenRows) -> Tables:
+        own, spec = rows.step.common, rows.step.builder.kv_cache_spec
+        null_slots = spec.block_size
+        blocks = lay_over(
+            own.block_table_tensor, self.final.blocks, own.seq_lens, spec.chunk_size, spec.block_size, null_slots
+        )
+        return Tables(blocks, torch.where(own.slot_mapping < null_slots, self.final.slots, own.slot_mapping))
 
 
 def lay_over(own: Tensor, final: Tensor, seq_lens: Tensor, chunk_size: int, block_size: int, null_slots: int) -> Tensor:
     """The block table of a loop before the last: final blocks, but the open chunk's own where it has them.
 
     Args:
-        own: [R, blocks], blocks of this loop; the null block where there is none, anything in closed chunks.
+        own: [R, blocks], blocks of this loop; the null block where there is none, as in requests that never
+            come here or whose last loop this is; anything in closed chunks.
         final: [R, blocks], blocks of final rows.
         seq_lens: [R], tokens of each request up to the end of this step, which lies in the open chunk.
         chunk_size: C, a multiple of `block_size`, the tokens in one entry of the tables.

@@ -5,7 +5,7 @@ kind at a time: final rows, or an open chunk's rows of one loop. All kinds have 
 allocation serves them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, sharing_unit
+from melt_serve.engine.depth import loops_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -109,12 +110,15 @@ class OpenRowsManager(SingleTypeKVCacheManager):
 
     The block list has an entry for every block of the request, as the final rows' list has, so that the
     two can be laid over each other. It is the null block where no rows of this loop are kept: in closed
-    chunks, and in a chunk that runs whole in one step, which can write its final blocks at every loop.
+    chunks, in a chunk that runs whole in one step, which can write its final blocks at every loop, and in
+    requests to which this is the last loop, or that never come here.
     """
 
     def __init__(self, kv_cache_spec: "OpenRowsSpec", **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.chunk_size = kv_cache_spec.chunk_size
+        self.chunk_size, self.loop = kv_cache_spec.chunk_size, kv_cache_spec.loop
+        self.requests: Mapping[str, Request] = {}
+        """The scheduler's, by id, to know their loops."""
 
     def get_num_blocks_to_allocate(
         self,
@@ -128,29 +132,34 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks to take from the pool so that `num_tokens` tokens have their rows of this loop."""
-        if apply_admission_cap:  # the most a request holds on its way there
+        if apply_admission_cap and self._comes_before_last(request_id):  # the most a request holds on its way there
             return cdiv(min(num_tokens, self.chunk_size), self.block_size)
         entries = max(len(self.req_to_blocks.get(request_id, ())), total_computed_tokens // self.block_size)
-        return (
-            0 if self._closes_at_once(request_id, num_tokens) else max(0, cdiv(num_tokens, self.block_size) - entries)
-        )
+        return 0 if self._keeps_nothing(request_id, num_tokens) else max(0, cdiv(num_tokens, self.block_size) - entries)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Append the entries of the step's tokens: blocks, or null blocks for a chunk that closes at once."""
+        """Append the entries of the step's tokens: blocks, or null blocks where nothing is kept."""
         blocks = self.req_to_blocks[request_id]
         missing = max(0, cdiv(num_tokens, self.block_size) - len(blocks))
-        if self._closes_at_once(request_id, num_tokens):
+        if self._keeps_nothing(request_id, num_tokens):
             new_blocks = [self._null_block] * missing
         else:
             new_blocks = self.block_pool.get_new_blocks(missing)
         blocks.extend(new_blocks)
         return new_blocks
 
-    def _closes_at_once(self, request_id: str, num_tokens: int) -> bool:
-        """Whether the step that ends at `num_tokens` runs its whole chunk: it closes it, and none of it ran before."""
+    def _keeps_nothing(self, request_id: str, num_tokens: int) -> bool:
+        """Whether the step that ends at `num_tokens` needs no rows of this loop.
+
+        So it is from the request's last loop on, and where the step closes a chunk of which nothing ran before.
+        """
         first = (num_tokens - 1) // self.chunk_size * self.chunk_size // self.block_size
         begun = any(not block.is_null for block in self.req_to_blocks.get(request_id, ())[first:])
-        return num_tokens % self.chunk_size == 0 and not begun
+        closes_at_once = num_tokens % self.chunk_size == 0 and not begun
+        return closes_at_once or not self._comes_before_last(request_id)
+
+    def _comes_before_last(self, request_id: str) -> bool:
+        return self.loop < loops_of(self.requests[request_id].sampling_params)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens in closed chunks: vLLM frees their blocks."""

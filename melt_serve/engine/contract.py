@@ -7,6 +7,7 @@ the loops, C and the decode mode alone. Rule 6 lists what cannot keep it.
 from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -44,6 +45,8 @@ class MeltStartup(VerifyAndUpdateConfig):
         refuse_features(vllm_config)
 
         choose_block_size(vllm_config)
+        # A graph replays on the memory it was captured on; a loop's input is where the loop before has left it.
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         take_cpu_worker(vllm_config)
 

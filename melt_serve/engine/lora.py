@@ -1,8 +1,10 @@
-"""LoRA on MELT's one layer that vLLM has no wrapper for: keys and values, projected together from h."""
+"""LoRA where MELT differs: keys and values, projected together from h, and steps whose tokens become fewer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.config.lora import LoRAConfig
 from vllm.lora import utils
 from vllm.lora.layers import MergedQKVParallelLinearWithLoRA
@@ -27,6 +29,39 @@ class KVParallelLinearWithLoRA(MergedQKVParallelLinearWithLoRA):
     ) -> bool:
         """Whether this is such a layer; adapters split over ranks (`--fully-sharded-loras`) are refused at start-up."""
         return type(source_layer) is QKVParallelLinear and len(packed_modules_list) == 2
+
+
+class TokenAdapters:
+    """Which adapter each token of a step has, by vLLM's own tables, while tokens leave the step."""
+
+    def __init__(self, layer: nn.Module):
+        """`layer` is any linear layer of the model; without adapters nothing is done."""
+        self.tables = getattr(layer, "punica_wrapper", None)
+
+    def keep(self, staying: Tensor) -> None:
+        """Go on with the tokens for which `staying`, [A], is true."""
+        if self.tables is not None:
+            self._set(self.tables.token_lora_indices[: len(staying)][staying])
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the tables back in the end: vLLM writes them only when a step's adapters differ from the last one's."""
+        before = None if self.tables is None else self.tables.token_lora_indices.clone()
+        try:
+            yield
+        finally:
+            if before is not None:
+                self._set(before)
+
+    def _set(self, adapters: Tensor) -> None:
+        tables = self.tables
+        assert tables is not None
+        tables._token_lora_indices[: len(adapters)] = adapters
+        tables.indices_len[0] = len(adapters)
+        if not current_platform.is_cpu():
+            tables.token_mapping_meta.prepare_tensors(adapters)
+        elif tables.is_prefill:
+            tables._update_prefill_metadata(adapters)
 
 
 if current_platform.is_cpu():

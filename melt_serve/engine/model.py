@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -28,8 +30,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
-from melt_serve.engine import lora  # noqa: F401  (its wrapper is found by vLLM from here on)
-from melt_serve.engine.attention import FinalRows, OpenRows
+from melt_serve.engine.attention import FinalRows, OpenRows, StepRows
+from melt_serve.engine.lora import TokenAdapters
 from melt_serve.kernels.gate import gate_blend
 
 
@@ -59,7 +61,7 @@ class KVGate(nn.Module):
                 config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.state_proj"
             )
 
-    def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
+    def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
         """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1."""
         if h is None:
             if self.initial_state == "input" or self.type == "last":
@@ -69,7 +71,7 @@ class KVGate(nn.Module):
             case "last":
                 return n
             case "mean":
-                return torch.lerp(n, h, (loop - 1) / loop)
+                return torch.lerp(n.float(), h.float(), (loop - 1) / loop).to(n.dtype)
             case "ema":
                 return torch.lerp(n, h, EMA_KEEP)
         from_input, bias = self.input_proj(n)
@@ -80,9 +82,8 @@ class KVGate(nn.Module):
 class MeltAttention(nn.Module):
     """Queries from n, K and V rows from the gated state h.
 
-    The cache keeps the row of the last loop. In `token` mode every loop calls the same attention layer and
-    writes the same slots again; in `chunk` mode the loops before the last have layers of their own, whose
-    rows last as long as their chunk is open.
+    The cache keeps the row of the last loop: in `token` mode every loop writes the same slots again. In `chunk`
+    mode the loops before a request's last write other slots, which last as long as their chunk is open.
     """
 
     def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str, layer: int):
@@ -104,28 +105,22 @@ class MeltAttention(nn.Module):
         self.rotary_emb = rotary_embedding(config)
         # First the final rows: their cache group and its tables come before those that are laid over them.
         self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
-        loops_with_rows = range(1, config.total_ut_steps) if config.decode_mode == "chunk" else ()
-        self.open_attn = nn.ModuleList(
+        assert config.max_loops is not None
+        self.open_rows = nn.ModuleList(
             paged_attention(
-                OpenRows,
-                config,
-                vllm_config,
-                prefix=f"{cache_name(config, prefix, layer, loop)}.attn",
-                final=self.attn,
-                loop=loop,
+                OpenRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn", loop=loop
             )
-            for loop in loops_with_rows
+            for loop in (range(1, config.max_loops) if config.decode_mode == "chunk" else ())
         )
 
-    def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: int) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
         """W_O attn(...) and the new state h, both [tokens, hidden]."""
         h = self.kv_gate(n, h, loop)
         q, _ = self.q_proj(n)
         kv, _ = self.kv_proj(h)
         k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        attn = self.open_attn[loop - 1] if loop <= len(self.open_attn) else self.attn
-        output, _ = self.o_proj(attn(q, k, v))
+        output, _ = self.o_proj(self.attn(q, k, v))
         return output, h
 
 
@@ -231,7 +226,7 @@ class LoopedDecoderLayer(nn.Module):
         self.post_attention_layernorm_2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: int
+        self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: Tensor | int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x, residual and a MELT's h after this layer, all [tokens, hidden]; x + residual is the residual stream."""
         if residual is None:
@@ -244,7 +239,7 @@ class LoopedDecoderLayer(nn.Module):
 
 
 class LoopedModel(nn.Module):
-    """Embeddings, T times N layers, and the norm after every loop."""
+    """Embeddings, N layers, and the norm that closes every loop."""
 
     attention: ClassVar[type[MeltAttention] | type[OuroAttention]]
 
@@ -261,6 +256,110 @@ class LoopedModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def run_loop(
+        self, positions: Tensor, x: Tensor, h: Tensor | None, loop: Tensor | int
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """All layers once: the normed state [tokens, hidden], and what each layer's h has become.
+
+        Args:
+            h: [N, tokens, hidden], a MELT's states after the loop before; None at loop 1.
+            loop: counted from 1.
+        """
+        residual = None
+        states: list[Tensor | None] = []
+        for i, layer in enumerate(self.layers):
+            x, residual, state = layer(positions, x, residual, None if h is None else h[i], loop)
+            states.append(state)
+        x, _ = self.norm(x, residual)
+        return x, states
+
+
+@support_torch_compile
+class FirstLoop(nn.Module):
+    """A MELT's loop 1, from embeddings."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
+        super().__init__()
+        self.model = (model,)  # in a tuple: its weights are not this module's
+
+    def forward(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after the loop, [tokens, hidden], and h of every layer, [N, tokens, hidden]."""
+        x, states = self.model[0].run_loop(positions, x, None, positions.new_ones(()))
+        return x, torch.stack(states)
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "x": 0, "h": 1})
+class LaterLoop(nn.Module):
+    """A MELT's loop 2 or later. All are the same computation, so they are compiled once."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
+        super().__init__()
+        self.model = (model,)
+
+    def forward(self, positions: Tensor, x: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
+        """As `FirstLoop`, from the loop before."""
+        x, states = self.model[0].run_loop(positions, x, h, loop)
+        return x, torch.stack(states)
+
+
+class MeltModel(LoopedModel):
+    """A MELT's layers and loops. Every request may run another number of loops; who is done leaves the step."""
+
+    attention = MeltAttention
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with set_model_tag("first_loop"):
+            self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)
+        with set_model_tag("later_loop"):
+            self.later_loop = LaterLoop(vllm_config=vllm_config, model=self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+        loops: Tensor | None = None,
+    ) -> Tensor:
+        """The normed state after every token's last loop, [tokens, hidden], for tokens packed as vLLM packs them.
+
+        Args:
+            loops: [requests], each one's, on the CPU; by default the checkpoint's for all.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if get_forward_context().attn_metadata is None:  # vLLM warms up, or measures memory
+            x, h = self.first_loop(positions, x)
+            for loop in range(2, self.loops + 1):
+                x, h = self.later_loop(positions, x, h, torch.tensor(loop))
+            return x
+        attention = [layer.self_attn for layer in self.layers]
+        rows = StepRows([each.attn for each in attention], attention[0].open_rows, positions, loops, self.loops)
+        adapters = TokenAdapters(self.layers[0].mlp.down_proj)
+        finished, h = torch.empty_like(x), None
+        with adapters.restored():
+            for loop in range(1, rows.deepest + 1):
+                with rows.at(loop):
+                    if h is None:
+                        x, h = self.first_loop(positions, x)
+                    else:
+                        x, h = self.later_loop(positions, x, h, torch.tensor(loop))
+                if loop in rows.last_loops:
+                    staying = rows.left > loop
+                    finished[rows.tokens[~staying]] = x[~staying]
+                    if loop < rows.deepest:
+                        rows.keep(staying)
+                        adapters.keep(staying)
+                        positions, x, h = positions[staying], x[staying], h[:, staying]
+        return finished
+
+
+@support_torch_compile
+class OuroModel(LoopedModel):
+    """A LoopLM's layers and loops."""
+
+    attention = OuroAttention
+
     def forward(
         self,
         input_ids: Tensor | None,
@@ -270,27 +369,9 @@ class LoopedModel(nn.Module):
     ) -> Tensor:
         """The normed state after the last loop, [tokens, hidden], for tokens packed as vLLM packs them."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        h: list[Tensor | None] = [None] * len(self.layers)
         for loop in range(1, self.loops + 1):
-            residual = None
-            for i, layer in enumerate(self.layers):
-                x, residual, h[i] = layer(positions, x, residual, h[i], loop)
-            x, _ = self.norm(x, residual)
+            x, _ = self.run_loop(positions, x, None, loop)
         return x
-
-
-@support_torch_compile
-class MeltModel(LoopedModel):
-    """A MELT's layers and loops."""
-
-    attention = MeltAttention
-
-
-@support_torch_compile
-class OuroModel(LoopedModel):
-    """A LoopLM's layers and loops."""
-
-    attention = OuroAttention
 
 
 class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
@@ -324,9 +405,10 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
+        **depth: Tensor,
     ) -> Tensor:
-        """The normed state after the last loop, [tokens, hidden]."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        """The normed state after the last loop, [tokens, hidden]; `depth` as the backbone takes it."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **depth)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[tokens, hidden] -> [tokens, vocabulary]."""
@@ -350,6 +432,12 @@ class MeltForCausalLM(LoopedForCausalLM):
         orig_to_new_prefix=NOT_SERVED,
     )
     packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+    def get_model_state_cls(self) -> type:
+        """vLLM's GPU runner asks for it; a CPU has no use for its imports."""
+        from melt_serve.engine.model_state import MeltModelState
+
+        return MeltModelState
 
 
 class OuroForCausalLM(LoopedForCausalLM):

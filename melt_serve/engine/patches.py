@@ -8,10 +8,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm import SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
+
+from melt_serve.engine.depth import EFFORT, settle
 
 
 def apply() -> None:
@@ -22,9 +25,13 @@ def apply() -> None:
     """
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
-    _replace(InputProcessor, "process_inputs", _refuse_resumable_sessions)
+    _replace(InputProcessor, "process_inputs", _settle_depth)
+    for request in (ChatCompletionRequest, ResponsesRequest):
+        _replace(request, "to_sampling_params", _pass_effort_on)
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
@@ -80,19 +87,47 @@ def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
     return set_defaults
 
 
-def _refuse_resumable_sessions(original: Callable[..., Any]) -> Callable[..., Any]:
-    # A session's next input would continue a prompt inside a chunk whose rows are final already.
+RESUMABLE_REFUSED = (
+    "MELT cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
+    "in chunk mode it is not proved; send the whole prompt as one request"
+)
+
+
+def _settle_depth(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Every request comes through here, in every way to run vLLM, and what is wrong with it becomes a 400.
     @functools.wraps(original)
-    def process_inputs(self: InputProcessor, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
-        if resumable and _is_melt(self.model_config):
-            raise VLLMValidationError(
-                "MELT cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
-                "in chunk mode it is not proved; send the whole prompt as one request"
-            )
-        return original(self, *args, resumable=resumable, **kwargs)
+    def process_inputs(
+        self: InputProcessor,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        *args: Any,
+        resumable: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if _is_melt(self.model_config):
+            if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
+                raise VLLMValidationError(RESUMABLE_REFUSED)
+            params = settle(params, self.model_config.hf_config)
+        return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
 
     process_inputs.melt_serve = True  # type: ignore[attr-defined]
     return process_inputs
+
+
+def _pass_effort_on(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
+    # vLLM gives OpenAI's reasoning_effort to the chat template only.
+    @functools.wraps(original)
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = original(self, *args, **kwargs)
+        reasoning = getattr(self, "reasoning", None)  # the Responses API's
+        effort = reasoning.effort if reasoning is not None else getattr(self, "reasoning_effort", None)
+        if effort is not None:
+            params.extra_args = {**(params.extra_args or {}), EFFORT: effort}
+        return params
+
+    to_sampling_params.melt_serve = True  # type: ignore[attr-defined]
+    return to_sampling_params
 
 
 BEAM_SEARCH_REFUSED = (

@@ -9,7 +9,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig
-from melt_serve.engine.cache import FinalRowsManager
+from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
+from melt_serve.engine.depth import loops_of
 
 PATIENCE = 4
 """Steps a prompt waits for a budget that running requests use up, before it has a turn ahead of them."""
@@ -39,9 +40,19 @@ class ChunkGridScheduler(AsyncScheduler):
         final_rows = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(final_rows, FinalRowsManager)
         self.final_rows = final_rows
+        for open_rows in self.kv_cache_manager.coordinator.single_type_managers[1:]:
+            assert isinstance(open_rows, OpenRowsManager)
+            open_rows.requests = self.requests
         self.waiting_for_budget: Turn | None = None
         self.turn: Turn | None = None
         self.granted = 0
+
+    def add_request(self, request: Request) -> None:
+        """Take a request; rows made at another depth are other rows, so its depth becomes part of their identity."""
+        request.cache_salt = f"{loops_of(request.sampling_params)} loops {request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+        super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step; running requests come first in it, unless a prompt has waited for them too long."""

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, with seeded requests that may take several prefill steps."""
+"""vLLM's CPU worker, which tells the model each request's loops, and survives seeded requests of several steps."""
 
 from typing import Any
 
@@ -6,14 +6,22 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from melt_serve.engine.depth import loops_of
+
 
 class MeltCPUModelRunner(CPUModelRunner):
-    """Puts a request's random generator back after a step whose sample is thrown away.
+    """Passes loops on, and puts a request's random generator back after a step whose sample is thrown away.
 
     vLLM 0.32 does so by moving the generator's offset, which CPU generators do not have: a seeded
     request that needs more than one prefill step would end the engine. With a chunk grid every
     prompt longer than C is such a request.
     """
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model_config.hf_config.model_type == "melt":
+            requests = (self.requests[request_id] for request_id in self.input_batch.req_ids)
+            kwargs["loops"] = torch.tensor([loops_of(request.sampling_params) for request in requests])
+        return super()._model_forward(*args, **kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         states = [(generator, generator.get_state()) for generator in self._discarded_generators().values()]

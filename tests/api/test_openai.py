@@ -116,6 +116,42 @@ def test_the_same_seed_gives_the_same_answer(client):
     assert len({sample(seed) for seed in range(4)}) > 1
 
 
+def said_at(client, **depth):
+    """The likeliest candidates of every token, whose likelihoods tell one depth from another."""
+    content = chat(client, ASKED[0], logprobs=True, top_logprobs=5, max_tokens=8, **depth).choices[0].logprobs.content
+    return [alternative.logprob for token in content for alternative in token.top_logprobs]
+
+
+@pytest.mark.parametrize(("effort", "loops"), [("minimal", 1), ("low", 2), ("medium", 4), ("high", 4), ("max", 4)])
+def test_reasoning_effort_turns_the_loops(client, effort, loops):
+    asked = said_at(client, extra_body={"vllm_xargs": {"loops": loops}})
+    assert said_at(client, reasoning_effort=effort) == pytest.approx(asked, abs=1e-4)
+    by_default = said_at(client)
+    assert (by_default == pytest.approx(asked, abs=1e-2)) == (loops == 4)
+
+
+def test_no_reasoning_effort_skips_the_reasoning_too(client):
+    message = chat(client, ASKED[0], reasoning_effort="none").choices[0].message
+    assert not message.reasoning and message.content
+
+
+def test_loops_turn_completions_and_responses_too(client, server):
+    def first(loops):
+        depth = {} if loops is None else {"extra_body": {"vllm_xargs": {"loops": loops}}}
+        answer = client.completions.create(model=MODEL, prompt=ASKED[0].prompt, max_tokens=1, logprobs=3, **depth)
+        return list(answer.choices[0].logprobs.top_logprobs[0].values())
+
+    assert first(1) != pytest.approx(first(4), abs=1e-2)
+    assert first(None) == pytest.approx(first(4), abs=1e-4)
+
+    def response(effort):
+        return client.responses.create(
+            model=MODEL, input=ASKED[0].prompt, reasoning={"effort": effort}, temperature=0, max_output_tokens=64
+        ).output_text
+
+    assert response("high")
+
+
 def test_stop_ends_the_answer_before_the_word(client):
     completion = chat(client, ASKED[0], stop=["the"])
     message = completion.choices[0].message
@@ -190,10 +226,13 @@ def test_models_health_and_metrics(client, server):
         ({"temperature": "warm"}, openai.BadRequestError, "temperature"),
         ({"messages": "hello"}, openai.BadRequestError, "messages"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
+        ({"extra_body": {"vllm_xargs": {"loops": 5}}}, openai.BadRequestError, "from 1 to 4"),
+        ({"extra_body": {"vllm_xargs": {"loops": "deep"}}}, openai.BadRequestError, "from 1 to 4"),
+        ({"reasoning_effort": "hardest"}, openai.BadRequestError, "reasoning_effort"),
         ({"extra_body": {"use_beam_search": True}, "n": 2}, openai.BadRequestError, "beam search"),
         ({"extra_body": {"use_beam_search": True}, "n": 2, "stream": True}, openai.BadRequestError, "beam search"),
     ],
-    ids=["model", "length", "temperature", "messages", "max_tokens", "beam search", "streamed beam search"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_bad_request_gets_openais_error_and_the_server_lives_on(client, arguments, error, says):
     with pytest.raises(error, match=says) as refused:

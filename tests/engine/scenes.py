@@ -29,6 +29,7 @@ class Ask:
         continues: begin instead with all that this earlier request holds by then, prompt and answer.
         seed: of its sampling; greedy without one.
         n: answers to the same prompt.
+        loops: at most so many; the checkpoint's own without.
         priority: the lower, the sooner; of use under vLLM's priority policy only.
     """
 
@@ -40,6 +41,7 @@ class Ask:
     continues: int | None = None
     seed: int | None = None
     n: int = 1
+    loops: int | None = None
     priority: int = 0
 
 
@@ -112,7 +114,10 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
     temperature = 0 if ask.seed is None and ask.n == 1 else 1
-    return everything(min(ask.answer, MAX_LENGTH - prompt_length), temperature=temperature, seed=ask.seed, n=ask.n)
+    depth = {} if ask.loops is None else {"extra_args": {"loops": ask.loops}}
+    return everything(
+        min(ask.answer, MAX_LENGTH - prompt_length), temperature=temperature, seed=ask.seed, n=ask.n, **depth
+    )
 
 
 @contextmanager

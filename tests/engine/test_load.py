@@ -18,7 +18,7 @@ from tests.engine.engines import engine, engine_logprobs, generate, reference_lo
 from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
 
 FLOAT32 = 1e-4
-LOOPS = 4
+LOOPS, MAX_LOOPS = 4, 6
 
 
 class Server:
@@ -34,7 +34,8 @@ class Server:
         assert len(played.answers) == sum(ask.n for ask in scene.asks)
         distances = []
         for (number, index), answer in played.answers.items():
-            expected = reference_logprobs(self.model, played.prompts[number], answer.token_ids, LOOPS)
+            loops = scene.asks[number].loops or LOOPS
+            expected = reference_logprobs(self.model, played.prompts[number], answer.token_ids, loops)
             distances.append((engine_logprobs(answer) - expected).abs().max().item())
             note(f"request {number}.{index}: {distances[-1]:.1e}")
         return max(distances)
@@ -60,7 +61,7 @@ KINDS = {
 def server(request, tmp_path_factory):
     checkpoint, options = KINDS[request.param]
     path = tmp_path_factory.mktemp("melt")
-    model = save_melt(path, **checkpoint, total_ut_steps=LOOPS, num_hidden_layers=1)
+    model = save_melt(path, **checkpoint, total_ut_steps=LOOPS, max_loops=MAX_LOOPS, num_hidden_layers=1)
     limits = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
     with pytest.MonkeyPatch.context() as environment:
         if "tensor_parallel_size" in options:
@@ -87,6 +88,7 @@ asks = st.builds(
     continues=st.none() | st.integers(0, 4),
     seed=st.none() | st.integers(0, 3),
     n=st.sampled_from((1, 1, 1, 2)),
+    loops=st.none() | st.integers(1, MAX_LOOPS),
     priority=st.integers(0, 2),
 )
 scenes = st.builds(
@@ -102,11 +104,14 @@ scenes = st.builds(
 CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
 TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
 
+DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3]) for i, ask in enumerate(CROWD))
+
 
 @settings(suppress_health_check=list(HealthCheck))
 @given(scene=scenes)
 @example(scene=Scene(CROWD, budget=97, spare_blocks=0))
 @example(scene=Scene(CROWD, spare_blocks=2, ahead=True))
+@example(scene=Scene(DEPTHS, budget=128, spare_blocks=2))
 @example(scene=Scene(TALK, spare_blocks=0))
 def test_no_scene_changes_an_answer(server, scene):
     assert server.furthest(scene) <= FLOAT32
