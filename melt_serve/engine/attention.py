@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
+from melt_serve.engine.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,14 @@ class StepRows:
     """A step's tokens and their tables, from loop to loop.
 
     Attributes:
-        deepest: the loops of the request that runs most.
-        last_loops: all requests' loops.
+        deepest: the loops of the request that may run most.
         tokens: [A], those that still run, as places among the step's own S.
         requests: [A], each one's request, as a row of the step's R.
         positions: [A], in its own sequence.
-        left: [A], the last loop of each.
     """
 
     def __init__(
-        self,
-        final: Sequence[FinalRows],
-        open_rows: Sequence[OpenRows],
-        positions: Tensor,
-        loops: Tensor | None,
-        default_loops: int,
+        self, final: Sequence[FinalRows], open_rows: Sequence[OpenRows], positions: Tensor, depths: Sequence[Depth]
     ):
         """At the beginning of a step, when all tokens run.
 
@@ -132,25 +126,24 @@ class StepRows:
             final: the final rows of all layers.
             open_rows: one layer's open rows, of loop 1, 2, ...
             positions: [S].
-            loops: [R], each request's, on the CPU.
-            default_loops: of all requests, if `loops` is None.
+            depths: R.
         """
         record = final[0].step
         self.names = [layer.layer_name for layer in final]
         self.builder, self.common = record.builder, record.common
-        if loops is None:
-            loops = torch.full((self.common.num_reqs,), default_loops)
-        self.last_loops = set(loops.tolist())
-        self.deepest = max(self.last_loops)
+        self.deepest = max(depth.loops for depth in depths)
         self.tokens = torch.arange(len(positions), device=positions.device)
-        ends = self.common.query_start_loc[1 : len(loops) + 1]
-        self.requests = torch.searchsorted(ends, self.tokens.to(ends.dtype), right=True).clamp(max=len(loops) - 1)
+        ends = self.common.query_start_loc[1 : len(depths) + 1]
+        self.requests = torch.searchsorted(ends, self.tokens.to(ends.dtype), right=True).clamp(max=len(depths) - 1)
         self.positions = positions
-        self.left = loops.to(positions.device)[self.requests]
         self.metadata = get_forward_context().attn_metadata[self.names[0]]
         self.runs: Tensor | None = None
         self.final = Tables(self.common.block_table_tensor, self.common.slot_mapping)
         self.open = [self._laid_over(layer) for layer in open_rows[: self.deepest - 1]]
+
+    def tables(self, loop: int) -> Tables:
+        """Where the rows of this loop are."""
+        return self.open[loop - 1] if loop <= len(self.open) else self.final
 
     @contextmanager
     def at(self, loop: int) -> Iterator[None]:
@@ -158,7 +151,7 @@ class StepRows:
         if self.runs is None and not self.open:
             yield  # as vLLM has set it up
             return
-        tables = self.open[loop - 1] if loop <= len(self.open) else self.final
+        tables = self.tables(loop)
         metadata = copy.copy(self.metadata)
         metadata.block_table = tables.blocks if self.runs is None else tables.blocks[self.runs]
         metadata.slot_mapping = tables.slots if self.runs is None else tables.slots[self.tokens]
@@ -178,7 +171,7 @@ class StepRows:
         them has left, they are two, over the same blocks: each ends at its own last token, so attention is causal.
         """
         self.tokens, self.requests = self.tokens[staying], self.requests[staying]
-        self.positions, self.left = self.positions[staying], self.left[staying]
+        self.positions = self.positions[staying]
         begins = torch.ones_like(self.tokens, dtype=torch.bool)
         begins[1:] = (self.requests.diff() != 0) | (self.positions.diff() != 1)
         starts = begins.nonzero().squeeze(1)
@@ -202,6 +195,21 @@ class StepRows:
                 positions=self.positions,
             )
         )
+
+    def slots_after(self, loop: int, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        """Where else the rows of tokens that leave after this loop belong: to the loops they do not run.
+
+        Args:
+            leaving: [A], true for those tokens.
+
+        Returns:
+            slots: [W], and rows: [W], whose row of this loop goes there, as places among the tokens that leave.
+        """
+        tokens = self.tokens[leaving]
+        written = self.tables(loop).slots[tokens]
+        later = torch.stack([self.tables(other).slots[tokens] for other in range(loop + 1, self.deepest + 1)])
+        missing = later != written
+        return later[missing], missing.nonzero()[:, 1]
 
     def _laid_over(self, rows: OpenRows) -> Tables:
         own, spec = rows.step.common, rows.step.builder.kv_cache_spec

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, sharing_unit
-from melt_serve.engine.depth import loops_of
+from melt_serve.engine.depth import depth_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -159,7 +159,7 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         return closes_at_once or not self._comes_before_last(request_id)
 
     def _comes_before_last(self, request_id: str) -> bool:
-        return self.loop < loops_of(self.requests[request_id].sampling_params)
+        return self.loop < depth_of(self.requests[request_id].sampling_params).loops
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens in closed chunks: vLLM frees their blocks."""

@@ -1,36 +1,104 @@
-"""How deep a request thinks: its loops, from `vllm_xargs` or from OpenAI's `reasoning_effort`."""
+"""How deep a request thinks: its loops and exit threshold, from `vllm_xargs` or OpenAI's `reasoning_effort`."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from melt_serve.config import MeltConfig
 
-LOOPS = "loops"
 EFFORT = "reasoning_effort"
+"""Where `patches.py` leaves a request's effort in `extra_args`."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A request's.
+
+    Attributes:
+        loops: the most a token runs.
+        exit_threshold: a token leaves after the first loop by which Ouro's exit gate would have left with this
+            probability (arXiv 2510.25741); at 1 none does.
+    """
+
+    loops: int
+    exit_threshold: float
 
 
 def settle(params: SamplingParams, config: MeltConfig) -> SamplingParams:
-    """The same parameters with the request's loops in `extra_args`, whatever said or did not say them.
+    """The same parameters with the request's depth spelled out in `extra_args`, for all that comes after.
 
     Raises:
-        VLLMValidationError: loops that this checkpoint does not run; the message names the range.
+        VLLMValidationError: a depth that this checkpoint does not run; the message names the range.
     """
     extra = dict(params.extra_args or {})
     effort = extra.pop(EFFORT, None)
-    loops = extra.get(LOOPS, config.total_ut_steps if effort is None else config.loops_by_effort[effort])
+    loops = extra.get("loops", config.total_ut_steps if effort is None else config.loops_by_effort[effort])
+    threshold = extra.get("exit_threshold", config.early_exit_threshold)
     assert config.max_loops is not None
     if isinstance(loops, bool) or loops not in range(1, config.max_loops + 1):
         raise VLLMValidationError(
             f"loops must be a whole number from 1 to {config.max_loops}, this checkpoint's max_loops, not {loops!r}",
-            parameter=LOOPS,
+            parameter="loops",
             value=loops,
         )
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise VLLMValidationError(
+            f"exit_threshold must be above 0 and at most 1, where no token exits early, not {threshold!r}",
+            parameter="exit_threshold",
+            value=threshold,
+        )
     settled = params.clone()
-    settled.extra_args = {**extra, LOOPS: int(loops)}
+    settled.extra_args = {**extra, **asdict(Depth(int(loops), float(threshold)))}
     return settled
 
 
-def loops_of(params: SamplingParams | None) -> int:
-    """A settled request's loops."""
+def depth_of(params: SamplingParams | None) -> Depth:
+    """A settled request's."""
     assert params is not None and params.extra_args is not None
-    return params.extra_args[LOOPS]
+    return Depth(params.extra_args["loops"], params.extra_args["exit_threshold"])
+
+
+class StepDepths:
+    """Which of a step's tokens run on after a loop.
+
+    Attributes:
+        ran: [S], the loops that each token has run, once it has left; 0 before.
+    """
+
+    def __init__(self, depths: Sequence[Depth], requests: Tensor, exit_gate: Callable[[Tensor], Tensor]):
+        """At the beginning of a step.
+
+        Args:
+            depths: R.
+            requests: [S], each token's request, as a row of the R.
+            exit_gate: Ouro's, from normed states [A, d] to logits [A, 1].
+        """
+        self.exit_gate = exit_gate
+        self.last_loops = {depth.loops for depth in depths}
+        self.may_exit = any(depth.exit_threshold < 1 for depth in depths)
+        thresholds = [depth.exit_threshold if depth.exit_threshold < 1 else torch.inf for depth in depths]
+        self.thresholds = torch.tensor(thresholds, device=requests.device)[requests]
+        self.last = torch.tensor([depth.loops for depth in depths], device=requests.device)[requests]
+        self.remaining = torch.ones_like(self.thresholds)
+        self.ran = torch.zeros_like(self.last)
+
+    def staying(self, loop: int, tokens: Tensor, x: Tensor) -> Tensor | None:
+        """[A], true for tokens that run another loop; None if all do.
+
+        Args:
+            loop: the one that is over.
+            tokens: [A], those that ran it, as places among the S.
+            x: [A, d], their normed states after it.
+        """
+        if not self.may_exit and loop not in self.last_loops:
+            return None
+        stays = self.last[tokens] > loop
+        if self.may_exit:
+            self.remaining[tokens] *= 1 - torch.sigmoid(self.exit_gate(x).float()).squeeze(-1)
+            stays &= 1 - self.remaining[tokens] < self.thresholds[tokens]
+        self.ran[tokens[~stays]] = loop
+        return None if stays.all() else stays

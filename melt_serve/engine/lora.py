@@ -44,6 +44,13 @@ class TokenAdapters:
             self._set(self.tables.token_lora_indices[: len(staying)][staying])
 
     @contextmanager
+    def only(self, tokens: Tensor) -> Iterator[None]:
+        """What is computed inside is of the tokens for which `tokens`, [A], is true."""
+        with self.restored():
+            self.keep(tokens)
+            yield
+
+    @contextmanager
     def restored(self) -> Iterator[None]:
         """Put the tables back in the end: vLLM writes them only when a step's adapters differ from the last one's."""
         before = None if self.tables is None else self.tables.token_lora_indices.clone()

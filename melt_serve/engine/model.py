@@ -3,7 +3,7 @@
 Compared with `melt_serve.modeling` in tests; see there for the math in its plainest form.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
 from melt_serve.engine.attention import FinalRows, OpenRows, StepRows
+from melt_serve.engine.depth import Depth, StepDepths
 from melt_serve.engine.lora import TokenAdapters
 from melt_serve.kernels.gate import gate_blend
 
@@ -122,6 +123,13 @@ class MeltAttention(nn.Module):
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output, h
+
+    def project_rows(self, positions: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V rows of state h, [tokens, KV heads * head_dim] each, as `forward` writes them."""
+        kv, _ = self.kv_proj(h)
+        k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
+        k, _ = self.rotary_emb(positions, k.contiguous())
+        return k, v
 
 
 class OuroAttention(nn.Module):
@@ -303,12 +311,20 @@ class LaterLoop(nn.Module):
 
 
 class MeltModel(LoopedModel):
-    """A MELT's layers and loops. Every request may run another number of loops; who is done leaves the step."""
+    """A MELT's layers and loops. Tokens that have run all of theirs leave the step: no loop is paid for nothing.
+
+    Attributes:
+        token_loops: [tokens], the loops that the tokens of the last step ran.
+    """
 
     attention = MeltAttention
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config: MeltConfig = vllm_config.model_config.hf_config
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.default_depth = Depth(config.total_ut_steps, config.early_exit_threshold)
+        self.token_loops: Tensor | None = None
         with set_model_tag("first_loop"):
             self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)
         with set_model_tag("later_loop"):
@@ -320,12 +336,12 @@ class MeltModel(LoopedModel):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
-        loops: Tensor | None = None,
+        depths: Sequence[Depth] | None = None,
     ) -> Tensor:
         """The normed state after every token's last loop, [tokens, hidden], for tokens packed as vLLM packs them.
 
         Args:
-            loops: [requests], each one's, on the CPU; by default the checkpoint's for all.
+            depths: each request's; by default the checkpoint's for all.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if get_forward_context().attn_metadata is None:  # vLLM warms up, or measures memory
@@ -334,7 +350,10 @@ class MeltModel(LoopedModel):
                 x, h = self.later_loop(positions, x, h, torch.tensor(loop))
             return x
         attention = [layer.self_attn for layer in self.layers]
-        rows = StepRows([each.attn for each in attention], attention[0].open_rows, positions, loops, self.loops)
+        final, open_rows = [each.attn for each in attention], attention[0].open_rows
+        depths = depths or [self.default_depth] * final[0].step.common.num_reqs
+        rows = StepRows(final, open_rows, positions, depths)
+        step = StepDepths(depths, rows.requests, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
         finished, h = torch.empty_like(x), None
         with adapters.restored():
@@ -344,14 +363,37 @@ class MeltModel(LoopedModel):
                         x, h = self.first_loop(positions, x)
                     else:
                         x, h = self.later_loop(positions, x, h, torch.tensor(loop))
-                if loop in rows.last_loops:
-                    staying = rows.left > loop
-                    finished[rows.tokens[~staying]] = x[~staying]
-                    if loop < rows.deepest:
-                        rows.keep(staying)
-                        adapters.keep(staying)
-                        positions, x, h = positions[staying], x[staying], h[:, staying]
+                staying = step.staying(loop, rows.tokens, x)
+                if staying is None:
+                    continue
+                leaving = ~staying
+                finished[rows.tokens[leaving]] = x[leaving]
+                if open_rows and step.may_exit and loop < rows.deepest:
+                    with adapters.only(leaving):
+                        self.write_later_rows(*rows.slots_after(loop, leaving), positions[leaving], h[:, leaving])
+                if not staying.any():
+                    break
+                rows.keep(staying)
+                adapters.keep(staying)
+                positions, x, h = positions[staying], x[staying], h[:, staying]
+        self.token_loops = step.ran
         return finished
+
+    def write_later_rows(self, slots: Tensor, rows: Tensor, positions: Tensor, h: Tensor) -> None:
+        """Give tokens that exit early a row in the loops they do not run: that of their last.
+
+        Args:
+            slots: [W], to write.
+            rows: [W], which token's row goes there.
+            positions: [L], of the tokens.
+            h: [N, L, hidden], their last states.
+        """
+        for layer, state in zip(self.layers, h, strict=True):
+            attention = layer.self_attn
+            k, v = attention.project_rows(positions, state)
+            cache = attention.attn
+            k, v = (each.unflatten(-1, (cache.num_kv_heads, cache.head_size))[rows] for each in (k, v))
+            cache.impl.do_kv_cache_update(cache, k, v, cache.kv_cache, slots)
 
 
 @support_torch_compile
@@ -405,22 +447,21 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-        **depth: Tensor,
+        **depths: Sequence[Depth],
     ) -> Tensor:
-        """The normed state after the last loop, [tokens, hidden]; `depth` as the backbone takes it."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **depth)
+        """The normed state after the last loop, [tokens, hidden]; a MELT takes its requests' `depths`."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **depths)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[tokens, hidden] -> [tokens, vocabulary]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; the exit gate is not served yet, so the mapper drops its two."""
+        """Load a checkpoint's tensors, as the mapper renames them."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
 MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
-NOT_SERVED = {"model.early_exit_gate.": None}
 
 
 class MeltForCausalLM(LoopedForCausalLM):
@@ -429,7 +470,6 @@ class MeltForCausalLM(LoopedForCausalLM):
     backbone = MeltModel
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={".k_proj": (".kv_proj", "k"), ".v_proj": (".kv_proj", "v"), **MLP_WEIGHTS},
-        orig_to_new_prefix=NOT_SERVED,
     )
     packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
 
@@ -454,7 +494,7 @@ class OuroForCausalLM(LoopedForCausalLM):
             ".v_proj": (".qkv_proj", "v"),
             **MLP_WEIGHTS,
         },
-        orig_to_new_prefix=NOT_SERVED,
+        orig_to_new_prefix={"model.early_exit_gate.": None},  # here every token runs all loops
     )
     packed_modules_mapping = {  # noqa: RUF012
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -1,34 +1,33 @@
-"""What vLLM's GPU runner (V2) asks of a model about its requests: here, their loops. Never run on a GPU yet."""
+"""What vLLM's GPU runner (V2) asks of a model about its requests: here, their depths. Never run on a GPU yet."""
 
 from typing import Any
 
-import torch
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from melt_serve.engine.depth import loops_of
+from melt_serve.engine.depth import Depth, depth_of
 
 
 class MeltModelState(DefaultModelState):
-    """Knows every running request's loops."""
+    """Knows every running request's depth."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loops: dict[str, int] = {}
+        self.depths: dict[str, Depth] = {}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """A request begins, or begins again."""
         super().add_request(req_index, new_req_data)
-        self.loops[new_req_data.req_id] = loops_of(new_req_data.sampling_params)
+        self.depths[new_req_data.req_id] = depth_of(new_req_data.sampling_params)
 
     def remove_request(self, req_id: str) -> None:
         """It is over, or preempted."""
         super().remove_request(req_id)
-        self.loops.pop(req_id, None)
+        self.depths.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """What the model's forward takes besides tokens and positions."""
-        loops = torch.tensor([self.loops[request_id] for request_id in input_batch.req_ids])
-        return {**super().prepare_inputs(input_batch, req_states), "loops": loops}
+        depths = [self.depths[request_id] for request_id in input_batch.req_ids]
+        return {**super().prepare_inputs(input_batch, req_states), "depths": depths}

@@ -10,7 +10,7 @@ from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
-from melt_serve.engine.depth import loops_of
+from melt_serve.engine.depth import depth_of
 
 PATIENCE = 4
 """Steps a prompt waits for a budget that running requests use up, before it has a turn ahead of them."""
@@ -49,7 +49,7 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """Take a request; rows made at another depth are other rows, so its depth becomes part of their identity."""
-        request.cache_salt = f"{loops_of(request.sampling_params)} loops {request.cache_salt or ''}"
+        request.cache_salt = f"{depth_of(request.sampling_params)} {request.cache_salt or ''}"
         request.block_hashes.clear()
         request.update_block_hashes()
         super().add_request(request)

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from melt_serve.engine.depth import loops_of
+from melt_serve.engine.depth import depth_of
 
 
 class MeltCPUModelRunner(CPUModelRunner):
@@ -20,7 +20,7 @@ class MeltCPUModelRunner(CPUModelRunner):
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.model_config.hf_config.model_type == "melt":
             requests = (self.requests[request_id] for request_id in self.input_batch.req_ids)
-            kwargs["loops"] = torch.tensor([loops_of(request.sampling_params) for request in requests])
+            kwargs["depths"] = [depth_of(request.sampling_params) for request in requests]
         return super()._model_forward(*args, **kwargs)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
