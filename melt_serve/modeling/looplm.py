@@ -27,6 +27,7 @@ class LoopedOutput(ModelOutput):
         logits: [B, S, V], after the last loop.
         loop_logits: [T, B, S, V], the answer at every loop, where `output_loops` was set.
         exit_probabilities: [T, B, S], Ouro's exit gate after every loop, where `output_loops` was set.
+        depths: [B, S], the loops each token ran, 0 for padding; MELT only.
         past_key_values: the cache, where `use_cache` was set.
     """
 
@@ -34,6 +35,7 @@ class LoopedOutput(ModelOutput):
     logits: Tensor | None = None
     loop_logits: Tensor | None = None
     exit_probabilities: Tensor | None = None
+    depths: Tensor | None = None
     past_key_values: Cache | None = None
 
 
@@ -183,6 +185,10 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` leaves making the cache to forward
 
+    def exit_probabilities(self, states: Tensor) -> Tensor:
+        """lambda, Ouro's exit gate on normed states: [..., d] -> [...]."""
+        return torch.sigmoid(self.model.early_exit_gate(states)).squeeze(-1)
+
     def answer(
         self,
         loop_states: list[Tensor],
@@ -198,7 +204,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         if output_loops:
             stacked = torch.stack(states)
             output.loop_logits = self.lm_head(stacked)
-            output.exit_probabilities = torch.sigmoid(self.model.early_exit_gate(stacked)).squeeze(-1)
+            output.exit_probabilities = self.exit_probabilities(stacked)
         if labels is not None:
             output.loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return output

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.initialization import constant_, normal_
 
 from melt_serve.config import MeltConfig
+from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
@@ -49,7 +50,8 @@ class MeltForCausalLM(LoopedForCausalLM):
         past_key_values: MeltRows | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
-        loops: int | None = None,
+        loops: int | Tensor | None = None,
+        exit_threshold: float | Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         output_loops: bool = False,
         logits_to_keep: int = 0,
@@ -64,37 +66,48 @@ class MeltForCausalLM(LoopedForCausalLM):
             past_key_values: the rows of an earlier call. In `token` mode a call with several tokens is
                 (a piece of) the prompt and must begin on the grid; one token is a chunk of its own.
             labels: [B, S], -100 where there is nothing to predict.
-            loops: T from 1 to `max_loops`, by default the config's `total_ut_steps`.
+            loops: T from 1 to `max_loops`, by default the config's `total_ut_steps`; or [B], each sequence's.
+            exit_threshold: in (0, 1], by default the config's; or [B]. Below 1, a token leaves its loops early where
+                the exit gate says so (README.md, section 4).
             prompt_lengths: [B], `token` mode: tokens from these positions on are chunks of their own,
                 as they are when generated.
             output_loops: also give logits and exit probabilities of every loop.
             logits_to_keep: answer only for this many last tokens (0: all).
 
         Raises:
-            ValueError: loops outside 1..max_loops, or a prompt piece that begins inside a chunk.
+            ValueError: loops outside 1..max_loops, a threshold outside (0, 1], or a prompt piece that begins
+                inside a chunk.
         """
-        loops = self.check_loops(loops)
+        loops, each_loops = self.check_loops(loops, len(input_ids))
+        thresholds = self.check_threshold(exit_threshold, len(input_ids))
         real = new_token_mask(input_ids, attention_mask)
         rows = MeltRows(self.config, len(input_ids), input_ids.device) if past_key_values is None else past_key_values
         embeddings = self.model.embed_tokens(input_ids)
 
         done = 0
         place = torch.zeros_like(input_ids)  # where a token's state will lie once the chunks are joined
-        states_by_chunk = []
+        states_by_chunk, depths_by_chunk = [], []
         for chunk in cut(real, rows.lengths, self.config, prompt_lengths):
             x = embeddings.gather(1, chunk.columns[:, :, None].expand(-1, -1, embeddings.shape[-1]))
-            states_by_chunk.append(self.run_chunk(x, chunk, rows, loops))
+            depths = ChunkDepths(chunk, each_loops, thresholds)
+            states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths))
+            depths_by_chunk.append(depths.ran)
             place = torch.where(chunk.members, done + chunk.members.cumsum(-1) - 1, place)
             done += x.shape[1]
         states = [torch.cat(parts, dim=1) for parts in zip(*states_by_chunk, strict=True)]
         states = [x.gather(1, place[:, :, None].expand(-1, -1, x.shape[-1])) for x in states]
-        return self.answer(states, labels, output_loops, logits_to_keep, rows if use_cache else None)
+        output = self.answer(states, labels, output_loops, logits_to_keep, rows if use_cache else None)
+        output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
+        return output
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int) -> list[Tensor]:
+    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
         """T loops over one chunk; writes its rows.
+
+        A token that has left keeps its state and its h; so it keeps its rows, too, which are a function of h.
 
         Args:
             x: [B, Q, d], the chunk's embeddings.
+            loops: T, the most that any sequence runs.
 
         Returns:
             The states after each loop: T of [B, Q, d].
@@ -104,18 +117,22 @@ class MeltForCausalLM(LoopedForCausalLM):
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
+            before = x
             for i, layer in enumerate(self.model.layers):
                 n = layer.input_layernorm(x)
-                h[i] = layer.self_attn.kv_gate(n, h[i], loop)
+                h[i] = depths.keep(layer.self_attn.kv_gate(n, h[i], loop), h[i])
                 q = layer.self_attn.query(n, tables)
                 k, v = rows.write(i, loop, *layer.self_attn.rows(h[i], tables))
                 x = layer.finish(x, layer.self_attn.attend(q, k, v, at_last if loop == loops else before_last))
-            x = self.model.norm(x)
+            x = depths.keep(self.model.norm(x), before)
             states.append(x)
+            depths.after(loop, self.exit_probabilities(x))
         rows.finish(chunk)
         return states
 
-    def token_sequential(self, input_ids: Tensor, loops: int | None = None) -> Tensor:
+    def token_sequential(
+        self, input_ids: Tensor, loops: int | None = None, exit_threshold: float | None = None
+    ) -> Tensor:
         """The exact model: a token starts loop 1 when every token before it has finished loop T.
 
         Design section 2 word for word, with no chunk and no mask, to hold `forward` against.
@@ -126,7 +143,8 @@ class MeltForCausalLM(LoopedForCausalLM):
         Returns:
             [S, V], the logits after the last loop.
         """
-        loops = self.check_loops(loops)
+        loops, _ = self.check_loops(loops, 1)
+        threshold = self.check_threshold(exit_threshold, 1).item()
         past: list[tuple[Tensor, Tensor]] = []
         logits = []
         for position, token in enumerate(input_ids):
@@ -134,6 +152,7 @@ class MeltForCausalLM(LoopedForCausalLM):
             x = self.model.embed_tokens(token).view(1, 1, -1)
             h: list[Tensor | None] = [None] * len(self.model.layers)
             present: list[tuple[Tensor, Tensor]] = []
+            remaining = 1.0
             for loop in range(1, loops + 1):
                 present = []
                 for i, layer in enumerate(self.model.layers):
@@ -146,14 +165,26 @@ class MeltForCausalLM(LoopedForCausalLM):
                     everything = torch.ones(1, 1, position + 1, dtype=torch.bool, device=x.device)
                     x = layer.finish(x, layer.self_attn.attend(layer.self_attn.query(n, tables), k, v, everything))
                 x = self.model.norm(x)
+                remaining *= 1 - self.exit_probabilities(x).item()
+                if threshold < 1 and 1 - remaining >= threshold:
+                    break
             past = present
             logits.append(self.lm_head(x[0, 0]))
         return torch.stack(logits)
 
-    def check_loops(self, loops: int | None) -> int:
-        """The loops to run, or a ValueError that names the range."""
-        loops = self.config.total_ut_steps if loops is None else loops
-        assert self.config.max_loops is not None
-        if not 1 <= loops <= self.config.max_loops:
-            raise ValueError(f"loops must be from 1 to max_loops={self.config.max_loops}, not {loops}")
-        return loops
+    def check_loops(self, loops: int | Tensor | None, batch_size: int) -> tuple[int, Tensor]:
+        """The most loops that any sequence runs, and each one's, [B]; or a ValueError that names the range."""
+        each = torch.as_tensor(self.config.total_ut_steps if loops is None else loops, device=self.device)
+        most = self.config.max_loops
+        assert most is not None
+        if each.is_floating_point() or (each < 1).any() or (each > most).any():
+            raise ValueError(f"loops must be from 1 to max_loops={most}, not {each.tolist()}")
+        return int(each.max()), each.expand(batch_size)
+
+    def check_threshold(self, threshold: float | Tensor | None, batch_size: int) -> Tensor:
+        """Each sequence's exit threshold, [B]; or a ValueError that names the range."""
+        own = self.config.early_exit_threshold if threshold is None else threshold
+        each = torch.as_tensor(own, device=self.device, dtype=torch.float32)
+        if (each <= 0).any() or (each > 1).any():
+            raise ValueError(f"exit_threshold must be above 0 and at most 1, not {each.tolist()}")
+        return each.expand(batch_size)

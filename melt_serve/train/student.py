@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling import MeltForCausalLM, MeltRows, OuroForCausalLM
+from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.looplm import rotary_tables
 from melt_serve.modeling.rows import Chunk
 from melt_serve.train.data import Batch
@@ -64,10 +65,13 @@ class Student(MeltForCausalLM):
         )
         return Answers(output.loop_logits[:, tokens], distance=rows.distance)
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int) -> list[Tensor]:
-        """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`."""
+    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
+        """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`.
+
+        All tokens run all loops: training compares every loop with the teacher's.
+        """
         if not isinstance(rows, TrainingRows):
-            return super().run_chunk(x, chunk, rows, loops)
+            return super().run_chunk(x, chunk, rows, loops, depths)
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
         before_last, at_last = rows.begin(chunk, loops)
         h: list[Tensor | None] = [None] * len(self.model.layers)

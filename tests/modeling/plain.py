@@ -93,23 +93,27 @@ class PlainMelt(Plain):
         self.final: dict[str, list[Row]] = defaultdict(list)
         self.position = 0
 
-    def chunk(self, tokens: Sequence[int], loops: int) -> Tensor:
-        """Logits after the last loop, [tokens, V]."""
+    def chunk(self, tokens: Sequence[int], loops: int, threshold: float = 1.0) -> Tensor:
+        """Logits after each token's last loop, [tokens, V]; below 1, tokens may exit early."""
         xs = [self.weights["model.embed_tokens.weight"][token] for token in tokens]
         states: dict[tuple[str, int], Tensor] = {}
-        own: dict[str, list[Row]] = {}
+        own: dict[str, dict[int, Row]] = {layer: {} for layer in self.layers()}
+        stayed = dict.fromkeys(range(len(xs)), 1.0)
         for _ in range(loops):
             for layer in self.layers():
-                own[layer] = []
-                for i, x in enumerate(xs):
-                    n = self.norm(f"{layer}.input_layernorm", x)
+                for i in stayed:
+                    n = self.norm(f"{layer}.input_layernorm", xs[i])
                     h = states[layer, i] = self.gated(layer, n, states.get((layer, i)))
-                    own[layer].append(self.row(layer, h, self.position + i))
-                    rows = self.final[layer] + own[layer]
-                    xs[i] = self.finished(layer, x, self.attended(layer, n, self.position + i, rows))
-            xs = [self.norm("model.norm", x) for x in xs]
+                    own[layer][i] = self.row(layer, h, self.position + i)
+                    rows = self.final[layer] + [own[layer][j] for j in range(i + 1)]
+                    xs[i] = self.finished(layer, xs[i], self.attended(layer, n, self.position + i, rows))
+            for i in list(stayed):
+                xs[i] = self.norm("model.norm", xs[i])
+                stayed[i] *= 1 - torch.sigmoid(self.linear("model.early_exit_gate", xs[i])).item()
+                if threshold < 1 and 1 - stayed[i] >= threshold:
+                    del stayed[i]
         for layer, rows in own.items():
-            self.final[layer] += rows
+            self.final[layer] += [rows[i] for i in range(len(xs))]
         self.position += len(tokens)
         return torch.stack([self.linear("lm_head", x) for x in xs])
 

@@ -1,0 +1,42 @@
+"""How many loops a token runs: its sequence's, or fewer where Ouro's exit gate says so (README.md, section 4)."""
+
+import torch
+from torch import Tensor
+
+from melt_serve.modeling.rows import Chunk
+
+
+class ChunkDepths:
+    """Which tokens of a chunk still run, from loop to loop.
+
+    A token leaves after the first loop t with 1 - prod_{s <= t} (1 - lambda_s) >= its sequence's threshold, lambda_s
+    being the exit gate's probability after loop s (arXiv 2510.25741); at the latest after its sequence's last loop.
+
+    Attributes:
+        active: [B, Q], true for tokens that run the next loop.
+        ran: [B, Q], the loops of tokens that have left; 0 for others and for padding.
+    """
+
+    def __init__(self, chunk: Chunk, loops: Tensor, thresholds: Tensor):
+        """Before loop 1.
+
+        Args:
+            loops: [B], each sequence's.
+            thresholds: [B], in (0, 1]; at 1 no token leaves early.
+        """
+        self.loops, self.thresholds = loops[:, None], thresholds[:, None]
+        self.active = chunk.positions >= 0
+        self.ran = torch.zeros_like(chunk.positions)
+        self.remaining = torch.ones_like(chunk.positions, dtype=torch.float32)
+
+    def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
+        """`new` for tokens that run this loop, `old` for those that have left: [B, Q, d] each."""
+        return new if old is None else torch.where(self.active[:, :, None], new, old)
+
+    def after(self, loop: int, exit_probabilities: Tensor) -> None:
+        """Let tokens leave after this loop; lambda is [B, Q]."""
+        self.remaining = self.remaining * (1 - exit_probabilities.float())
+        early = (1 - self.remaining >= self.thresholds) & (self.thresholds < 1)
+        leaving = self.active & (early | (loop >= self.loops))
+        self.ran = torch.where(leaving, loop, self.ran)
+        self.active = self.active & ~leaving
