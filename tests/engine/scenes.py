@@ -30,6 +30,7 @@ class Ask:
         seed: of its sampling; greedy without one.
         n: answers to the same prompt.
         loops: at most so many; the checkpoint's own without.
+        exit_threshold: at which its tokens leave the loops early; 1 for never.
         priority: the lower, the sooner; of use under vLLM's priority policy only.
     """
 
@@ -42,6 +43,7 @@ class Ask:
     seed: int | None = None
     n: int = 1
     loops: int | None = None
+    exit_threshold: float = 1.0
     priority: int = 0
 
 
@@ -114,10 +116,9 @@ def random_tokens(length: int, seed: int) -> list[int]:
 
 def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
     temperature = 0 if ask.seed is None and ask.n == 1 else 1
-    depth = {} if ask.loops is None else {"extra_args": {"loops": ask.loops}}
-    return everything(
-        min(ask.answer, MAX_LENGTH - prompt_length), temperature=temperature, seed=ask.seed, n=ask.n, **depth
-    )
+    depth = {"exit_threshold": ask.exit_threshold, **({} if ask.loops is None else {"loops": ask.loops})}
+    answer = min(ask.answer, MAX_LENGTH - prompt_length)
+    return everything(answer, temperature=temperature, seed=ask.seed, n=ask.n, extra_args=depth)
 
 
 @contextmanager

@@ -34,8 +34,11 @@ class Server:
         assert len(played.answers) == sum(ask.n for ask in scene.asks)
         distances = []
         for (number, index), answer in played.answers.items():
-            loops = scene.asks[number].loops or LOOPS
-            expected = reference_logprobs(self.model, played.prompts[number], answer.token_ids, loops)
+            ask = scene.asks[number]
+            exits = {"exit_threshold": ask.exit_threshold}
+            expected = reference_logprobs(
+                self.model, played.prompts[number], answer.token_ids, ask.loops or LOOPS, **exits
+            )
             distances.append((engine_logprobs(answer) - expected).abs().max().item())
             note(f"request {number}.{index}: {distances[-1]:.1e}")
         return max(distances)
@@ -89,6 +92,7 @@ asks = st.builds(
     seed=st.none() | st.integers(0, 3),
     n=st.sampled_from((1, 1, 1, 2)),
     loops=st.none() | st.integers(1, MAX_LOOPS),
+    exit_threshold=st.sampled_from((1.0, 1.0, 1.0, 0.6, 0.85)),
     priority=st.integers(0, 2),
 )
 scenes = st.builds(
@@ -104,7 +108,7 @@ scenes = st.builds(
 CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
 TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
 
-DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3]) for i, ask in enumerate(CROWD))
+DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2]) for i, ask in enumerate(CROWD))
 
 
 @settings(suppress_health_check=list(HealthCheck))
