@@ -12,9 +12,12 @@ from vllm import SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
 
-from melt_serve.engine.depth import EFFORT, settle
+from melt_serve.engine import usage
+from melt_serve.engine.depth import EFFORT, depth_of, settle
 
 
 def apply() -> None:
@@ -26,12 +29,19 @@ def apply() -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
     _replace(InputProcessor, "process_inputs", _settle_depth)
     for request in (ChatCompletionRequest, ResponsesRequest):
         _replace(request, "to_sampling_params", _pass_effort_on)
+    _replace(OutputProcessor, "process_outputs", _take_loops_in)
+    _replace(OpenAIServingChat, "chat_completion_full_generator", usage.told_whole)
+    _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.told_in_stream(results_at=1))
+    _replace(OpenAIServingCompletion, "request_output_to_completion_response", usage.told_at_once)
+    _replace(OpenAIServingCompletion, "completion_stream_generator", usage.told_in_stream(results_at=2))
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
@@ -109,10 +119,21 @@ def _settle_depth(original: Callable[..., Any]) -> Callable[..., Any]:
             if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
                 raise VLLMValidationError(RESUMABLE_REFUSED)
             params = settle(params, self.model_config.hf_config)
+            usage.REQUESTS.labels(depth_of(params).loops).inc()
         return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
 
     process_inputs.melt_serve = True  # type: ignore[attr-defined]
     return process_inputs
+
+
+def _take_loops_in(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_outputs(self: OutputProcessor, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
+        usage.take_in(outputs, self.request_states)
+        return original(self, outputs, *args, **kwargs)
+
+    process_outputs.melt_serve = True  # type: ignore[attr-defined]
+    return process_outputs
 
 
 def _pass_effort_on(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:

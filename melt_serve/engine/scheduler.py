@@ -1,16 +1,20 @@
 """The chunk grid: which tokens of a request may run in one step, and whose turn it is (README.md, rules 1 to 4)."""
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
 from melt_serve.engine.depth import depth_of
+from melt_serve.engine.usage import LOOPS, LOOPS_RUN
 
 PATIENCE = 4
 """Steps a prompt waits for a budget that running requests use up, before it has a turn ahead of them."""
@@ -40,6 +44,8 @@ class ChunkGridScheduler(AsyncScheduler):
         final_rows = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(final_rows, FinalRowsManager)
         self.final_rows = final_rows
+        self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        """Generated tokens of running requests, by the loops they ran."""
         for open_rows in self.kv_cache_manager.coordinator.single_type_managers[1:]:
             assert isinstance(open_rows, OpenRowsManager)
             open_rows.requests = self.requests
@@ -53,6 +59,24 @@ class ChunkGridScheduler(AsyncScheduler):
         request.block_hashes.clear()
         request.update_block_hashes()
         super().add_request(request)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's; counts the loops of the tokens that were generated."""
+        token_loops = getattr(model_runner_output, "token_loops", {})
+        for request_id, generated in zip(
+            model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
+        ):
+            if generated and request_id in token_loops:
+                self.loops_run[request_id][token_loops[request_id]] += 1
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
+        params, encoder_params = super()._free_request(request, *args, **kwargs)
+        if run := self.loops_run.pop(request.request_id, None):
+            params = {**(params or {}), LOOPS: depth_of(request.sampling_params).loops, LOOPS_RUN: dict(run)}
+        return params, encoder_params
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step; running requests come first in it, unless a prompt has waited for them too long."""

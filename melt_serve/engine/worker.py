@@ -1,8 +1,10 @@
 """vLLM's CPU worker, which tells the model each request's loops, and survives seeded requests of several steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -17,11 +19,25 @@ class MeltCPUModelRunner(CPUModelRunner):
     prompt longer than C is such a request.
     """
 
+    token_loops: Mapping[str, int] = {}
+
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.model_config.hf_config.model_type == "melt":
-            requests = (self.requests[request_id] for request_id in self.input_batch.req_ids)
-            kwargs["depths"] = [depth_of(request.sampling_params) for request in requests]
-        return super()._model_forward(*args, **kwargs)
+        if self.model_config.hf_config.model_type != "melt":
+            return super()._model_forward(*args, **kwargs)
+        request_ids = self.input_batch.req_ids
+        depths = [depth_of(self.requests[request_id].sampling_params) for request_id in request_ids]
+        output = super()._model_forward(*args, depths=depths, **kwargs)
+        last_tokens = self.query_start_loc.cpu[1 : len(request_ids) + 1] - 1
+        loops = self.get_model().model.token_loops[last_tokens]
+        self.token_loops = dict(zip(request_ids, loops.tolist(), strict=True))
+        return output
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; the output also says how many loops ran for the token that was sampled of each request."""
+        output = super().sample_tokens(*args, **kwargs)
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
+            output.token_loops = self.token_loops  # type: ignore[attr-defined]
+        return output
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         states = [(generator, generator.get_state()) for generator in self._discarded_generators().values()]

@@ -130,6 +130,29 @@ def test_reasoning_effort_turns_the_loops(client, effort, loops):
     assert (by_default == pytest.approx(asked, abs=1e-2)) == (loops == 4)
 
 
+def test_every_answer_tells_how_many_loops_its_tokens_ran(client, server):
+    def told(**arguments):
+        return chat(client, ASKED[0], **arguments).usage.loops
+
+    assert told() == {"mean": 4.0, "max": 4}
+    assert told(reasoning_effort="low", n=3, temperature=1.0) == {"mean": 2.0, "max": 2}
+    early = told(extra_body={"vllm_xargs": {"exit_threshold": 0.5}})
+    assert 1 <= early["mean"] <= early["max"] <= 4 and early["mean"] < 4
+    *_, last = chat(client, ASKED[0], stream=True, stream_options={"include_usage": True}, reasoning_effort="low")
+    assert last.usage.loops == {"mean": 2.0, "max": 2}
+
+    prompts = {"model": MODEL, "prompt": ["Find", "Where is"], "max_tokens": 3}
+    assert client.completions.create(**prompts).usage.loops == {"mean": 4.0, "max": 4}
+    one_loop = {"extra_body": {"vllm_xargs": {"loops": 1}}, "stream_options": {"include_usage": True}}
+    *_, last = client.completions.create(**prompts, **one_loop, stream=True)
+    assert last.usage.loops == {"mean": 1.0, "max": 1}
+
+    metrics = get(f"{server}/metrics")
+    assert re.search(r'^melt_requests_total\{loops="2"\} [1-9]', metrics, re.MULTILINE)
+    assert re.search(r'^melt_token_loops_bucket\{le="1.0",loops="1"\} [1-9]', metrics, re.MULTILINE)
+    assert re.search(r'^melt_token_loops_sum\{loops="2"\} [1-9]', metrics, re.MULTILINE)
+
+
 def test_no_reasoning_effort_skips_the_reasoning_too(client):
     message = chat(client, ASKED[0], reasoning_effort="none").choices[0].message
     assert not message.reasoning and message.content
@@ -138,7 +161,9 @@ def test_no_reasoning_effort_skips_the_reasoning_too(client):
 def test_loops_turn_completions_and_responses_too(client, server):
     def first(loops):
         depth = {} if loops is None else {"extra_body": {"vllm_xargs": {"loops": loops}}}
-        answer = client.completions.create(model=MODEL, prompt=ASKED[0].prompt, max_tokens=1, logprobs=3, **depth)
+        answer = client.completions.create(
+            model=MODEL, prompt=ASKED[0].prompt, max_tokens=1, temperature=0, logprobs=3, **depth
+        )
         return list(answer.choices[0].logprobs.top_logprobs[0].values())
 
     assert first(1) != pytest.approx(first(4), abs=1e-2)
