@@ -327,22 +327,8 @@ def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
 
 def table(rows: Sequence[Row], mix: Mix | None, base: int) -> str:
     """What was measured and what was asked of it; B are bytes."""
-    lines: list[tuple[str, ...]] = [
-        (
-            "T",
-            "tok/s",
-            "min",
-            "max",
-            "alone",
-            f"time/T={base}",
-            "min",
-            "max",
-            "goal",
-            "KV a token",
-            "open chunk",
-            "right",
-        )
-    ]
+    speed, time = ("tok/s", "min", "max", "alone"), (f"time / T={base}", "min", "max", "goal")
+    lines: list[tuple[str, ...]] = [("T", *speed, *time, "KV a token", "open chunk", "right")]
     for row in rows:
         lines.append(
             (
