@@ -26,6 +26,7 @@ examples:
   melt-serve plan ouro-1.4b --device-memory 24       how many requests fit, as a MELT and as a LoopLM
   melt-serve bench memory                            the same, read from running engines
   melt-serve bench throughput                        tokens a second against a LoopLM, on real engines
+  melt-serve bench depth                             time, cache and right answers with more or fewer loops
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -97,6 +98,24 @@ examples:
       one setting, a scarcer cache, and where the time goes
   melt-serve bench throughput --loops 2 --layers 2 --requests 8 --generated 32 --json
       smaller and quicker, and one line of JSON at the end"""
+
+BENCH_DEPTH_DESCRIPTION = """\
+Serve the same requests at each depth with one MELT engine, round by round. It has random weights and is built once,
+for the most loops; each request says its own. Shown are tokens a second, the time between two tokens of a request
+that is alone, the time relative to 4 loops, and the KV cache that a token and a request's open chunk take, counted
+in the blocks that the engine gave away. Then half of the requests think less than the others, against all at the
+larger depth."""
+
+BENCH_DEPTH_EXAMPLES = """\
+examples:
+  melt-serve bench depth
+      8 layers, d=512, 16 requests of 128 + 64 tokens, at 1 to 16 loops; takes ten minutes or so on 2 quiet CPU cores
+  melt-serve bench depth --accuracy 200 --plot depth.png
+      also the share of right answers of the bundled checkpoint, as deep as it goes, and a figure
+  melt-serve bench depth --decode-mode chunk --chunk-size 64
+      the other decode mode, in which an open chunk keeps rows of every loop
+  melt-serve bench depth --loops 1,2,4 --mix 2,4 --layers 2 --requests 8 --generated 32 --json
+      smaller and quicker, another mix, and one line of JSON at the end"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -215,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """`melt-serve bench`, whose measurements are subcommands of their own."""
     raw = argparse.RawDescriptionHelpFormatter
-    bench = commands.add_parser("bench", help="measure MELT against LoopLM on real engines")
+    bench = commands.add_parser("bench", help="measure MELT on real engines, against LoopLM and by depth")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
 
     memory = benches.add_parser(
@@ -283,6 +302,41 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--profile", action="store_true", help="show where the time of one more round goes")
     add_output(throughput)
 
+    depth = benches.add_parser(
+        "depth",
+        help="time, cache and right answers with more or fewer loops",
+        description=BENCH_DEPTH_DESCRIPTION,
+        epilog=BENCH_DEPTH_EXAMPLES,
+        formatter_class=raw,
+    )
+    depth.set_defaults(run=run_bench_depth)
+    add = depth.add_argument
+    add("--layers", type=positive, default=8, metavar="N", help="of the model (default: 8)")
+    add("--hidden", type=positive, default=512, metavar="D", help="hidden size, a multiple of 64 (default: 512)")
+    add("--loops", type=loop_list, default=[1, 2, 4, 8, 16], metavar="T,T", help="depths (default: 1,2,4,8,16)")
+    add(
+        "--mix",
+        type=two_depths,
+        metavar="T,T",
+        help="half of the requests at the first, half at the second depth, against all at the second "
+        "(default: 1,8, or 1 and the most of --loops where that is less)",
+    )
+    add("--decode-mode", choices=("token", "chunk"), default="token", help="default: token")
+    add("--chunk-size", type=positive, default=32, metavar="C", help="default: 32; in chunk mode a multiple of 32")
+    add("--requests", type=positive, default=16, metavar="N", help="all there from the start (default: 16)")
+    add("--prompt", type=positive, default=128, metavar="N", help="tokens of a prompt (default: 128)")
+    add("--generated", type=positive, default=64, metavar="N", help="tokens of an answer (default: 64)")
+    add("--rounds", type=positive, default=3, metavar="N", help="how often each depth serves them (default: 3)")
+    add(
+        "--accuracy",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="also ask the bundled checkpoint N held-out questions at each depth it runs; 200 tell depths apart "
+        "(default: 0, none)",
+    )
+    add_output(depth)
+
 
 def add_output(bench: argparse.ArgumentParser) -> None:
     """What every measurement can leave behind."""
@@ -297,9 +351,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    return 0 if text == "0" else positive(text)
+
+
 def loop_list(text: str) -> list[int]:
     """Depths such as `1,2,4`."""
     return [positive(word) for word in text.split(",")]
+
+
+def two_depths(text: str) -> tuple[int, int]:
+    """Depths such as `1,8`."""
+    depths = loop_list(text)
+    if len(depths) != 2 or depths[0] >= depths[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two depths, the smaller first")
+    return depths[0], depths[1]
 
 
 def words_of(first: str, second: str) -> Callable[[str], list[str]]:
@@ -455,6 +522,43 @@ def run_bench_throughput(arguments: argparse.Namespace) -> int:
         write(throughput.figure(rows), arguments.plot)
     if arguments.json:
         print(json.dumps({"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}))
+    return 0
+
+
+def run_bench_depth(arguments: argparse.Namespace) -> int:
+    """`melt-serve bench depth`."""
+    from melt_serve.bench import depth
+    from melt_serve.bench.engine import BenchError
+    from melt_serve.bench.plots import refuse_plot, write
+
+    options = depth.Options(
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        loops=arguments.loops,
+        mix=arguments.mix,
+        decode_mode=arguments.decode_mode,
+        chunk_size=arguments.chunk_size,
+        requests=arguments.requests,
+        prompt=arguments.prompt,
+        generated=arguments.generated,
+        rounds=arguments.rounds,
+        questions=arguments.accuracy,
+    )
+    try:
+        if arguments.plot:
+            refuse_plot(arguments.plot)
+        rows, mix = depth.measure(options)
+    except BenchError as error:
+        return fail(error)
+    print(depth.table(rows, mix, options.base))
+    if arguments.plot:
+        write(depth.figure(rows, options.base), arguments.plot)
+    if arguments.json:
+        each = [
+            {**asdict(row), "tokens_per_second": row.tokens_per_second, "relative_time": row.relative_time}
+            for row in rows
+        ]
+        print(json.dumps({"rows": each, "mix": None if mix is None else {**asdict(mix), "ratio": mix.ratio}}))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Measure real engines: what a MELT and a LoopLM of one shape cost in memory, and what they serve in a second."""
+"""Measure real engines: what a MELT and a LoopLM of one shape cost in memory and serve in a second, by depth."""

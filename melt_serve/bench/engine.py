@@ -14,6 +14,7 @@ from typing import IO, Any, Self
 from melt_serve.bench.shapes import Checkpoint
 
 STOP_SECONDS = 10
+AS_TRAINED: dict[str, object] = {"load_format": "auto", "skip_tokenizer_init": False, "dtype": "auto"}
 
 
 class BenchError(RuntimeError):
@@ -21,19 +22,23 @@ class BenchError(RuntimeError):
 
 
 class Engine:
-    """vLLM on a checkpoint with random weights, started and ended by `with`; one question at a time.
+    """vLLM on a checkpoint, started and ended by `with`; one question at a time.
 
     Args:
         name: what errors call it.
-        checkpoint: its config is all there is on disk.
+        checkpoint: a shape, which gets random weights; or the folder of a real one, with weights and tokenizer.
         arguments: vLLM's own, as for its `LLM`.
     """
 
-    def __init__(self, name: str, checkpoint: Checkpoint, arguments: dict[str, object]):
+    def __init__(self, name: str, checkpoint: Checkpoint | Path, arguments: dict[str, object]):
         self.name = name
         self.folder = tempfile.TemporaryDirectory(prefix="melt-bench-")
         folder = Path(self.folder.name)
-        checkpoint.config.save_pretrained(folder / "checkpoint")
+        if isinstance(checkpoint, Path):
+            path, arguments = checkpoint, {**AS_TRAINED, **arguments}
+        else:
+            path = folder / "checkpoint"
+            checkpoint.config.save_pretrained(path)
         self.log: IO[str] = open(folder / "log", "w+", errors="replace")  # noqa: SIM115 (closed in `__exit__`)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "melt_serve.bench.worker"],
@@ -44,7 +49,7 @@ class Engine:
             env={**os.environ, "TMPDIR": self.folder.name},  # vLLM leaves files there
             start_new_session=True,  # Ctrl-C is for us: we end it
         )
-        self.send("start", path=str(folder / "checkpoint"), arguments=arguments)
+        self.send("start", path=str(path), arguments=arguments)
 
     def __enter__(self) -> Self:
         return self

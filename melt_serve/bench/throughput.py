@@ -108,7 +108,7 @@ def measure(options: Options) -> list[Row]:
     Raises:
         BenchError: the options fit no engine, or one of them failed; the message names it.
     """
-    refuse(options)
+    refuse(options.hidden, options.chunk_size, options.decode_mode)
     settings = [(cache, loops) for loops in options.loops for cache in options.caches]
     rows = []
     with tqdm(total=len(settings) * options.rounds, unit="round", disable=None) as progress:
@@ -132,20 +132,18 @@ def measure(options: Options) -> list[Row]:
     return rows
 
 
-def refuse(options: Options) -> None:
+def refuse(hidden: int, chunk_size: int, decode_mode: DecodeMode) -> None:
     """Say before the engines start what they would refuse, or could not be compared at.
 
     Raises:
         BenchError: the option, and what it must be.
     """
-    if options.hidden % 64:
-        raise BenchError(f"--hidden={options.hidden} must be a multiple of 64, the size of a head")
-    if options.chunk_size > STEP_TOKENS:
-        raise BenchError(f"--chunk-size={options.chunk_size} is more than the {STEP_TOKENS} tokens of a step")
-    if options.decode_mode == "chunk" and options.chunk_size % BLOCK_SIZE:
-        raise BenchError(
-            f"--chunk-size={options.chunk_size} must be a multiple of {BLOCK_SIZE}, the KV block, in chunk mode"
-        )
+    if hidden % 64:
+        raise BenchError(f"--hidden={hidden} must be a multiple of 64, the size of a head")
+    if chunk_size > STEP_TOKENS:
+        raise BenchError(f"--chunk-size={chunk_size} is more than the {STEP_TOKENS} tokens of a step")
+    if decode_mode == "chunk" and chunk_size % BLOCK_SIZE:
+        raise BenchError(f"--chunk-size={chunk_size} must be a multiple of {BLOCK_SIZE}, the KV block, in chunk mode")
 
 
 @contextmanager

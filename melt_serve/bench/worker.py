@@ -4,12 +4,13 @@ A question is a line of JSON on the standard input, `[function, arguments]`; an 
 """
 
 import json
+import math
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams, TokensPrompt
 
 
 def main() -> None:
@@ -49,18 +50,17 @@ def listen(questions: "queue.Queue[str]") -> None:
 
 
 def start(path: str, arguments: dict[str, Any]) -> "LLM":
-    """vLLM on the config at `path`, with random weights from a fixed seed."""
+    """vLLM on the config at `path`, with random weights from a fixed seed unless `arguments` say otherwise."""
     from vllm import LLM
 
-    return LLM(
-        path,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        **arguments,
-    )
+    defaults = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+    }
+    return LLM(path, **{**defaults, **arguments})
 
 
 def memory(llm: "LLM", prompt: int) -> dict[str, object]:
@@ -73,12 +73,11 @@ def memory(llm: "LLM", prompt: int) -> dict[str, object]:
     runner = model_runner(llm)
     cache = runner.kv_cache_config
     final, *open_rows = cache.kv_cache_groups
-    storages = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in runner.kv_caches}
     config = vllm_config.model_config.hf_config
     # A MELT's h of every layer lives through all loops of a step; a LoopLM has none.
     state = vllm_config.scheduler_config.max_num_batched_tokens * config.num_hidden_layers * config.hidden_size
     return {
-        "kv_bytes_per_token": sum(storages.values()) // (cache.num_blocks * final.kv_cache_spec.block_size),
+        "kv_bytes_per_token": block_bytes(runner) // final.kv_cache_spec.block_size,
         "open_chunk_bytes": sum(
             group.kv_cache_spec.max_memory_usage_bytes(vllm_config) * len(group.layer_names) for group in open_rows
         ),
@@ -94,13 +93,21 @@ def model_runner(llm: "LLM") -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def block_bytes(runner: Any) -> int:
+    """What a block of the pool takes in the tensors that are allocated, over all layers."""
+    storages = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in runner.kv_caches}
+    return sum(storages.values()) // runner.kv_cache_config.num_blocks
+
+
 def peak_bytes() -> int:
     """The most memory this process has had resident (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def generate(llm: "LLM", requests: int, prompt: int, generated: int, seed: int) -> float:
+def generate(
+    llm: "LLM", requests: int, prompt: int, generated: int, seed: int, loops: Sequence[int] | None = None
+) -> float:
     """Serve greedy requests of random prompts, all there from the start; the seconds it took.
 
     Args:
@@ -109,17 +116,86 @@ def generate(llm: "LLM", requests: int, prompt: int, generated: int, seed: int) 
         prompt: tokens each.
         generated: tokens each, whatever they are.
         seed: of the prompts. Another seed shares no prefix.
+        loops: of each request; None for the checkpoint's own.
     """
+    prompts, sampling = drawn(llm, requests, prompt, generated, seed, loops)
+    started = time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def drawn(
+    llm: "LLM", requests: int, prompt: int, generated: int, seed: int, loops: Sequence[int] | None
+) -> "tuple[list[TokensPrompt], list[SamplingParams]]":
+    """The requests of `generate`."""
     import torch
     from vllm import SamplingParams, TokensPrompt
 
     vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
     tokens = torch.randint(vocabulary, (requests, prompt), generator=torch.Generator().manual_seed(seed))
     prompts = [TokensPrompt(prompt_token_ids=row) for row in tokens.tolist()]
-    sampling = SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
-    llm.generate(prompts, sampling, use_tqdm=False)
-    return time.perf_counter() - started
+    extra = [{"loops": each} for each in loops] if loops else [None] * requests
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False, extra_args=each)
+        for each in extra
+    ]
+    return prompts, sampling
+
+
+def latency(llm: "LLM", prompt: int, generated: int, seed: int, loops: int) -> float:
+    """Seconds between two generated tokens of one request that has the engine to itself, by vLLM's own clock."""
+    prompts, sampling = drawn(llm, 1, prompt, generated, seed, [loops])
+    (output,) = llm.generate(prompts, sampling, use_tqdm=False)
+    assert output.metrics is not None, "the engine keeps no statistics"
+    return (output.metrics.last_token_ts - output.metrics.first_token_ts) / (generated - 1)
+
+
+def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
+    """What the rows of `generate`'s requests take of the cache while they are served. Bytes.
+
+    Counted in every step, once it has its blocks. Final rows are all blocks that the pool has given away but
+    for the open chunks', at their peak, over the tokens that are there, in whole blocks: a second row of a token
+    would be seen. Open rows are the most that one request held of all loops before its last.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    final, *open_rows = scheduler.kv_cache_manager.coordinator.single_type_managers
+    pool = scheduler.kv_cache_manager.block_pool
+    schedule, steps = scheduler.schedule, []
+
+    def counted(*arguments: Any) -> object:
+        step = schedule(*arguments)
+        held = [
+            sum(not block.is_null for rows in open_rows for block in rows.req_to_blocks.get(request.request_id, ()))
+            for request in scheduler.running
+        ]
+        given = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # nobody may have the null block
+        needed = sum(math.ceil(request.num_computed_tokens / final.block_size) for request in scheduler.running)
+        steps.append((given - sum(held), needed * final.block_size, max(held, default=0)))
+        return step
+
+    scheduler.schedule = counted
+    try:
+        generate(llm, **facts)
+    finally:
+        del scheduler.schedule
+    block = block_bytes(model_runner(llm))
+    blocks, tokens, _ = max(steps, key=lambda step: step[0])
+    return {"kv_bytes_per_token": blocks * block // tokens, "open_chunk_bytes": max(step[2] for step in steps) * block}
+
+
+def share_right(llm: "LLM", questions: int, loops: int) -> float:
+    """The share of the first held-out questions that a trained checkpoint answers right at this depth, greedily."""
+    from vllm import SamplingParams, TokensPrompt
+
+    from melt_serve.train.data import prompt_ids
+    from melt_serve.train.evaluate import heldout, longest_reply
+
+    asked, tokenizer = heldout(questions), llm.get_tokenizer()
+    prompts = [TokensPrompt(prompt_token_ids=prompt_ids(question, tokenizer)) for question in asked]
+    sampling = SamplingParams(temperature=0, max_tokens=longest_reply(tokenizer), extra_args={"loops": loops})
+    replies = [output.outputs[0].text for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    right = [question.check(reply.partition("</think>")[2]) for question, reply in zip(asked, replies, strict=True)]
+    return sum(right) / len(right)
 
 
 def requests_that_fit(llm: "LLM") -> float:
@@ -127,7 +203,7 @@ def requests_that_fit(llm: "LLM") -> float:
     return float(llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
 
 
-def profile(llm: "LLM", **facts: int) -> dict[str, float]:
+def profile(llm: "LLM", **facts: Any) -> dict[str, float]:
     """Seconds of one `generate`, by part."""
     from melt_serve.bench import profiler
 
@@ -138,6 +214,9 @@ def profile(llm: "LLM", **facts: int) -> dict[str, float]:
 QUESTIONS: dict[str, Callable[..., object]] = {
     "memory": memory,
     "generate": generate,
+    "latency": latency,
+    "rows_held": rows_held,
+    "share_right": share_right,
     "requests_that_fit": requests_that_fit,
     "profile": profile,
 }
