@@ -143,9 +143,13 @@ class MeltConfig(LoopLMConfig):
         if not 1 <= self.total_ut_steps <= self.max_loops:
             raise ValueError(f"total_ut_steps={self.total_ut_steps} is outside 1..max_loops={self.max_loops}")
 
-    def validate_efforts(self) -> None:
-        """Refuse efforts nobody can ask for, and loops this checkpoint does not run."""
+    def validate_depth(self) -> None:
+        """Refuse thresholds that are no probability, unknown efforts, and loops this checkpoint does not run."""
         assert self.max_loops is not None
+        if not 0 < self.early_exit_threshold <= 1:
+            raise ValueError(
+                f"early_exit_threshold={self.early_exit_threshold} must be above 0 and at most 1 (no exits)"
+            )
         for effort, loops in (self.effort_loops or {}).items():
             if effort not in EFFORTS:
                 raise ValueError(f"effort_loops: {effort!r} is none of {', '.join(EFFORTS)}")

@@ -12,9 +12,11 @@ usage: melt-serve serve [PATH] [any flag of vLLM's server]
 
 Start vLLM's OpenAI-compatible server on a MELT checkpoint. PATH is a folder or a model's name;
 without it the bundled demo checkpoint is served as "{MELT.name}", with its parsers for
-reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT:
+reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT
+(--default-loops N is ours, and short for --hf-overrides.total_ut_steps N):
 
-  --hf-overrides '{{"total_ut_steps": 2}}'   loops a token runs, from 1 to the checkpoint's max_loops
+  --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
+  --hf-overrides '{{"effort_loops": {{"low": 1}}}}'   what OpenAI's reasoning_effort means in loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G
   --port N, --api-key KEY                  where to listen, and who may ask
@@ -22,6 +24,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
 
 examples:
   melt-serve serve
+  melt-serve serve --default-loops 2
   melt-serve serve ./melt-1.6B --port 8000 --dtype bfloat16
 """
 
@@ -75,7 +78,13 @@ def command(argv: Sequence[str]) -> list[str]:
                 server += [flag] if value is None else [flag, value]
     elif model is not None:
         server += ["--model", model]
-    return server + words
+    return server + [with_vllms_name(word) for word in words]
+
+
+def with_vllms_name(word: str) -> str:
+    """The one flag of ours, as vLLM knows it."""
+    flag, equals, value = word.partition("=")
+    return f"--hf-overrides.total_ut_steps{equals}{value}" if flag == "--default-loops" else word
 
 
 def check_path(model: str) -> None:

@@ -129,6 +129,7 @@ def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
         ("kv_gate_initial_state", "ones", r"kv_gate_initial_state.*zeros"),
         ("decode_mode", "beam", r"decode_mode.*chunk"),
         ("effort_loops", {"great": 1}, r"effort_loops: 'great' is none of none, minimal, low"),
+        ("early_exit_threshold", 0.0, r"early_exit_threshold=0\.0 must be above 0 and at most 1"),
         ("effort_loops", {"low": 5}, r"effort_loops: low=5 is outside 1\.\.max_loops=4"),
     ],
 )

@@ -31,6 +31,11 @@ def test_a_path_and_vllms_flags_pass_through_untouched(tmp_path):
     assert command(["--model", "org/name"]) == [*SERVER, "--model", "org/name"]
 
 
+def test_default_loops_is_short_for_vllms_override():
+    assert command(["org/name", "--default-loops", "2"])[-2:] == ["--hf-overrides.total_ut_steps", "2"]
+    assert command(["org/name", "--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
+
+
 def test_a_model_in_a_config_file_is_left_to_vllm():
     assert command(["--config", "serve.yaml"]) == [*SERVER, "--config", "serve.yaml"]
 

@@ -134,6 +134,11 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"
         )
+    worker_cls = vllm_config.parallel_config.worker_cls
+    if current_platform.is_cpu() and worker_cls not in ("auto", CPU_WORKER):
+        raise ValueError(
+            f"MELT: --worker-cls={worker_cls} does not pass requests' depths on; leave it out to get {CPU_WORKER}"
+        )
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, SCHEDULER):
         raise ValueError(

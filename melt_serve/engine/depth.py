@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from melt_serve.config import MeltConfig
+from melt_serve.config import EFFORTS, MeltConfig
 
 EFFORT = "reasoning_effort"
 """Where `patches.py` leaves a request's effort in `extra_args`."""
@@ -36,6 +36,10 @@ def settle(params: SamplingParams, config: MeltConfig) -> SamplingParams:
     """
     extra = dict(params.extra_args or {})
     effort = extra.pop(EFFORT, None)
+    if effort is not None and effort not in EFFORTS:
+        raise VLLMValidationError(
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r}", parameter=EFFORT, value=effort
+        )
     loops = extra.get("loops", config.total_ut_steps if effort is None else config.loops_by_effort[effort])
     threshold = extra.get("exit_threshold", config.early_exit_threshold)
     assert config.max_loops is not None

@@ -44,7 +44,8 @@ def take_in(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None
             for _ in range(tokens):
                 observed.observe(loops)
         if (parent := state.parent_req) is not None:
-            parent.melt_loops_run = getattr(parent, "melt_loops_run", Counter()) + Counter(params[LOOPS_RUN])
+            so_far: Counter[int] = getattr(parent, "melt_loops_run", Counter())
+            parent.melt_loops_run = so_far + Counter(params[LOOPS_RUN])
             params[LOOPS_RUN] = parent.melt_loops_run
 
 

@@ -169,12 +169,14 @@ def test_loops_turn_completions_and_responses_too(client, server):
     assert first(1) != pytest.approx(first(4), abs=1e-2)
     assert first(None) == pytest.approx(first(4), abs=1e-4)
 
-    def response(effort):
-        return client.responses.create(
-            model=MODEL, input=ASKED[0].prompt, reasoning={"effort": effort}, temperature=0, max_output_tokens=64
-        ).output_text
+    def asked_for(loops):
+        found = re.search(rf'^melt_requests_total\{{loops="{loops}"\}} (\S+)$', get(f"{server}/metrics"), re.MULTILINE)
+        return float(found[1])
 
-    assert response("high")
+    before = asked_for(2)
+    arguments = {"model": MODEL, "input": ASKED[0].prompt, "temperature": 0, "max_output_tokens": 64}
+    assert client.responses.create(**arguments, reasoning={"effort": "low"}).output_text
+    assert asked_for(2) == before + 1
 
 
 def test_stop_ends_the_answer_before_the_word(client):

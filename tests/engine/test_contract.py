@@ -56,6 +56,8 @@ def configure(path, **arguments):
             "--speculative-config: drafts cannot be verified together",
         ),
         ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras: adapters of k_proj and v_proj"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "does not pass requests' depths on"),
+        ({"hf_overrides": {"effort_loops": {"low": 9}}}, "effort_loops: low=9 is outside"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
         ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),
         ({"hf_overrides": {"decode_mode": "chunk", "chunk_size": 24}}, "chunk_size=24 is not a multiple"),

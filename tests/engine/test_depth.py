@@ -130,6 +130,12 @@ def test_thresholds_that_are_no_probability_are_refused_and_the_engine_lives_on(
     assert len(generate(llm, prompts(40))[0].token_ids) == 8
 
 
+def test_an_effort_nobody_defined_is_refused(llm):
+    for effort in ("hardest", ["low"], 1):
+        with pytest.raises(VLLMValidationError, match="reasoning_effort must be one of none, minimal, low"):
+            generate(llm, prompts(5), extra_args={"reasoning_effort": effort})
+
+
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     path = tmp_path_factory.mktemp("melt")
