@@ -44,9 +44,9 @@ def take_in(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None
             for _ in range(tokens):
                 observed.observe(loops)
         if (parent := state.parent_req) is not None:
-            so_far: Counter[int] = getattr(parent, "melt_loops_run", Counter())
-            parent.melt_loops_run = so_far + Counter(params[LOOPS_RUN])
-            params[LOOPS_RUN] = parent.melt_loops_run
+            all_answers = vars(parent).setdefault(LOOPS_RUN, Counter())
+            all_answers.update(params[LOOPS_RUN])
+            params[LOOPS_RUN] = dict(all_answers)
 
 
 class Told:

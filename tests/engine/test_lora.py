@@ -39,7 +39,7 @@ def save_adapter(path, model, targets, seed=0):
 def ask(llm, asked, adapters, depths=None):
     """Each prompt with its adapter, or with none, in one batch."""
     tokens = [TokensPrompt(prompt_token_ids=prompt) for prompt in asked]
-    sampling = [everything(8, **({"extra_args": {"loops": loops}} if depths else {})) for loops in depths or asked]
+    sampling = [everything(8, extra_args=depth) for depth in depths or [{}] * len(asked)]
     return [o.outputs[0] for o in llm.generate(tokens, sampling, use_tqdm=False, lora_request=adapters)]
 
 
@@ -70,13 +70,14 @@ def test_adapters_stay_with_their_requests_when_others_leave_the_step(tmp_path, 
     model = save_melt(tmp_path / "model", decode_mode=mode)
     merged = [save_adapter(tmp_path / f"adapter-{i}", model, EVERY_LAYER + THE_GATE, seed=i) for i in range(2)]
     first, second = (LoRARequest(f"adapter-{i}", i + 1, str(tmp_path / f"adapter-{i}")) for i in range(2))
-    asked, adapters, depths = prompts(5, 70, 33, 40, 64), [first, None, second, first, None], [1, 4, 8, 3, 2]
+    asked, adapters = prompts(5, 70, 33, 40, 64), [first, None, second, first, None]
+    depths = [{"loops": loops, "exit_threshold": q} for loops, q in ((1, 1), (4, 1), (8, 0.8), (3, 0.6), (8, 0.9))]
     with engine(tmp_path / "model", enable_lora=True, max_loras=2, max_lora_rank=RANK) as llm:
         for _ in range(2):
             outputs = ask(llm, asked, adapters, depths)
-            for prompt, output, adapter, loops in zip(asked, outputs, adapters, depths, strict=True):
+            for prompt, output, adapter, depth in zip(asked, outputs, adapters, depths, strict=True):
                 reference = model if adapter is None else merged[adapter.lora_int_id - 1]
-                assert distance(reference, prompt, output, loops) <= FLOAT32
+                assert distance(reference, prompt, output, **depth) <= FLOAT32
 
 
 def test_on_a_looplm_too(tmp_path):
