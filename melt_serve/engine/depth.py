@@ -103,6 +103,6 @@ class StepDepths:
         stays = self.last[tokens] > loop
         if self.may_exit:
             self.remaining[tokens] *= 1 - torch.sigmoid(self.exit_gate(x).float()).squeeze(-1)
-            stays &= 1 - self.remaining[tokens] < self.thresholds[tokens]
+            stays &= ~(1 - self.remaining[tokens] >= self.thresholds[tokens])
         self.ran[tokens[~stays]] = loop
         return None if stays.all() else stays
