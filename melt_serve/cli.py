@@ -10,6 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Measured = TypeVar("Measured")
 
 DESCRIPTION = """\
 Serve Memory-Efficient Looped Transformers (MELT) with vLLM: depth without KV-cache growth.
@@ -461,8 +467,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
 def run_bench_memory(arguments: argparse.Namespace) -> int:
     """`melt-serve bench memory`."""
     from melt_serve.bench import memory
-    from melt_serve.bench.engine import BenchError
-    from melt_serve.bench.plots import refuse_plot, write
 
     options = memory.Options(
         shape=arguments.shape,
@@ -474,25 +478,18 @@ def run_bench_memory(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         step_tokens=arguments.step_tokens,
     )
-    try:
-        if arguments.plot:
-            refuse_plot(arguments.plot)
-        rows = memory.measure(options)
-    except BenchError as error:
-        return fail(error)
-    print(memory.table(rows))
-    if arguments.plot:
-        write(memory.figure(rows), arguments.plot)
-    if arguments.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows]}))
-    return 0
+    return run_bench(
+        arguments,
+        measure=lambda: memory.measure(options),
+        text=memory.table,
+        figure=memory.figure,
+        facts=lambda rows: {"rows": [asdict(row) for row in rows]},
+    )
 
 
 def run_bench_throughput(arguments: argparse.Namespace) -> int:
     """`melt-serve bench throughput`."""
     from melt_serve.bench import throughput
-    from melt_serve.bench.engine import BenchError
-    from melt_serve.bench.plots import refuse_plot, write
 
     options = throughput.Options(
         layers=arguments.layers,
@@ -508,28 +505,20 @@ def run_bench_throughput(arguments: argparse.Namespace) -> int:
         fit=arguments.fit,
         profile=arguments.profile,
     )
-    try:
-        if arguments.plot:
-            refuse_plot(arguments.plot)
-        rows = throughput.measure(options)
-    except BenchError as error:
-        return fail(error)
-    print(throughput.table(rows))
-    for row in rows:
-        if row.melt_profile:
-            print(f"\n{throughput.profile_table(row)}")
-    if arguments.plot:
-        write(throughput.figure(rows), arguments.plot)
-    if arguments.json:
-        print(json.dumps({"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}))
-    return 0
+    return run_bench(
+        arguments,
+        measure=lambda: throughput.measure(options),
+        text=lambda rows: "\n\n".join(
+            [throughput.table(rows), *(throughput.profile_table(row) for row in rows if row.melt_profile)]
+        ),
+        figure=throughput.figure,
+        facts=lambda rows: {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]},
+    )
 
 
 def run_bench_depth(arguments: argparse.Namespace) -> int:
     """`melt-serve bench depth`."""
     from melt_serve.bench import depth
-    from melt_serve.bench.engine import BenchError
-    from melt_serve.bench.plots import refuse_plot, write
 
     options = depth.Options(
         layers=arguments.layers,
@@ -544,21 +533,37 @@ def run_bench_depth(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         questions=arguments.accuracy,
     )
+    return run_bench(
+        arguments,
+        measure=lambda: depth.measure(options),
+        text=lambda measured: depth.table(*measured, options.base),
+        figure=lambda measured: depth.figure(measured[0], options.base),
+        facts=lambda measured: depth.facts(*measured),
+    )
+
+
+def run_bench(
+    arguments: argparse.Namespace,
+    measure: Callable[[], Measured],
+    text: Callable[[Measured], str],
+    figure: Callable[[Measured], "Figure"],
+    facts: Callable[[Measured], dict[str, object]],
+) -> int:
+    """Measure, then show it in every way that was asked for."""
+    from melt_serve.bench.engine import BenchError
+    from melt_serve.bench.plots import refuse_plot, write
+
     try:
         if arguments.plot:
             refuse_plot(arguments.plot)
-        rows, mix = depth.measure(options)
+        measured = measure()
     except BenchError as error:
         return fail(error)
-    print(depth.table(rows, mix, options.base))
+    print(text(measured))
     if arguments.plot:
-        write(depth.figure(rows, options.base), arguments.plot)
+        write(figure(measured), arguments.plot)
     if arguments.json:
-        each = [
-            {**asdict(row), "tokens_per_second": row.tokens_per_second, "relative_time": row.relative_time}
-            for row in rows
-        ]
-        print(json.dumps({"rows": each, "mix": None if mix is None else {**asdict(mix), "ratio": mix.ratio}}))
+        print(json.dumps(facts(measured)))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -323,6 +323,14 @@ def mix_row(options: Options, served: Served) -> Mix | None:
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
     """One time over the other, round by round."""
     return [time / other for time, other in zip(times, others, strict=True)]
+
+
+def facts(rows: Sequence[Row], mix: Mix | None) -> dict[str, object]:
+    """The same for machines."""
+    each = [
+        {**asdict(row), "tokens_per_second": row.tokens_per_second, "relative_time": row.relative_time} for row in rows
+    ]
+    return {"rows": each, "mix": None if mix is None else {**asdict(mix), "ratio": mix.ratio}}
 
 
 def table(rows: Sequence[Row], mix: Mix | None, base: int) -> str:
