@@ -76,7 +76,7 @@ def test_seeded_requests_over_several_chunks_repeat_themselves(tmp_path, mode):
 
 @MODES
 def test_seeded_requests_survive_preemption_with_the_same_tokens(tmp_path, mode):
-    save_melt(tmp_path, decode_mode=mode)
+    save_melt(tmp_path, decode_mode=mode, max_loops=4)  # 9 blocks: 5 of final rows, 3 of open ones, 1 null
     batch = prompts(40, 40, 70, 33)
     sampling = {"temperature": 1.0, "seed": 3, "max_tokens": 60, "logprobs": 1}
     with engine(tmp_path, block_size=32, num_gpu_blocks_override=9, max_model_len=160) as llm:
