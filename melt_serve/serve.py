@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from melt_serve.bundled import MELT
@@ -51,7 +52,14 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
+    os.environ.setdefault("VLLM_PLUGINS", ",".join(plugins()))
     os.execv(words[0], words)
+
+
+def plugins() -> list[str]:
+    """Every plugin that vLLM would load by itself, and our own routes: those it loads only where they are named."""
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    return sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")})
 
 
 def command(argv: Sequence[str]) -> list[str]:

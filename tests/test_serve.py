@@ -1,9 +1,11 @@
 """`melt-serve serve` turns its words into vLLM's own command line."""
 
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 
+from melt_serve import serve
 from melt_serve.bundled import MELT
 from melt_serve.serve import command, main
 
@@ -53,3 +55,13 @@ def test_a_wrong_path_is_one_clear_line(path, says, tmp_path, monkeypatch, capsy
     assert main([path]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_routes_of_ours_are_named_and_no_other_plugin_is_lost(monkeypatch):
+    theirs = {"vllm.general_plugins": "other", "vllm.platform_plugins": "device", "vllm.endpoint_plugins": "routes"}
+    monkeypatch.setattr(
+        serve, "entry_points", lambda group: [EntryPoint(theirs[group], "m", group)] if group in theirs else []
+    )
+    assert serve.plugins() == ["device", "other"]
+    monkeypatch.undo()
+    assert "melt_serve" in serve.plugins()

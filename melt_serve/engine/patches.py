@@ -32,6 +32,7 @@ def apply() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
     _replace(InputProcessor, "process_inputs", _settle_depth)
@@ -42,6 +43,7 @@ def apply() -> None:
     _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.told_in_stream(results_at=1))
     _replace(OpenAIServingCompletion, "request_output_to_completion_response", usage.told_at_once)
     _replace(OpenAIServingCompletion, "completion_stream_generator", usage.told_in_stream(results_at=2))
+    _replace(OpenAIServingResponses, "responses_full_generator", usage.told_last)
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 

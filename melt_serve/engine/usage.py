@@ -55,8 +55,8 @@ class Told:
     def __init__(self) -> None:
         self.run: dict[int, Counter[int]] = {}
 
-    def listen(self, output: RequestOutput, prompt: int = 0) -> None:
-        """Take the loops out of a result; the last one of each prompt tells of all its answers."""
+    def listen(self, output: Any, prompt: int = 0) -> None:
+        """Take the loops out of a result, or of a response; the last one of each prompt tells of all its answers."""
         told = dict(output.kv_transfer_params or {})
         if run := told.pop(LOOPS_RUN, None):
             self.run[prompt] = Counter(run)
@@ -102,6 +102,20 @@ def told_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
         for prompt, output in enumerate(outputs):
             told.listen(output, prompt)
         return add_usage(original(self, outputs, *args, **kwargs), told)
+
+    respond.melt_serve = True  # type: ignore[attr-defined]
+    return respond
+
+
+def told_last(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For vLLM's Responses API, streamed or not: (self, ...) -> response, which repeats what its last result said."""
+
+    @functools.wraps(original)
+    async def respond(self: Any, *args: Any, **kwargs: Any) -> Any:
+        told, response = Told(), await original(self, *args, **kwargs)
+        if getattr(response, "kv_transfer_params", None):  # an error has none
+            told.listen(response)
+        return add_usage(response, told)
 
     respond.melt_serve = True  # type: ignore[attr-defined]
     return respond

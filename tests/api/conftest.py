@@ -1,5 +1,6 @@
 """vLLM's own server, with no launcher of ours, on the bundled checkpoint; and the official client."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def server(tmp_path_factory):
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *SWITCHES],
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_PLUGINS": "melt_serve"},
         )
         try:
             for _ in range(300):

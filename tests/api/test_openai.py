@@ -9,6 +9,8 @@ from itertools import islice
 import openai
 import pytest
 
+from melt_serve.bundled import MELT
+from melt_serve.config import MeltConfig
 from melt_serve.train.tasks import questions
 from tests.api.conftest import healthy
 
@@ -175,8 +177,27 @@ def test_loops_turn_completions_and_responses_too(client, server):
 
     before = asked_for(2)
     arguments = {"model": MODEL, "input": ASKED[0].prompt, "temperature": 0, "max_output_tokens": 64}
-    assert client.responses.create(**arguments, reasoning={"effort": "low"}).output_text
+    response = client.responses.create(**arguments, reasoning={"effort": "low"})
+    assert response.output_text and response.usage.loops == {"mean": 2.0, "max": 2}
+    assert response.kv_transfer_params is None
     assert asked_for(2) == before + 1
+    *_, last = client.responses.create(**arguments, reasoning={"effort": "minimal"}, stream=True)
+    assert last.response.usage.loops == {"mean": 1.0, "max": 1}
+
+
+def test_info_tells_what_is_served_and_how_deep_it_may_think(server):
+    info = json.loads(get(f"{server}/melt/info"))
+    config = MeltConfig.from_pretrained(MELT)
+    assert info["models"] == [MODEL] and info["architecture"] == "MeltForCausalLM"
+    assert (info["default_loops"], info["max_loops"]) == (config.total_ut_steps, config.max_loops)
+    assert info["effort_loops"] == config.loops_by_effort
+    facts = dict(
+        re.findall(r'(\w+)="([^"]*)"', re.search(r"^vllm:cache_config_info.*", get(f"{server}/metrics"), re.M)[0])
+    )
+    tokens = int(facts["num_gpu_blocks"]) * int(facts["block_size"])
+    assert info["kv_capacity_tokens"] == tokens
+    assert info["kv_bytes_per_token"] == int(facts["kv_cache_memory_bytes"]) // tokens
+    assert info["looplm_kv_bytes_per_token"] == config.total_ut_steps * info["kv_bytes_per_token"]
 
 
 def test_stop_ends_the_answer_before_the_word(client):
