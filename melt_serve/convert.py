@@ -273,8 +273,11 @@ def fresh(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file; a failing disk is an OSError here too."""
+    path.touch()
+    rights = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(rights)  # as of any new file; safetensors would keep it from all other users
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""`melt-serve demo`: start the server on the bundled checkpoint, ask it questions, show what its cache costs."""
+"""`melt-serve demo`: start the server on the bundled checkpoint, ask it questions, show its depths and its cache."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.serve import command
-from melt_serve.train.tasks import Question, questions
+from melt_serve.train.tasks import SILENT_STEPS, Question, questions
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "melt-serve demo",
         description="Serve the bundled MELT checkpoint with vLLM on a free local port, ask it held-out questions "
-        "through the OpenAI client, and compare its KV cache with a LoopLM's. Ends with exit code 1 if fewer than "
-        "nine answers of ten are right.",
+        "through the OpenAI client, one of them with more and more loops, and compare its KV cache with a LoopLM's. "
+        "Ends with exit code 1 if fewer than nine answers of ten are right.",
     )
     parser.add_argument("--questions", type=int, default=10, metavar="N", help="how many to ask (default: 10)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with server() as url:
             correct = ask(url, list(islice(questions("heldout", SEED), arguments.questions)))
+            deepen(url)
             melt, looplm = kv_costs(url)
     except DemoError as error:
         print(f"melt-serve demo: {error}", file=sys.stderr)
@@ -147,10 +148,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def ask(url: str, asked: Sequence[Question]) -> int:
     """Ask every question through the OpenAI client, the first one streamed; give how many were right."""
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    model = client.models.list().data[0].id
+    client, model = connect(url)
     correct = 0
     for number, question in enumerate(asked, start=1):
         print(f"{number:2}. {question.prompt}")
@@ -160,6 +158,14 @@ def ask(url: str, asked: Sequence[Question]) -> int:
         correct += right
         print("   right" if right else f"   wrong, it is: {question.answer}", flush=True)
     return correct
+
+
+def connect(url: str) -> tuple["OpenAI", str]:
+    """A client of the server, and the name of its model."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    return client, client.models.list().data[0].id
 
 
 def stream(client: "OpenAI", model: str, question: Question) -> str:
@@ -180,10 +186,29 @@ def stream(client: "OpenAI", model: str, question: Question) -> str:
     return reply
 
 
-def complete(client: "OpenAI", model: str, question: Question) -> str:
-    """Ask in one piece; show and give the answer."""
+def deepen(url: str) -> None:
+    """Ask the question that takes most loops with fewer, too, and show what is answered."""
+    from melt_serve.config import MeltConfig
+
+    question = next(
+        each for each in questions("heldout", SEED, kinds=["silent"]) if len(each.steps) == SILENT_STEPS + 1
+    )
+    client, model = connect(url)
+    print(f"\nThe same question with more loops: {question.prompt}")
+    for loops in range(1, MeltConfig.from_pretrained(MELT).total_ut_steps + 1):
+        print(f"{loops:>8} {'loop ' if loops == 1 else 'loops'} -> ", end="")
+        complete(client, model, question, loops, max_tokens=12)
+        print(flush=True)
+
+
+def complete(client: "OpenAI", model: str, question: Question, loops: int | None = None, max_tokens: int = 64) -> str:
+    """Ask in one piece, at the server's default depth or another; show and give the answer."""
     completion = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=64
+        model=model,
+        messages=[{"role": "user", "content": question.prompt}],
+        temperature=0,
+        max_tokens=max_tokens,
+        extra_body=None if loops is None else {"vllm_xargs": {"loops": loops}},
     )
     reply = completion.choices[0].message.content or ""
     print(reply.strip(), end="")

@@ -423,3 +423,10 @@ def test_a_signal_in_mid_conversion_leaves_nothing_behind(sent, exit_codes, larg
     assert process.returncode in exit_codes
     assert errors == b""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_may_be_read_as_any_new_file(single, tmp_path):
+    convert(single, tmp_path / "melt")
+    (tmp_path / "new").touch()
+    rights = {path.stat().st_mode for path in (tmp_path / "melt").iterdir()}
+    assert rights == {(tmp_path / "new").stat().st_mode}

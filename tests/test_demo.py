@@ -1,6 +1,7 @@
 """`melt-serve demo`, run as its user runs it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def test_the_demo_answers_shows_its_cache_and_leaves_nothing_running():
     assert result["kv_bytes_per_token"] == row
     assert result["looplm_kv_bytes_per_token"] == {"1": row, "4": 4 * row, "16": 16 * row}
     assert output.count("   right") == result["correct"]
+    deeper = re.findall(r"^ +(\d) loops? +-> (.*)$", output, re.MULTILINE)
+    assert [loops for loops, _ in deeper] == ["1", "2", "3", "4"]
+    assert len({answer for _, answer in deeper[1:]}) == 3  # each loop takes it one step further
     assert processes and not running(processes)
 
 
@@ -71,6 +75,7 @@ def test_too_few_right_answers_fail(monkeypatch, capsys):
     monkeypatch.setattr(demo, "server", lambda: nullcontext("http://nowhere"))
     monkeypatch.setattr(demo, "kv_costs", lambda url: (1024, {"1": 1024}))
     for right, code in ((8, 1), (9, 0)):
+        monkeypatch.setattr(demo, "deepen", lambda url: None)
         monkeypatch.setattr(demo, "ask", lambda url, asked, right=right: right)
         assert demo.main([]) == code
         assert f"{right} of 10 answers right" in capsys.readouterr().out

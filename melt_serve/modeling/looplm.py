@@ -40,7 +40,7 @@ class LoopedOutput(ModelOutput):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in float32."""
+    """x / rms(x) * weight, normalised in float32 or, of float64, in float64."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -49,8 +49,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d], in the dtype of x."""
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.train.tasks import SENTENCES, Question, questions
+from melt_serve.train.tasks import KINDS, SENTENCES, SILENT_STEPS, Kind, Question, questions
 
 IGNORED = -100
 
@@ -22,12 +22,14 @@ class Batch:
         input_ids, attention_mask: [B, S].
         labels: [B, S], the token itself where it belongs to the reply or its end mark, else -100.
         prompt_lengths: [B], tokens before the reply.
+        replies: [SILENT_STEPS + 1, tokens], row i the replies within i steps, in the order of `before_reply`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     prompt_lengths: Tensor
+    replies: Tensor
 
     @property
     def real(self) -> Tensor:
@@ -39,17 +41,24 @@ class Batch:
         """[B, S], true where the next token is one of the reply."""
         return torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
 
-    @property
-    def reply(self) -> Tensor:
-        """[tokens], the reply tokens in the order of `before_reply`."""
-        return self.labels[:, 1:][self.labels[:, 1:] != IGNORED]
+    def reply_by_loop(self, loops: int) -> Tensor:
+        """[T, tokens], what each loop is to answer: loop t the reply within t - 1 steps, the last loop all of it."""
+        within = torch.arange(loops).clamp(max=SILENT_STEPS)
+        within[-1] = SILENT_STEPS
+        return self.replies[within]
 
 
-def training_batch(tokenizer: PreTrainedTokenizerFast, size: int, seed: int, number: int) -> Batch:
+def training_batch(
+    tokenizer: PreTrainedTokenizerFast,
+    size: int,
+    seed: int,
+    number: int,
+    kinds: Sequence[Kind] = KINDS,
+) -> Batch:
     """Batch `number` of a run: questions of one random length, longer ones drawn more often."""
     lengths = range(2, SENTENCES + 1)
     sentences = random.Random(f"length {seed} {number}").choices(lengths, weights=lengths)[0]
-    return encode(list(islice(questions("train", f"{seed} {number}", sentences), size)), tokenizer)
+    return encode(list(islice(questions("train", f"{seed} {number}", sentences, kinds), size)), tokenizer)
 
 
 def encode(asked: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> Batch:
@@ -58,12 +67,17 @@ def encode(asked: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> Bat
     replies = [tokenizer.encode(question.reply + tokenizer.eos_token) for question in asked]
     rows = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
     labels = [torch.tensor([IGNORED] * len(prompt) + reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    within = [
+        [token for question in asked for token in tokenizer.encode(question.reply_within(steps) + tokenizer.eos_token)]
+        for steps in range(SILENT_STEPS + 1)
+    ]
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
         input_ids=pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
         attention_mask=pad([torch.ones_like(row) for row in rows], batch_first=True),
         labels=pad(labels, batch_first=True, padding_value=IGNORED),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
+        replies=torch.tensor(within),
     )
 
 

@@ -1,9 +1,9 @@
-"""How many held-out questions a checkpoint answers right, by loops and decode mode: `melt-serve eval`."""
+"""How many held-out questions a checkpoint answers right, by loops, exits and decode mode: `melt-serve eval`."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -28,14 +28,37 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table; `chunk_size` and `decode_mode` are a MELT's, `loops` unknown of a server."""
+    """One line of the table; `chunk_size`, `decode_mode` and `exit_threshold` are a MELT's.
+
+    Attributes:
+        loops: the most that a token runs; unknown of a server, as `mean_loops`.
+        mean_loops: over the tokens of prompts and replies.
+        accuracy: the share of right answers.
+    """
 
     checkpoint: str
     loops: int | None
     chunk_size: int | None
     decode_mode: DecodeMode | None
+    exit_threshold: float | None
+    mean_loops: float | None
     questions: int
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said.
+
+    Attributes:
+        answer: after its reasoning.
+        tokens: that ran, of prompt and reply.
+        loops: that they ran, all together.
+    """
+
+    answer: str
+    tokens: int
+    loops: int
 
 
 def heldout(count: int) -> list[Question]:
@@ -44,7 +67,11 @@ def heldout(count: int) -> list[Question]:
 
 
 def evaluate_checkpoints(
-    paths: Sequence[Path], count: int, loops: Sequence[int] | None = None, modes: Sequence[DecodeMode] | None = None
+    paths: Sequence[Path],
+    count: int,
+    loops: Sequence[int] | None = None,
+    modes: Sequence[DecodeMode] | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> list[Score]:
     """Score LoopLM and MELT checkpoints with the reference model in float32, greedily.
 
@@ -52,6 +79,7 @@ def evaluate_checkpoints(
         paths: folders; none for the bundled ones.
         loops: depths to run, by default the checkpoint's own.
         modes: a MELT's decode modes, by default its own.
+        thresholds: a MELT's exit thresholds, by default its own.
 
     Raises:
         EvaluationError: not a checkpoint of ours, or too many loops. Before anything is run.
@@ -68,7 +96,7 @@ def evaluate_checkpoints(
     for path, config in zip(paths, configs, strict=True):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-        scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes)
+        scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes, thresholds)
     return scores
 
 
@@ -79,50 +107,64 @@ def score(
     loops: Sequence[int],
     count: int,
     modes: Sequence[DecodeMode] | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> list[Score]:
-    """The model's table: a line for each depth, and of a MELT for each decode mode."""
+    """The model's table: a line for each depth, and of a MELT for each decode mode and exit threshold."""
     asked = heldout(count)
     if not isinstance(model, MeltForCausalLM):
-        return [Score(name, t, None, None, count, accuracy(model, tokenizer, asked, t, name)) for t in loops]
+        return [
+            Score(name, t, None, None, None, *measure(model, tokenizer, asked, f"{name} T={t}", loops=t)) for t in loops
+        ]
     own, scores = model.config.decode_mode, []
-    for mode in modes or [own]:
+    for mode, t, threshold in product(modes or [own], loops, thresholds or [model.config.early_exit_threshold]):
         model.config.decode_mode = mode
-        for t in loops:
-            right = accuracy(model, tokenizer, asked, t, f"{name} {mode}")
-            scores.append(Score(name, t, model.config.chunk_size, mode, count, right))
+        label = f"{name} {mode} T={t} exit={threshold}"
+        facts = measure(model, tokenizer, asked, label, loops=t, exit_threshold=threshold)
+        scores.append(Score(name, t, model.config.chunk_size, mode, threshold, *facts))
     model.config.decode_mode = own
     return scores
 
 
-@torch.inference_mode()
-def accuracy(
+def measure(
     model: OuroForCausalLM | MeltForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     asked: Sequence[Question],
-    loops: int,
-    label: str = "",
-) -> float:
-    """The share of questions answered right by `generate`, greedily."""
-    right = 0
-    for first in tqdm(range(0, len(asked), BATCH), desc=f"{label} T={loops}", unit="batch", leave=False):
-        part = asked[first : first + BATCH]
-        right += sum(
-            question.check(reply) for question, reply in zip(part, answers(model, tokenizer, part, loops), strict=True)
-        )
-    return right / len(asked)
+    label: str,
+    **depth: float,
+) -> tuple[float, int, float]:
+    """The mean loops of all tokens, the questions, and the share of them that `generate` answers right, greedily."""
+    replies: list[Reply] = []
+    for first in tqdm(range(0, len(asked), BATCH), desc=label, unit="batch", leave=False):
+        replies += answers(model, tokenizer, asked[first : first + BATCH], **depth)
+    right = sum(question.check(reply.answer) for question, reply in zip(asked, replies, strict=True))
+    mean_loops = sum(reply.loops for reply in replies) / sum(reply.tokens for reply in replies)
+    return mean_loops, len(asked), right / len(asked)
 
 
+@torch.inference_mode()
 def answers(
     model: OuroForCausalLM | MeltForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     asked: Sequence[Question],
-    loops: int,
-) -> list[str]:
-    """What the model says after its reasoning, one batch."""
+    **depth: float,
+) -> list[Reply]:
+    """What the model says, one batch; `depth` are `loops` and a MELT's `exit_threshold`."""
     prompts = tokenizer.pad({"input_ids": [prompt_ids(question, tokenizer) for question in asked]}, return_tensors="pt")
-    output = model.generate(**prompts, loops=loops, max_new_tokens=longest_reply(tokenizer), do_sample=False)
-    replies = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [reply.partition("</think>")[2] for reply in replies]
+    prompt, lengths = prompts["input_ids"], prompts["attention_mask"].sum(-1)
+    output = model.generate(**prompts, **depth, max_new_tokens=longest_reply(tokenizer), do_sample=False)
+    reply = output[:, prompt.shape[1] :]
+    ended = (reply == tokenizer.eos_token_id).cumsum(-1) > 0
+    ran = torch.cat((prompts["attention_mask"], (~ended).long()), dim=-1)
+    if depth.get("exit_threshold", 1.0) < 1:
+        again = model(output, attention_mask=ran, prompt_lengths=lengths, **depth)  # generate does not tell depths
+        loops = again.depths.sum(-1)
+    else:
+        loops = ran.sum(-1) * int(depth["loops"])
+    texts = tokenizer.batch_decode(reply, skip_special_tokens=True)
+    return [
+        Reply(text.partition("</think>")[2], *facts)
+        for text, *facts in zip(texts, ran.sum(-1).tolist(), loops.tolist(), strict=True)
+    ]
 
 
 def longest_reply(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -154,14 +196,15 @@ def evaluate_server(url: str, count: int) -> Score:
             right = sum(tqdm(pool.map(ask, heldout(count)), total=count, desc=name, unit="question", leave=False))
     except OpenAIError as error:
         raise EvaluationError(f"{url}: {error}") from None
-    return Score(name, None, None, None, count, right / count)
+    return Score(name, None, None, None, None, None, count, right / count)
 
 
 def table(scores: Sequence[Score]) -> str:
     """The scores in columns."""
-    lines: list[tuple[str, ...]] = [("checkpoint", "loops", "C", "mode", "questions", "right")]
+    lines: list[tuple[str, ...]] = [("checkpoint", "loops", "C", "mode", "exit", "mean loops", "questions", "right")]
     for each in scores:
-        facts = (each.loops, each.chunk_size, each.decode_mode)
-        known = ["-" if fact is None else str(fact) for fact in facts]
+        facts = (each.loops, each.chunk_size, each.decode_mode, each.exit_threshold)
+        mean_loops = None if each.mean_loops is None else f"{each.mean_loops:.2f}"
+        known = ["-" if fact is None else str(fact) for fact in (*facts, mean_loops)]
         lines.append((each.checkpoint, *known, f"{each.questions:,}", f"{each.accuracy:.1%}"))
     return columns(lines)

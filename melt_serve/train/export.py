@@ -28,6 +28,8 @@ def export(
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "README.md").write_text(card, encoding="utf-8")
+        for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
+            shutil.copymode(part / "README.md", weights)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
     finally:
@@ -40,7 +42,10 @@ def teacher_card(model: OuroForCausalLM, recipe: Recipe, minutes: float, scores:
         f"A looped language model (LoopLM, as Ouro, arXiv 2510.25741) of {describe(model)}. It is the teacher that "
         "`melt-demo` was distilled from, and bundled to compare with: its KV cache grows with the loops."
     )
-    how = "Cross-entropy on the replies, mean over loops. `shallow` is the same model with one loop on the same data."
+    how = (
+        "Cross-entropy on the replies, mean over loops; a loop is asked for as many steps of a chain as it can have "
+        "made. `shallow` is the same model with one loop on the same data."
+    )
     return card("looplm-demo", what, how, ("teacher", "shallow"), recipe, minutes, scores)
 
 
@@ -52,10 +57,10 @@ def student_card(model: MeltForCausalLM, recipe: Recipe, minutes: float, scores:
         "not grow with the loops."
     )
     how = (
-        "Post-trained from `looplm-demo` by the paper's two phases: interpolated transition, then attention-aligned "
-        "distillation."
+        "Post-trained from `looplm-demo` by the paper's two phases, interpolated transition and attention-aligned "
+        "distillation, at depths drawn anew for every batch; then tokens learnt to leave their loops early."
     )
-    return card("melt-demo", what, how, ("transition", "alignment"), recipe, minutes, scores)
+    return card("melt-demo", what, how, ("transition", "alignment", "exits"), recipe, minutes, scores)
 
 
 def card(
@@ -111,8 +116,10 @@ def stage_table(recipe: Recipe, names: Sequence[str]) -> str:
 
 def score_table(scores: Sequence[Score]) -> str:
     """The scores as Markdown."""
-    rows = ["| checkpoint | loops | decode mode | right |", "|---|---|---|---|"]
+    rows = ["| checkpoint | loops | decode mode | exit threshold | mean loops | right |", "|---" * 6 + "|"]
     rows += [
-        f"| {each.checkpoint} | {each.loops} | {each.decode_mode or '-'} | {each.accuracy:.1%} |" for each in scores
+        f"| {each.checkpoint} | {each.loops} | {each.decode_mode or '-'} | {each.exit_threshold or '-'} | "
+        f"{each.mean_loops:.2f} | {each.accuracy:.1%} |"
+        for each in scores
     ]
     return "\n".join(rows)

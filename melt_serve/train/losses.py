@@ -9,9 +9,9 @@ def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: [T, tokens, V].
-        targets: [tokens].
+        targets: [T, tokens].
     """
-    return F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def distillation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

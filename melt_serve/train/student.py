@@ -28,11 +28,35 @@ class Answers:
         logits: [T, tokens, V], at every loop, for the tokens asked for.
         attention: teacher only: o of every loop and layer, T times N of [B, S, d].
         distance: student only: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2.
+        loops_run: the loops that a student's tokens, where they leave, are expected to run, summed over tokens.
     """
 
     logits: Tensor
     attention: list[Tensor] | None = None
     distance: Tensor | None = None
+    loops_run: Tensor | None = None
+
+
+class DrawnDepths(ChunkDepths):
+    """A chunk in training: every token leaves at a threshold of its own, as it would when served.
+
+    Whether a token runs a loop is a step function of the exit gate; the gradient passes it as if it were the
+    probability that the token still runs, thresholds being uniform (the straight-through estimator of Bengio et al.,
+    arXiv 1308.3432).
+    """
+
+    def __init__(self, chunk: Chunk, loops: int, thresholds: Tensor):
+        """Before loop 1; thresholds are [B, Q]."""
+        sequences = len(chunk.positions)
+        super().__init__(chunk, torch.full((sequences,), loops, device=thresholds.device), thresholds[:, 0])
+        self.thresholds = thresholds
+
+    def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
+        """As the served model keeps, with a gradient to the exit gate."""
+        if old is None:
+            return new
+        runs = self.active.to(new.dtype) + self.remaining - self.remaining.detach()
+        return torch.lerp(old, new, runs[:, :, None])
 
 
 class Student(MeltForCausalLM):
@@ -42,45 +66,52 @@ class Student(MeltForCausalLM):
         self,
         batch: Batch,
         tokens: Tensor,
+        loops: int,
         alpha: float = 1.0,
         teacher_attention: list[Tensor] | None = None,
         decode_aware: bool = False,
+        thresholds: Tensor | None = None,
     ) -> Answers:
         """Run a batch chunk by chunk.
 
         Args:
             tokens: [B, S], true where an answer is wanted.
+            loops: T.
             alpha: 1 is MELT; below, rows are alpha * KV_MELT + (1 - alpha) * KV_LoopLM, with the LoopLM's
                 rows of every loop kept for the past.
             teacher_attention: see `Answers.attention`; to measure the distance from.
             decode_aware: run the reply token by token, as `token` mode decodes it.
+            thresholds: [B, S], each token's exit threshold; by default none leaves early.
         """
-        rows = TrainingRows(self.config, len(batch.input_ids), batch.input_ids.device, alpha, teacher_attention)
+        rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds)
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
             past_key_values=rows,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
+            loops=loops,
             output_loops=True,
         )
-        return Answers(output.loop_logits[:, tokens], distance=rows.distance)
+        loops_run = None if thresholds is None else rows.loops_run
+        return Answers(output.loop_logits[:, tokens], distance=rows.distance, loops_run=loops_run)
 
     def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
-        """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`.
-
-        All tokens run all loops: training compares every loop with the teacher's.
-        """
+        """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`."""
         if not isinstance(rows, TrainingRows):
             return super().run_chunk(x, chunk, rows, loops, depths)
+        if rows.thresholds is not None:
+            depths = DrawnDepths(chunk, loops, rows.thresholds.gather(1, chunk.columns))
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
         before_last, at_last = rows.begin(chunk, loops)
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
+            rows.count(chunk, depths)
+            before = x
             for i, layer in enumerate(self.model.layers):
                 attention = layer.self_attn
                 n = layer.input_layernorm(x)
-                h[i] = attention.kv_gate(n, h[i], loop)
+                h[i] = depths.keep(attention.kv_gate(n, h[i], loop), h[i])
                 k, v = attention.rows(h[i], tables)
                 if rows.alpha < 1:
                     k, v = rows.write_both(i, loop, (k, v), attention.rows(n, tables))
@@ -89,8 +120,9 @@ class Student(MeltForCausalLM):
                 o = attention.attend(attention.query(n, tables), k, v, at_last if loop == loops else before_last)
                 rows.compare(i, loop, chunk, o)
                 x = layer.finish(x, o)
-            x = self.model.norm(x)
+            x = depths.keep(self.model.norm(x), before)
             states.append(x)
+            depths.after(loop, self.exit_probabilities(x))
         rows.finish(chunk)
         return states
 
@@ -101,16 +133,19 @@ class TrainingRows(MeltRows):
     def __init__(
         self,
         config: MeltConfig,
-        batch_size: int,
-        device: torch.device | str,
+        batch: Batch,
         alpha: float,
         teacher_attention: list[Tensor] | None,
+        thresholds: Tensor | None,
     ):
-        super().__init__(config, batch_size, device)
+        device = batch.input_ids.device
+        super().__init__(config, len(batch.input_ids), device)
         self.alpha = alpha
         self.looplm: dict[tuple[int, int], DynamicLayer] = {}
         self.teacher_attention = teacher_attention
+        self.thresholds = thresholds
         self.distance = torch.zeros((), device=device)
+        self.loops_run = torch.zeros((), device=device)
 
     def write_both(
         self, layer: int, loop: int, melt: tuple[Tensor, Tensor], looplm: tuple[Tensor, Tensor]
@@ -125,6 +160,10 @@ class TrainingRows(MeltRows):
         k_looplm, v_looplm = past.update(*looplm)
         return torch.lerp(k_looplm, k, self.alpha), torch.lerp(v_looplm, v, self.alpha)
 
+    def count(self, chunk: Chunk, depths: ChunkDepths) -> None:
+        """Add the loop that is about to run, weighed by each token's probability to run it."""
+        self.loops_run = self.loops_run + depths.remaining[chunk.positions >= 0].sum()
+
     def compare(self, layer: int, loop: int, chunk: Chunk, o: Tensor) -> None:
         """Add this chunk's distance to the teacher's attention output; o is [B, Q, d]."""
         if self.teacher_attention is None:
@@ -135,10 +174,10 @@ class TrainingRows(MeltRows):
 
 
 @torch.no_grad()
-def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, attention: bool) -> Answers:
+def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: int, attention: bool) -> Answers:
     """The frozen LoopLM's answers to a batch, and its attention outputs where they are asked for."""
     with attention_outputs(teacher) as outputs:
-        answered = teacher(batch.input_ids, attention_mask=batch.attention_mask, output_loops=True)
+        answered = teacher(batch.input_ids, attention_mask=batch.attention_mask, loops=loops, output_loops=True)
     return Answers(answered.loop_logits[:, tokens], attention=outputs if attention else None)
 
 

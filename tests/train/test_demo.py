@@ -17,11 +17,12 @@ from melt_serve.train.trainer import LOG, Paused, Sitting
 
 RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}
 TINY = Recipe(
-    shape=Shape(hidden_size=32, intermediate_size=64, heads=2),
+    shape=Shape(hidden_size=32, intermediate_size=64, heads=2, max_loops=5),
     teacher=Pretraining(steps=30, **RATE),
     shallow=Pretraining(steps=2, **RATE),
     transition=Distillation(steps=8, interpolate=True, decay_from=1.0, **RATE),
-    alignment=Distillation(steps=16, alignment=0.1, decode_aware_from=0.5, **RATE),
+    alignment=Distillation(steps=16, loops=(2, 4), alignment=0.1, decode_aware_from=0.5, **RATE),
+    exits=Distillation(steps=16, decode_aware_from=0.5, loop_price=0.5, gate_learning_rate=0.1, **RATE),
 )
 
 
@@ -45,6 +46,7 @@ def test_every_stage_lowers_its_loss(made):
         "shallow": 2,
         "transition": 8,
         "alignment": 16,
+        "exits": 16,
     }
     for name, parts in (("teacher", ["loss"]), ("alignment", ["kd", "attention"])):
         for part in parts:
@@ -54,6 +56,11 @@ def test_every_stage_lowers_its_loss(made):
     assert transition[0] < 1e-6 < 1e-3 < transition[1]  # at alpha 0 the student is the teacher
     for line in by_stage["alignment"]:
         assert line["loss"] == pytest.approx(line["kd"] + 0.1 * line["attention"])
+    left = [line for line in by_stage["exits"] if "loops" in line]
+    assert 4 <= len(left) <= 12
+    for line in left:
+        assert line["loss"] == pytest.approx(line["kd"] + 0.5 * line["loops"]) and 1 <= line["loops"] <= 4
+    assert left[-1]["loops"] < 0.9 * left[0]["loops"]
 
 
 def test_what_is_written_is_what_transformers_loads(made):

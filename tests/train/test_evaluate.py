@@ -1,6 +1,8 @@
 """Counting right answers: by the reference model, and on the command line. A server is asked in tests/api."""
 
 import json
+from dataclasses import fields
+from itertools import islice
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from melt_serve.train.evaluate import (
     longest_reply,
     table,
 )
-from melt_serve.train.tasks import SENTENCES
+from melt_serve.train.tasks import SENTENCES, questions
 from melt_serve.train.tokenizer import build_tokenizer
 
 
@@ -29,9 +31,11 @@ def test_the_score_is_the_share_of_right_answers():
     for mode in ("token", "chunk"):
         model.config.decode_mode = mode
         for loops in (2, 4):
-            right = sum(question.check(answers(model, tokenizer, [question], loops)[0]) for question in asked)
+            right = sum(
+                question.check(answers(model, tokenizer, [question], loops=loops)[0].answer) for question in asked
+            )
             (scored,) = evaluate_checkpoints([MELT], 12, [loops], [mode])
-            assert scored == Score(MELT.name, loops, model.config.chunk_size, mode, 12, right / 12)
+            assert scored == Score(MELT.name, loops, 32, mode, 1.0, loops, 12, right / 12)
 
 
 def test_the_bundled_checkpoints_are_scored_by_default_at_their_own_depth():
@@ -44,14 +48,14 @@ def test_the_bundled_checkpoints_are_scored_by_default_at_their_own_depth():
 def test_no_right_reply_is_cut_off():
     """The deepest chain there can be has a name, which is a token, for every sentence."""
     tokenizer = build_tokenizer()
-    for question in heldout(200):
-        deepest = len(tokenizer.encode(question.reply)) + SENTENCES - question.chain
+    for question in islice(questions("heldout", 1, kinds=["aloud"]), 200):
+        deepest = len(tokenizer.encode(question.reply)) + SENTENCES - (len(question.steps) - 1)
         assert deepest + 1 == longest_reply(tokenizer)
 
 
 def test_more_loops_than_a_melt_may_run_are_refused_before_anything_runs():
-    with pytest.raises(EvaluationError, match=r"melt-demo runs at most max_loops=4 loops, not 5"):
-        evaluate_checkpoints([LOOPLM, MELT], 10**9, [1, 5])
+    with pytest.raises(EvaluationError, match=r"melt-demo runs at most max_loops=8 loops, not 9"):
+        evaluate_checkpoints([LOOPLM, MELT], 10**9, [1, 9])
 
 
 def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
@@ -66,7 +70,9 @@ def test_a_server_that_is_not_there_is_one_error():
 
 
 def test_the_table_lines_up():
-    text = table([Score("a", 4, None, None, 1000, 0.9514), Score("melt-demo", 4, 32, "token", 1000, 1.0)])
+    text = table(
+        [Score("a", 4, None, None, None, 4, 1000, 0.9514), Score("melt-demo", 4, 32, "token", 0.5, 2.1, 1000, 1.0)]
+    )
     assert len({len(line) for line in text.splitlines()}) == 1
     assert "95.1%" in text and "100.0%" in text and "1,000" in text
 
@@ -84,7 +90,7 @@ def test_eval_prints_a_table_and_a_line_of_json(capsys):
         (1, "chunk"),
         (4, "chunk"),
     ]
-    assert set(rows[0]) == {"checkpoint", "loops", "chunk_size", "decode_mode", "questions", "accuracy"}
+    assert set(rows[0]) == {field.name for field in fields(Score)}
     assert output.startswith("checkpoint")
 
 
@@ -94,6 +100,8 @@ def test_eval_prints_a_table_and_a_line_of_json(capsys):
         (["--loops", "0"], "not a whole number"),
         (["--questions", "-3"], "not a whole number"),
         (["--decode-mode", "fast"], "'fast' is neither"),
+        (["--exit-threshold", "0.5,0"], "'0.5,0' is not numbers above 0"),
+        (["--exit-threshold", "often"], "'often' is not numbers above 0"),
     ],
 )
 def test_wrong_words_are_usage_errors(words, says, capsys):
@@ -117,4 +125,6 @@ def test_answers_do_not_depend_on_the_batch():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MELT).eval(), AutoTokenizer.from_pretrained(MELT)
     asked = heldout(6)
     with torch.inference_mode():
-        assert answers(model, tokenizer, asked, 4) == [answers(model, tokenizer, [one], 4)[0] for one in asked]
+        assert answers(model, tokenizer, asked, loops=4) == [
+            answers(model, tokenizer, [one], loops=4)[0] for one in asked
+        ]

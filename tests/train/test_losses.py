@@ -17,8 +17,8 @@ def test_distillation_is_the_mean_kl_over_loops_and_tokens():
 
 
 def test_cross_entropy_is_the_mean_over_loops_and_tokens():
-    logits, targets = torch.randn(3, 5, 7), torch.randint(7, (5,))
-    by_hand = [-logits[t, i].log_softmax(-1)[targets[i]] for t in range(3) for i in range(5)]
+    logits, targets = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    by_hand = [-logits[t, i].log_softmax(-1)[targets[t, i]] for t in range(3) for i in range(5)]
     torch.testing.assert_close(cross_entropy_over_loops(logits, targets), torch.stack(by_hand).mean())
 
 

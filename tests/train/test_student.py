@@ -34,7 +34,8 @@ def ragged(lengths=(13, 6, 9)) -> Batch:
     """Random chats, right-padded; every token counts as reply."""
     ids = tokens(len(lengths), max(lengths))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Batch(ids * mask, mask.long(), ids.masked_fill(~mask, -100), torch.tensor([5, 4, 6][: len(lengths)]))
+    labels, prompts = ids.masked_fill(~mask, -100), torch.tensor([5, 4, 6][: len(lengths)])
+    return Batch(ids * mask, mask.long(), labels, prompts, replies=ids[mask].expand(4, -1))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 64])
@@ -43,8 +44,8 @@ def ragged(lengths=(13, 6, 9)) -> Batch:
 def test_alpha_of_zero_is_the_looplm(chunk_size, gate):
     teacher, batch = teacher_of(), ragged()
     student = student_of(teacher, chunk_size=chunk_size, kv_gate_type=gate)
-    wanted = ask_teacher(teacher, batch, batch.real, attention=True)
-    given = student.study(batch, batch.real, alpha=0.0, teacher_attention=wanted.attention)
+    wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
+    given = student.study(batch, batch.real, 4, alpha=0.0, teacher_attention=wanted.attention)
     torch.testing.assert_close(given.logits, wanted.logits, **CLOSE)
     assert given.distance < 1e-8 * given.logits.numel()
 
@@ -59,7 +60,7 @@ def test_alpha_of_one_is_melt(decode_aware):
     expected = reference(batch.input_ids, batch.attention_mask, prompt_lengths=lengths, output_loops=True).loop_logits
     student = student_of(teacher)
     for alpha in (1.0, 1.0 - 1e-9):  # the second goes through the mixing
-        given = student.study(batch, batch.real, alpha, decode_aware=decode_aware)
+        given = student.study(batch, batch.real, 4, alpha, decode_aware=decode_aware)
         torch.testing.assert_close(given.logits, expected[:, batch.real], **CLOSE)
 
 
@@ -99,7 +100,7 @@ class PlainTransition(PlainMelt):
 @torch.no_grad()
 def test_rows_are_mixed_as_written_out_token_by_token(alpha):
     student, batch = student_of(teacher_of()), ragged()
-    given = student.study(batch, batch.real, alpha).logits.split([13, 6, 9], dim=1)
+    given = student.study(batch, batch.real, 4, alpha).logits.split([13, 6, 9], dim=1)
     for ids, length, logits in zip(batch.input_ids.tolist(), (13, 6, 9), given, strict=True):
         plain = PlainTransition(student, alpha)
         chunks = [plain.chunk(ids[start : min(start + 4, length)], 4) for start in range(0, length, 4)]
@@ -111,23 +112,69 @@ def test_the_distance_is_that_of_the_attention_outputs():
     """With one chunk and the last loop's rows, o is the LoopLM's: so scale W_O, and the distance is known."""
     teacher, batch = teacher_of(), ragged()
     student = student_of(teacher, chunk_size=64, kv_gate_type="last")
-    wanted = ask_teacher(teacher, batch, batch.real, attention=True)
+    wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
     first = student.model.layers[0].self_attn.o_proj
     first.weight.mul_(2)
     student.model.layers[0].input_layernorm_2.eps *= 4  # the norm after it undoes the scale, eps included
-    given = student.study(batch, batch.real, teacher_attention=wanted.attention)
+    given = student.study(batch, batch.real, 4, teacher_attention=wanted.attention)
     expected = sum(o[batch.real].square().sum() for o in wanted.attention[::2])
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(given.distance, expected, atol=1e-2, rtol=1e-3)
 
 
+def lively_gate(student: Student) -> Student:
+    """With an exit gate that lets every token leave where it likes."""
+    with torch.no_grad():
+        student.model.early_exit_gate.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return student
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+@torch.no_grad()
+def test_tokens_leave_in_training_as_they_are_served(chunk_size, threshold):
+    student, batch = lively_gate(student_of(teacher_of(), chunk_size=chunk_size)), ragged()
+    expected = student(batch.input_ids, batch.attention_mask, exit_threshold=threshold, output_loops=True)
+    given = student.study(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, threshold))
+    torch.testing.assert_close(given.logits, expected.loop_logits[:, batch.real], **CLOSE)
+    assert len(expected.depths[batch.real].unique()) > 2
+
+
+@torch.no_grad()
+def test_the_loops_run_are_those_of_tokens_whose_thresholds_are_drawn():
+    """The expected loops are the mean of the loops run over many draws; one chunk, so that no draw sways another."""
+    student, batch = lively_gate(student_of(teacher_of(), chunk_size=1)), ragged((1, 1, 1))
+    student.model.embed_tokens.weight[1:] = student.model.embed_tokens.weight[1]
+    expected = student.study(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, 1.0)).loops_run / 3
+    thresholds = torch.linspace(0.001, 0.999, 500).split(1)
+    run = [student(batch.input_ids[:1], exit_threshold=threshold).depths.item() for threshold in thresholds]
+    assert sum(run) / 500 == pytest.approx(expected.item(), abs=0.02) and len(set(run)) > 2
+
+
+def test_the_exit_gate_learns_from_the_replies_and_from_the_price():
+    student, batch = lively_gate(student_of(teacher_of())), ragged()
+    student.requires_grad_(False)
+    weight = student.model.early_exit_gate.weight.requires_grad_()
+    thresholds = torch.rand(batch.real.shape, generator=torch.Generator().manual_seed(1))
+    last = torch.zeros_like(batch.real)
+    last[0, 12] = True
+    given = student.study(batch, last, 4, thresholds=thresholds)
+    (of_price,) = torch.autograd.grad(given.loops_run, weight, retain_graph=True)
+    (of_reply,) = torch.autograd.grad(given.logits[-1].logsumexp(-1).sum(), weight)
+    assert of_price.any() and of_reply.any()
+    with torch.no_grad():
+        weight -= 0.01 * of_price
+        cheaper = student.study(batch, last, 4, thresholds=thresholds).loops_run
+    assert cheaper < given.loops_run
+
+
 def test_every_weight_of_the_student_is_taught_and_none_of_the_teachers():
     teacher, batch = teacher_of(), ragged()
     student = student_of(teacher)
-    wanted = ask_teacher(teacher, batch, batch.real, attention=True)
+    wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
     for alpha in (0.5, 1.0):
         student.zero_grad()
-        given = student.study(batch, batch.real, alpha, wanted.attention)
+        given = student.study(batch, batch.real, 4, alpha, wanted.attention)
         (given.logits.square().mean() + given.distance).backward()
         missing = {key for key, weight in student.named_parameters() if weight.grad is None or not weight.grad.any()}
         assert missing == {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
@@ -140,7 +187,7 @@ def test_decode_aware_replies_see_the_rows_that_decoding_sees():
     tokenizer = build_tokenizer()
     batch = encode(list(islice(questions("train", 0, sentences=5), 1)), tokenizer)
     student = student_of(teacher_of(vocab_size=512), vocab_size=512, chunk_size=16)
-    given = student.study(batch, batch.before_reply, decode_aware=True).logits[-1]
+    given = student.study(batch, batch.before_reply, 4, decode_aware=True).logits[-1]
     length = int(batch.prompt_lengths[0])
     output = student(batch.input_ids[:, :length], use_cache=True)
     logits, rows = [output.logits[:, -1]], output.past_key_values
@@ -148,5 +195,5 @@ def test_decode_aware_replies_see_the_rows_that_decoding_sees():
         output = student(token.view(1, 1), past_key_values=rows, use_cache=True)
         logits.append(output.logits[:, -1])
     torch.testing.assert_close(given, torch.cat(logits), atol=1e-4, rtol=1e-4)
-    on_grid = student.study(batch, batch.before_reply).logits[-1]
+    on_grid = student.study(batch, batch.before_reply, 4).logits[-1]
     assert not torch.allclose(given, on_grid, atol=1e-3)

@@ -5,7 +5,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from melt_serve.train.tasks import NAMES, PLACES, SENTENCES, Question, questions, split_of
+from melt_serve.train.tasks import NAMES, PLACES, SENTENCES, SILENT_STEPS, Question, questions, split_of
 
 
 def solve(prompt: str) -> str:
@@ -21,22 +21,45 @@ def test_every_answer_follows_from_its_story(sentences):
     for question in islice(questions("train", 1, sentences), 200):
         assert len(re.findall(r" is (?:in|with) ", question.prompt)) == sentences
         assert question.answer == f"In {solve(question.prompt)}."
-        assert 1 <= question.chain <= sentences
+        assert 1 <= len(question.steps) - 1 <= (sentences if question.kind == "aloud" else SILENT_STEPS)
 
 
-def test_the_reasoning_walks_the_chain():
-    for question in islice(questions("heldout", 1), 200):
-        first, *steps, place = question.reasoning.split()
-        assert first == "Follow" and len(steps) == question.chain and question.answer == f"In {place}."
+def test_the_reasoning_walks_the_chain_aloud():
+    for question in islice(questions("heldout", 1, kinds=["aloud"]), 200):
+        reasoning, answer = re.fullmatch("<think>Follow (.*)</think>(.*)", question.reply).groups()
+        *steps, place = reasoning.split()
+        assert question.prompt.startswith("Find everybody. ") and question.answer == answer == f"In {place}."
         assert question.prompt.endswith(f"Where is {steps[0]}?")
         assert f"{steps[-1]} is in {place}." in question.prompt and place in PLACES
         for name, other in pairwise(steps):
             assert f"{name} is with {other}." in question.prompt and name in NAMES
 
 
+def test_a_silent_reply_does_not_reason():
+    for question in islice(questions("heldout", 1, kinds=["silent"]), 200):
+        assert question.prompt.startswith("Answer at once. ")
+        assert question.reply == f"<think></think>In {solve(question.prompt)}."
+
+
 def test_chains_are_short_and_long():
-    chains = [question.chain for question in islice(questions("heldout", 1), 1000)]
-    assert all(chains.count(length) >= 30 for length in (1, 2, 3, 4, 5))
+    aloud = [len(question.steps) - 1 for question in islice(questions("heldout", 1, kinds=["aloud"]), 1000)]
+    assert all(aloud.count(length) >= 30 for length in (1, 2, 3, 4, 5))
+    silent = [len(question.steps) - 1 for question in islice(questions("heldout", 1, kinds=["silent"]), 1000)]
+    assert all(silent.count(length) >= 250 for length in range(1, SILENT_STEPS + 1))
+
+
+def test_with_few_steps_a_reply_says_how_far_they_lead():
+    silent = Question("Where is Dan?", ("Dan", "Bob", "Ann", "Rome"), "silent")
+    assert [silent.reply_within(steps).partition("</think>")[2] for steps in range(5)] == [
+        "In Dan.",
+        "In Bob.",
+        "In Ann.",
+        "In Rome.",
+        "In Rome.",
+    ]
+    aloud = Question("Where is Dan?", ("Dan", "Bob", "Rome"), "aloud")
+    assert aloud.reply_within(0) == "<think>Follow Dan Dan Bob</think>In Rome."
+    assert aloud.reply_within(1) == aloud.reply_within(2) == aloud.reply == "<think>Follow Dan Bob Rome</think>In Rome."
 
 
 def test_the_same_seed_asks_the_same_questions():
@@ -60,7 +83,7 @@ def test_a_split_never_moves():
 
 
 def test_check_takes_the_answer_and_nothing_else():
-    question = Question("Where is Ann?", "Follow Ann Rome", "In Rome.", 1)
+    question = Question("Where is Ann?", ("Ann", "Rome"), "aloud")
     assert question.check("In Rome.") and question.check("\n In Rome. ")
     assert not question.check("In Oslo.")
     assert not question.check("In Rome") and not question.check("") and not question.check("In Rome. In Oslo.")
