@@ -61,6 +61,8 @@ examples:
       the bundled LoopLM teacher and its MELT student, each at its own depth
   melt-serve eval --loops 1,2,4 --decode-mode token,chunk
       the same by depth, and the MELT in both decode modes
+  melt-serve eval --exit-threshold 1,0.5
+      with and without tokens that leave their loops early
   melt-serve eval ./my-melt --questions 200 --json
       another checkpoint, quicker; ends with one line of JSON
   melt-serve eval --server http://localhost:8000/v1
@@ -231,6 +233,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="MODE,MODE",
         help="token, chunk or both (default: the MELT's own)",
     )
+    add(
+        "--exit-threshold",
+        type=threshold_list,
+        metavar="Q,Q",
+        help="how sure the MELT's exit gate must be that a token may leave; 1: never (default: the MELT's own)",
+    )
     add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
     add("--json", action="store_true", help="end with one line of JSON")
     add_bench(commands)
@@ -375,6 +383,17 @@ def two_depths(text: str) -> tuple[int, int]:
     return depths[0], depths[1]
 
 
+def threshold_list(text: str) -> list[float]:
+    """Exit thresholds with commas between them."""
+    try:
+        thresholds = [float(word) for word in text.split(",")]
+    except ValueError:
+        thresholds = []
+    if not thresholds or not all(0 < threshold <= 1 for threshold in thresholds):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers above 0 and at most 1, with commas between them")
+    return thresholds
+
+
 def words_of(first: str, second: str) -> Callable[[str], list[str]]:
     """A parser of one or both of two words, such as `token,chunk`."""
 
@@ -419,16 +438,15 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """`melt-serve eval`."""
     from melt_serve.train import evaluate
 
-    if arguments.server and (arguments.checkpoints or arguments.loops or arguments.decode_mode):
+    depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
+    if arguments.server and (arguments.checkpoints or any(depth)):
         print("melt-serve eval: error: --server goes with --questions and --json only", file=sys.stderr)
         return 2
     try:
         if arguments.server:
             scores = [evaluate.evaluate_server(arguments.server, arguments.questions)]
         else:
-            scores = evaluate.evaluate_checkpoints(
-                arguments.checkpoints, arguments.questions, arguments.loops, arguments.decode_mode
-            )
+            scores = evaluate.evaluate_checkpoints(arguments.checkpoints, arguments.questions, *depth)
     except evaluate.EvaluationError as error:
         return fail(error)
     print(evaluate.table(scores))

@@ -14,13 +14,18 @@ usage: melt-serve serve [PATH] [any flag of vLLM's server]
 Start vLLM's OpenAI-compatible server on a MELT checkpoint. PATH is a folder or a model's name;
 without it the bundled demo checkpoint is served as "{MELT.name}", with its parsers for
 reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT
-(--default-loops N is ours, and short for --hf-overrides.total_ut_steps N):
+(those marked * are ours):
 
-  --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
+* --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
   --hf-overrides '{{"effort_loops": {{"low": 1}}}}'   what OpenAI's reasoning_effort means in loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G
-  --port N, --api-key KEY                  where to listen, and who may ask
+  --host 0.0.0.0, --port N                 where to listen; without --host (or MELT_HOST), on this machine only
+  --api-key KEY                            who may ask; better by the environment, as VLLM_API_KEY
+  --allowed-origins '["https://a.org"]'    whose web pages may ask; by default no other server's
+* --max-body-bytes N                       of a request, 4194304 by default; larger ones get a 413
+* --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be sent (600)
+  --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
   --help=all                               every flag of vLLM's server
 
 examples:
@@ -29,9 +34,24 @@ examples:
   melt-serve serve ./melt-1.6B --port 8000 --dtype bfloat16
 """
 
+# vLLM listens on all addresses and aborts running requests when it is told to stop. The guard of ours writes a line for
+# each request, with its id.
+SAFE_DEFAULTS: dict[str, str | None] = {
+    "--host": os.environ.get("MELT_HOST", "127.0.0.1"),  # in a container, that is nobody
+    "--shutdown-timeout": "30",
+    "--disable-uvicorn-access-log": None,
+}
+
+# Flags of ours that reach the guard (api/guard.py) by the environment.
+LIMITS = {
+    "--max-body-bytes": "MELT_MAX_BODY_BYTES",
+    "--body-timeout": "MELT_BODY_TIMEOUT",
+    "--request-timeout": "MELT_REQUEST_TIMEOUT",
+}
+
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
 # JSON may hold any white space, it likes to write nothing else.
-BUNDLED_DEFAULTS = {
+BUNDLED_DEFAULTS: dict[str, str | None] = {
     "--served-model-name": MELT.name,
     "--kv-cache-memory-bytes": str(256 << 20),
     "--reasoning-parser": "qwen3",
@@ -48,10 +68,12 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     try:
-        words = command(argv)
+        limits, words = take_limits(argv)
+        words = command(words)
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
+    os.environ.update(limits)
     os.environ.setdefault("VLLM_PLUGINS", ",".join(plugins()))
     os.execv(words[0], words)
 
@@ -60,6 +82,32 @@ def plugins() -> list[str]:
     """Every plugin that vLLM would load by itself, and our own routes: those it loads only where they are named."""
     groups = ("general", "platform", "io_processor", "stat_logger")
     return sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")})
+
+
+def take_limits(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The environment that our own limits make, by flag or as it is, and all other words.
+
+    Raises:
+        ValueError: a limit is no positive number.
+    """
+    limits = {variable: os.environ[variable] for variable in LIMITS.values() if variable in os.environ}
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in LIMITS:
+            limits[LIMITS[flag]] = value if equals else next(words, "")
+        else:
+            others.append(word)
+    for flag, variable in LIMITS.items():
+        number = int if flag == "--max-body-bytes" else float
+        try:
+            positive = number(limits.get(variable, "1")) > 0
+        except ValueError:
+            positive = False
+        if not positive:
+            raise ValueError(f"{flag} ({variable}) must be a positive number, got {limits[variable]!r}")
+    return limits, others
 
 
 def command(argv: Sequence[str]) -> list[str]:
@@ -79,13 +127,17 @@ def command(argv: Sequence[str]) -> list[str]:
         raise ValueError(f"{words[-1]} must come before the flags: melt-serve serve {words[-1]} ...")
     # A module of vLLM's, not its `vllm` command: that one does not start with the CPU build.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    defaults = {} if names(words, "--config") else dict(SAFE_DEFAULTS)  # the file may say otherwise
     if model is None and not any(names(words, flag) for flag in ("--model", "--config")) and "--help=all" not in words:
         server += ["--model", str(MELT)]
-        for flag, value in BUNDLED_DEFAULTS.items():
-            if not names(words, flag):
-                server += [flag] if value is None else [flag, value]
+        defaults |= BUNDLED_DEFAULTS
     elif model is not None:
         server += ["--model", model]
+    elif "--model" in words[:-1]:
+        check_path(words[words.index("--model") + 1])
+    for flag, value in defaults.items():
+        if not names(words, flag):
+            server += [flag] if value is None else [flag, value]
     return server + [with_vllms_name(word) for word in words]
 
 
@@ -100,6 +152,9 @@ def check_path(model: str) -> None:
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{model} has no config.json: name the folder of a checkpoint")
+    for weights in path.glob("*.safetensors"):
+        if not os.access(weights, os.R_OK):
+            raise ValueError(f"{weights} may not be read by user {os.getuid()}: chmod a+r {weights.name}")
     if not path.exists() and (path.is_absolute() or model.startswith((".", "~"))):
         raise ValueError(f"{model} does not exist: name a checkpoint's folder, or leave it out for the bundled one")
 

@@ -7,9 +7,10 @@ import pytest
 
 from melt_serve import serve
 from melt_serve.bundled import MELT
-from melt_serve.serve import command, main
+from melt_serve.serve import command, main, take_limits
 
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+SAFE = ["--host", "127.0.0.1", "--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
 
 
 def test_without_a_path_the_bundled_checkpoint_is_served():
@@ -28,9 +29,30 @@ def test_a_users_flag_replaces_the_default(flag):
 def test_a_path_and_vllms_flags_pass_through_untouched(tmp_path):
     (tmp_path / "config.json").touch()
     words = [str(tmp_path), "--hf-overrides", '{"total_ut_steps": 8}', "-tp", "2"]
-    assert command(words) == [*SERVER, "--model", *words]
-    assert command(["org/name"]) == [*SERVER, "--model", "org/name"]
-    assert command(["--model", "org/name"]) == [*SERVER, "--model", "org/name"]
+    assert command(words) == [*SERVER, "--model", words[0], *SAFE, *words[1:]]
+    assert command(["org/name"]) == [*SERVER, "--model", "org/name", *SAFE]
+    assert command(["--model", "org/name"]) == [*SERVER, *SAFE, "--model", "org/name"]
+
+
+def test_where_to_listen_is_the_users_choice():
+    words = ["--host", "0.0.0.0"]
+    assert command(["org/name", *words]) == [*SERVER, "--model", "org/name", *SAFE[2:], *words]
+
+
+def test_limits_are_taken_from_flags_and_the_environment(monkeypatch):
+    monkeypatch.setenv("MELT_REQUEST_TIMEOUT", "9")
+    monkeypatch.setenv("MELT_BODY_TIMEOUT", "8")
+    limits, others = take_limits(["--max-body-bytes", "1000", "--port", "1", "--body-timeout=2.5"])
+    assert limits == {"MELT_MAX_BODY_BYTES": "1000", "MELT_BODY_TIMEOUT": "2.5", "MELT_REQUEST_TIMEOUT": "9"}
+    assert others == ["--port", "1"]
+
+
+@pytest.mark.parametrize(
+    "words", ["--max-body-bytes 1.5", "--max-body-bytes=0", "--body-timeout soon", "--body-timeout"]
+)
+def test_a_limit_is_a_positive_number(words, capsys):
+    assert main(words.split()) == 2
+    assert "must be a positive number" in capsys.readouterr().err
 
 
 def test_default_loops_is_short_for_vllms_override():
@@ -46,7 +68,7 @@ def test_a_path_after_the_flags_is_refused_not_ignored(tmp_path, capsys):
     (tmp_path / "config.json").touch()
     assert main(["--port", "9000", str(tmp_path)]) == 2
     assert "must come before the flags" in capsys.readouterr().err
-    assert command(["--model", str(tmp_path)]) == [*SERVER, "--model", str(tmp_path)]
+    assert command(["--model", str(tmp_path)]) == [*SERVER, *SAFE, "--model", str(tmp_path)]
 
 
 @pytest.mark.parametrize(("path", "says"), [("./nowhere", "does not exist"), (".", "no config.json")])
@@ -55,6 +77,15 @@ def test_a_wrong_path_is_one_clear_line(path, says, tmp_path, monkeypatch, capsy
     assert main([path]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("before", [[], ["--model"]])
+def test_weights_that_may_not_be_read_are_one_clear_line(before, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(serve.os, "access", lambda path, mode: path.name != "model.safetensors")  # root may read all
+    assert main([*before, str(tmp_path)]) == 2
+    assert "model.safetensors may not be read" in capsys.readouterr().err
 
 
 def test_routes_of_ours_are_named_and_no_other_plugin_is_lost(monkeypatch):

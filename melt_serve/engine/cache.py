@@ -148,6 +148,11 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         blocks.extend(new_blocks)
         return new_blocks
 
+    def held(self) -> int:
+        """Blocks in use for rows of this loop."""
+        entries = cdiv(self.chunk_size, self.block_size)  # the open chunk's are a request's last
+        return sum(not block.is_null for blocks in self.req_to_blocks.values() for block in blocks[-entries:])
+
     def _keeps_nothing(self, request_id: str, num_tokens: int) -> bool:
         """Whether the step that ends at `num_tokens` needs no rows of this loop.
 

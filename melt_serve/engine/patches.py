@@ -48,6 +48,25 @@ def apply() -> None:
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
 
+def sleep_while_waiting() -> None:
+    """Let vLLM's processes sleep, not yield, while they wait for each other on a CPU.
+
+    They poll shared memory with `os.sched_yield()`. That keeps a core busy that others need, and on Linux 6.18 whoever
+    shares the core with such a loop can starve: a thread that sends tokens to clients got no time until the answer was
+    complete, and a second server on two cores did not start. A poll now takes 0.1 ms; a step on a CPU takes 2 or more.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.distributed import utils
+    from vllm.platforms import current_platform
+
+    if not hasattr(utils, "USE_SCHED_YIELD"):
+        raise RuntimeError("melt-serve cannot patch vllm.distributed.utils.USE_SCHED_YIELD: this vLLM does not have it")
+    if current_platform.is_cpu():
+        utils.USE_SCHED_YIELD = False
+
+
 def keep_an_empty_adapter_slot() -> None:
     """Let requests without a LoRA adapter have none on a CPU, also in a batch with others that have one.
 

@@ -21,9 +21,11 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from melt_serve.engine import patches
     from melt_serve.engine.contract import LoopLMStartup, MeltStartup
 
     config.register()
+    patches.sleep_while_waiting()  # before it is known what model is served: for every process
     for architecture, startup in (("MeltForCausalLM", MeltStartup), ("OuroForCausalLM", LoopLMStartup)):
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, f"melt_serve.engine.model:{architecture}")

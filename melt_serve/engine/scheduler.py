@@ -8,11 +8,13 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
+from melt_serve.engine.counts import StepCounts
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.usage import LOOPS, LOOPS_RUN
 
@@ -46,9 +48,18 @@ class ChunkGridScheduler(AsyncScheduler):
         self.final_rows = final_rows
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         """Generated tokens of running requests, by the loops they ran."""
+        self.open_rows: list[OpenRowsManager] = []
         for open_rows in self.kv_cache_manager.coordinator.single_type_managers[1:]:
             assert isinstance(open_rows, OpenRowsManager)
             open_rows.requests = self.requests
+            self.open_rows.append(open_rows)
+        self.counts = StepCounts()
+        self.cut: set[str] = set()
+        """Requests of this step whose piece ends with its chunk, though there is more to run."""
+        self.lost_hits: dict[str, int] = {}
+        """Tokens that a waiting request cannot hit, by its id: behind the last place where a hit may end."""
+        self.computed_before: dict[str, int] = {}
+        """Tokens that preempted requests had run, by their ids."""
         self.waiting_for_budget: Turn | None = None
         self.turn: Turn | None = None
         self.granted = 0
@@ -74,6 +85,8 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
         params, encoder_params = super()._free_request(request, *args, **kwargs)
+        self.lost_hits.pop(request.request_id, None)
+        self.computed_before.pop(request.request_id, None)
         if run := self.loops_run.pop(request.request_id, None):
             params = {**(params or {}), LOOPS: depth_of(request.sampling_params).loops, LOOPS_RUN: dict(run)}
         return params, encoder_params
@@ -81,12 +94,42 @@ class ChunkGridScheduler(AsyncScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step; running requests come first in it, unless a prompt has waited for them too long."""
         self.granted = 0
+        self.cut.clear()
         if (waiting := self.waiting_for_budget) is not None and waiting.steps_waited >= PATIENCE:
             self.turn, self.waiting_for_budget = waiting, None
         output = super().schedule(throttle_prefills)
         self.turn = None
         self.waiting_for_budget = self._next_in_line(output)
+        self._count(output)
         return output
+
+    def _count(self, output: SchedulerOutput) -> None:
+        """Add up what this step did."""
+        counts, scheduled, again = self.counts, output.num_scheduled_tokens, output.scheduled_cached_reqs
+        counts.pieces += len(scheduled)
+        counts.cuts += len(self.cut & scheduled.keys())
+        for request_id in scheduled:
+            counts.lost_hit_tokens += self.lost_hits.pop(request_id, 0)
+        for request_id, computed in zip(again.req_ids, again.num_computed_tokens, strict=True):
+            if request_id in again.resumed_req_ids:
+                counts.replays += 1
+                counts.replayed_tokens += max(0, self.computed_before.pop(request_id, 0) - computed)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's, with our counts."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        counts, self.counts = self.counts, StepCounts()
+        pool = self.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+        counts.open_blocks = sum(each.held() for each in self.open_rows)
+        counts.final_blocks = held - counts.open_blocks
+        tokens = sum(request.num_computed_tokens for request in self.running)
+        looped = sum(request.num_computed_tokens * depth_of(request.sampling_params).loops for request in self.running)
+        counts.looplm_blocks = round(counts.final_blocks * looped / tokens) if tokens else 0
+        counts.put(stats)
+        return stats
 
     def _next_in_line(self, output: SchedulerOutput) -> Turn | None:
         """The first prompt that got nothing in this step because the budget was used up, if any."""
@@ -121,6 +164,9 @@ class ChunkGridScheduler(AsyncScheduler):
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         tokens = tokens_in_step(start, num_new_tokens, request.num_prompt_tokens, self.chunk_size, self.decode_mode)
         self.granted += tokens
+        if 0 < tokens < num_new_tokens:
+            self.cut.add(request.request_id)
+        self.counts.waits += tokens == 0 < num_new_tokens
         return tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -128,7 +174,23 @@ class ChunkGridScheduler(AsyncScheduler):
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         if hit > (limit := self.final_rows.shareable(request)):
             blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        self.lost_hits[request.request_id] = self._cached_behind(request, hit)
         return blocks, hit, boundary, diverged
+
+    def _cached_behind(self, request: Request, hit: int) -> int:
+        """Tokens whose rows are cached right behind the hit, where none may end."""
+        size, pool, group = (
+            self.final_rows.block_size,
+            self.kv_cache_manager.block_pool,
+            self.final_rows.kv_cache_group_id,
+        )
+        last = min(
+            len(request.block_hashes), (request.num_tokens - 1) // size, hit // size + self.final_rows.spec.unit // size
+        )
+        for block in range(hit // size, last):
+            if pool.get_cached_block(request.block_hashes[block], [group]) is None:
+                return block * size - hit
+        return last * size - hit
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         # vLLM makes a block findable when it schedules it. For a plain model a hit in the same step is fine,
@@ -145,6 +207,7 @@ class ChunkGridScheduler(AsyncScheduler):
         # By priority, a request may lose its place in the very step it had it: what vLLM has made findable of
         # it in this step is never computed.
         blocks = self.final_rows.req_to_blocks.get(request.request_id, ())
+        self.computed_before[request.request_id] = request.num_computed_tokens
         never_computed = self.final_rows.cached_this_step.intersection(block.block_id for block in blocks)
         super()._preempt_request(request, timestamp, drop_stale_output)
         self.kv_cache_manager.evict_blocks(never_computed)

@@ -12,10 +12,10 @@ import pytest
 from melt_serve.bundled import MELT
 from melt_serve.config import MeltConfig
 from melt_serve.train.tasks import questions
-from tests.api.conftest import healthy
+from tests.conftest import healthy
 
 MODEL = "melt-demo"
-ASKED = list(islice(questions("heldout", seed=5), 20))
+ASKED = sorted(islice(questions("heldout", seed=5), 20), key=lambda question: question.kind)  # those that reason first
 
 
 def chat(client, question, **arguments):
@@ -124,12 +124,33 @@ def said_at(client, **depth):
     return [alternative.logprob for token in content for alternative in token.top_logprobs]
 
 
-@pytest.mark.parametrize(("effort", "loops"), [("minimal", 1), ("low", 2), ("medium", 4), ("high", 4), ("max", 4)])
+@pytest.mark.parametrize(("effort", "loops"), [("minimal", 1), ("low", 2), ("medium", 4), ("high", 6), ("max", 8)])
 def test_reasoning_effort_turns_the_loops(client, effort, loops):
     asked = said_at(client, extra_body={"vllm_xargs": {"loops": loops}})
     assert said_at(client, reasoning_effort=effort) == pytest.approx(asked, abs=1e-4)
     by_default = said_at(client)
     assert (by_default == pytest.approx(asked, abs=1e-2)) == (loops == 4)
+
+
+def test_more_effort_finds_what_less_effort_does_not(client):
+    """Every loop takes a silent answer one step further along its chain, and there is nothing beyond the place."""
+    silent = (question for question in questions("heldout", 5, kinds=["silent"]) if len(question.steps) == 4)
+    for question in islice(silent, 4):
+        said = {
+            effort: chat(client, question, reasoning_effort=effort).choices[0].message.content
+            for effort in ("low", "medium", "high", "max")
+        }
+        assert said["low"].startswith(f"In {question.steps[1]}") and not question.check(said.pop("low"))
+        assert set(said.values()) == {question.answer}
+
+
+def test_an_exit_threshold_saves_loops_and_keeps_the_answers(client):
+    answered = [chat(client, question, extra_body={"vllm_xargs": {"exit_threshold": 0.5}}) for question in ASKED]
+    right = sum(
+        question.check(answer.choices[0].message.content) for question, answer in zip(ASKED, answered, strict=True)
+    )
+    assert right >= len(ASKED) - 1
+    assert sum(answer.usage.loops["mean"] for answer in answered) / len(ASKED) < 4 / 1.4
 
 
 def test_every_answer_tells_how_many_loops_its_tokens_ran(client, server):
@@ -198,6 +219,27 @@ def test_info_tells_what_is_served_and_how_deep_it_may_think(server):
     assert info["kv_capacity_tokens"] == tokens
     assert info["kv_bytes_per_token"] == int(facts["kv_cache_memory_bytes"]) // tokens
     assert info["looplm_kv_bytes_per_token"] == config.total_ut_steps * info["kv_bytes_per_token"]
+
+
+def test_metrics_show_the_rows_of_running_requests_beside_a_looplms(client, server):
+    def metrics():
+        found = re.findall(r'^(melt_\w+)\{engine="0"\} (\S+)$', get(f"{server}/metrics"), re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    config, row = MeltConfig.from_pretrained(MELT), json.loads(get(f"{server}/melt/info"))["kv_bytes_per_token"]
+    endless = {"max_tokens": 500, "extra_body": {"ignore_eos": True, "vllm_xargs": {"loops": 3}}}
+    stream = chat(client, ASKED[0], stream=True, **endless)
+    for _ in zip(range(20), stream, strict=False):
+        pass
+    running = metrics()
+    stream.close()
+    assert running["melt_kv_bytes_per_token"] == row
+    assert running["melt_kv_capacity_tokens"] == json.loads(get(f"{server}/melt/info"))["kv_capacity_tokens"]
+    assert running["melt_kv_final_rows_bytes"] >= 100 * row  # the prompt's tokens alone
+    assert running["melt_kv_looplm_bytes"] == 3 * running["melt_kv_final_rows_bytes"]
+    assert running["melt_kv_open_rows_bytes"] == 0  # token mode has none
+    assert running["melt_transient_state_bytes"] % (config.num_hidden_layers * config.hidden_size * 2) == 0
+    assert running["melt_grid_pieces_total"] > running["melt_grid_cuts_total"] > 0
 
 
 def test_stop_ends_the_answer_before_the_word(client):
@@ -274,8 +316,8 @@ def test_models_health_and_metrics(client, server):
         ({"temperature": "warm"}, openai.BadRequestError, "temperature"),
         ({"messages": "hello"}, openai.BadRequestError, "messages"),
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
-        ({"extra_body": {"vllm_xargs": {"loops": 5}}}, openai.BadRequestError, "from 1 to 4"),
-        ({"extra_body": {"vllm_xargs": {"loops": "deep"}}}, openai.BadRequestError, "from 1 to 4"),
+        ({"extra_body": {"vllm_xargs": {"loops": 9}}}, openai.BadRequestError, "from 1 to 8"),
+        ({"extra_body": {"vllm_xargs": {"loops": "deep"}}}, openai.BadRequestError, "from 1 to 8"),
         ({"reasoning_effort": "hardest"}, openai.BadRequestError, "reasoning_effort"),
         ({"extra_body": {"use_beam_search": True}, "n": 2}, openai.BadRequestError, "beam search"),
         ({"extra_body": {"use_beam_search": True}, "n": 2, "stream": True}, openai.BadRequestError, "beam search"),

@@ -1,0 +1,130 @@
+"""Facts for people and scripts: what is served, how deep it may think, and what its cache holds now."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from prometheus_client.samples import Sample
+from pydantic import BaseModel
+from vllm.config import VllmConfig
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from melt_serve.api.metrics import row_bytes, row_dtype
+from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
+
+
+class Now(BaseModel):
+    """What changes while the server runs, of all its engines and API processes together.
+
+    Attributes:
+        running, waiting: requests.
+        kv_in_use_bytes: KV blocks of running requests; cached blocks that may be evicted do not count.
+        kv_open_bytes: of these, rows of open chunks that are kept for single loops (`chunk` mode).
+        kv_looplm_bytes: what a LoopLM would need for the same tokens at the same loops.
+        requests_by_loops: requests so far, by the loops that their tokens may run.
+        tokens_by_loops: generated tokens of finished requests, by the loops that they ran at most; the numbers
+            between two keys belong to the larger one.
+    """
+
+    running: int
+    waiting: int
+    kv_in_use_bytes: int
+    kv_open_bytes: int
+    kv_looplm_bytes: int
+    requests_by_loops: dict[int, int]
+    tokens_by_loops: dict[int, int]
+
+
+class Info(BaseModel):
+    """The answer of `GET /melt/info`; all but `now` stays as it is while the server runs.
+
+    Attributes:
+        models: the names it is served under.
+        max_model_len: the most tokens of a prompt and its answer.
+        default_loops: T of requests that ask for none.
+        max_loops: the most loops a request may ask for; a LoopLM's requests cannot choose.
+        effort_loops: the loops that each `reasoning_effort` of OpenAI's asks for.
+        exit_threshold: of requests that name none; at 1 no token leaves its loops early.
+        kv_bytes_per_token: final rows of one token, over all layers of all devices.
+        looplm_kv_bytes_per_token: the same of a LoopLM of this shape that runs the default loops.
+        kv_capacity_tokens: tokens that the KV cache has room for, on each data-parallel rank.
+    """
+
+    models: list[str]
+    architecture: str
+    layers: int
+    hidden_size: int
+    dtype: str
+    max_model_len: int
+    decode_mode: DecodeMode | None = None
+    chunk_size: int | None = None
+    default_loops: int
+    max_loops: int
+    effort_loops: dict[str, int] | None = None
+    exit_threshold: float | None = None
+    kv_dtype: str
+    kv_bytes_per_token: int
+    looplm_kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    now: Now | None = None
+
+
+def gather(vllm_config: VllmConfig) -> Info:
+    """The lasting facts, from the engine's own configuration, once it knows its cache."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    config: LoopLMConfig = model.hf_config
+    own = row_bytes(vllm_config)
+    assert cache.num_gpu_blocks is not None
+    names = model.served_model_name
+    info = Info(
+        models=[names] if isinstance(names, str) else list(names),
+        architecture=model.architecture,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=model.max_model_len,
+        default_loops=config.total_ut_steps,
+        max_loops=config.total_ut_steps,
+        kv_dtype=row_dtype(vllm_config),
+        kv_bytes_per_token=own,
+        looplm_kv_bytes_per_token=own,
+        kv_capacity_tokens=cache.num_gpu_blocks * cache.block_size,
+    )
+    if isinstance(config, MeltConfig):
+        assert config.max_loops is not None
+        info.decode_mode, info.chunk_size, info.max_loops = config.decode_mode, config.chunk_size, config.max_loops
+        info.effort_loops, info.exit_threshold = config.loops_by_effort, config.early_exit_threshold
+        info.looplm_kv_bytes_per_token = own * config.total_ut_steps
+    return info
+
+
+def look(info: Info) -> Now:
+    """What the server's own metrics say at this moment."""
+    capacity = info.kv_capacity_tokens * info.kv_bytes_per_token
+    totals: defaultdict[str, float] = defaultdict(float)
+    requests: Counter[int] = Counter()
+    up_to: defaultdict[float, float] = defaultdict(float)
+    for sample in samples():
+        totals[sample.name] += sample.value
+        if sample.name == "melt_requests_total":
+            requests[int(sample.labels["loops"])] += int(sample.value)
+        elif sample.name == "melt_token_loops_bucket":
+            up_to[float(sample.labels["le"])] += sample.value
+    in_use = round(totals["vllm:kv_cache_usage_perc"] * capacity)
+    edges = sorted(up_to)
+    below = [0, *(up_to[edge] for edge in edges)]
+    tokens = {edge: int(up_to[edge] - less) for edge, less in zip(edges, below, strict=False)}
+    return Now(
+        running=int(totals["vllm:num_requests_running"]),
+        waiting=int(totals["vllm:num_requests_waiting"]),
+        kv_in_use_bytes=in_use,
+        kv_open_bytes=int(totals["melt_kv_open_rows_bytes"]),
+        kv_looplm_bytes=int(totals["melt_kv_looplm_bytes"]) if info.decode_mode else in_use,
+        requests_by_loops=dict(sorted(requests.items())),
+        tokens_by_loops={int(edge): count for edge, count in tokens.items() if count},
+    )
+
+
+def samples() -> Iterator[Sample]:
+    """Of all metrics, over all API processes."""
+    for metric in get_prometheus_registry().collect():
+        yield from metric.samples

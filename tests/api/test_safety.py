@@ -1,0 +1,154 @@
+"""`melt-serve serve` as it starts by itself, with a key: what strangers get, what the log says, how it stops."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+from openai import APIStatusError, AuthenticationError, OpenAI
+
+from melt_serve.api.guard import OPEN
+from tests.conftest import healthy
+
+KEY = "sesame"
+SECRET = "marzipan"
+"""A word of prompts, which the log must not show."""
+
+
+class Server:
+    """Its process, address and log."""
+
+    def __init__(self, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        words = ["--port", str(self.port), "--kv-cache-memory-bytes", str(64 << 20), "--max-body-bytes", "100000"]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "melt_serve.cli", "serve", *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"},
+            )
+
+    def wait(self):
+        for _ in range(300):
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            if healthy(self.url):
+                return
+            time.sleep(1)
+        raise AssertionError(self.log.read_text()[-4000:])
+
+    def status(self, method, path, key=None):
+        request = urllib.request.Request(self.url + path, method=method, data=b"{}" if method == "POST" else None)
+        if key:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            return urllib.request.urlopen(request, timeout=30).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("safe") / "log.txt")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.process.terminate()
+        try:
+            server.process.wait(60)
+        finally:
+            server.process.kill()
+
+
+@pytest.fixture
+def client(server):
+    return OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+def question(text, **more):
+    return {"model": "melt-demo", "messages": [{"role": "user", "content": text}], **more}
+
+
+def test_it_listens_on_this_machine_only(server):
+    sockets = psutil.Process(server.process.pid).net_connections("inet")
+    assert {each.laddr.ip for each in sockets if each.laddr.port == server.port} == {"127.0.0.1"}
+
+
+def test_every_route_but_the_open_ones_asks_for_the_key(server):
+    request = urllib.request.Request(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request) as answer:
+        paths = json.load(answer)["paths"]
+    routes = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+    assert {("POST", "/tokenize"), ("POST", "/invocations"), ("POST", "/v1/chat/completions")} <= set(routes)
+    for method, path in [*routes, ("GET", "/docs"), ("GET", "/melt/info")]:
+        if path not in OPEN:
+            assert server.status(method, path) == 401, path
+            assert server.status(method, path, key="wrong") == 401, path
+    assert all(server.status("GET", path) in (200, 405) for path in OPEN)
+    assert server.status("GET", "/melt/info", key=KEY) == 200
+
+
+def test_the_client_is_told_what_is_wrong(server, client):
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(APIStatusError) as refused:
+        client.chat.completions.create(**question("x" * 100_000))
+    assert refused.value.status_code == 413 and "100000 bytes" in refused.value.message
+    assert client.chat.completions.create(**question("Where is Ann?", max_tokens=3)).choices
+
+
+def test_no_other_web_page_may_ask(server):
+    request = urllib.request.Request(f"{server.url}/health", headers={"Origin": "https://elsewhere.example"})
+    with urllib.request.urlopen(request) as answer:
+        assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_the_log_has_ids_and_no_prompts(server, client):
+    ask = client.with_options(default_headers={"X-Request-Id": "call-17"}).chat.completions
+    answer = ask.create(**question(f"Where is {SECRET}?", max_tokens=4, stop=[SECRET]))
+    assert "call-17" in answer.id
+    client.completions.create(model="melt-demo", prompt=SECRET, max_tokens=2, echo=True, logprobs=1)
+    for wrong in ({"max_tokens": -1}, {"temperature": SECRET}, {"extra_body": {"vllm_xargs": {"loops": SECRET}}}):
+        with pytest.raises(APIStatusError):
+            client.chat.completions.create(**question(SECRET, **wrong))
+    with pytest.raises(APIStatusError):
+        client.chat.completions.create(**question(f"{SECRET} " * 10_000))  # longer than the model's context
+    server.status("POST", f"/{SECRET}", key=KEY)
+    for _ in range(100):  # a request's line is written after its answer
+        log = server.log.read_text()
+        if f"'/{SECRET}' 404" in log:
+            break
+        time.sleep(0.1)
+    assert "request call-17" in log and "'/v1/chat/completions' 400" in log
+    shown = [line for line in log.splitlines() if SECRET in line]
+    assert len(shown) == 1 and f"'/{SECRET}' 404" in shown[0]  # a path, which was no prompt
+    assert "GET '/health'" not in log
+
+
+def test_running_requests_end_before_it_stops(server, client):
+    """This one comes last: it stops the server."""
+    stream = client.chat.completions.create(
+        **question(
+            "Find everybody. Ann is in Rome. Where is Ann?",
+            stream=True,
+            max_tokens=600,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    next(stream)
+    threading.Timer(0.2, server.process.send_signal, [signal.SIGTERM]).start()
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
+    assert server.process.wait(30) == 0
