@@ -4,14 +4,27 @@ PYTHON ?= python3
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test load programs lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	$(BIN)/melt-serve demo
 
-test: .venv/.installed
+test: .venv/.installed programs
 	$(BIN)/python -m pytest
+
+# Programs that tests drive, each with Debian's package of it. Installed where that can be done without asking.
+PROGRAMS := chromium/chromium kubectl/kubernetes-client prometheus/prometheus systemd-analyze/systemd
+programs:
+	@missing=$$(for each in $(PROGRAMS); do command -v $${each%/*} > /dev/null || echo $${each#*/}; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $$missing; \
+	else echo "make test needs these: sudo apt-get install" $$missing >&2; exit 1; fi
+
+SCENARIO ?= deep_loops
+load: .venv/.installed
+	$(BIN)/python -m loadtests $(SCENARIO)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
