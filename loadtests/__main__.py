@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gevent
 import psutil
 from locust.env import Environment
+from locust.runners import LocalRunner
 from tqdm import tqdm
 
 from loadtests.report import Run, write
@@ -142,25 +143,24 @@ def run_on(
     """Put the steps' load on one server; `runs` gets what was seen, also if it is interrupted."""
     environment = Environment(user_classes=[MeltUser])
     runner = environment.create_local_runner()
-    begun = time.monotonic() + WARM_UP_SECONDS
-    MeltUser.asker = asker = Asker(url, model, key, fixed_loops, begun)
-    sampler = Sampler(url, server, begun)
+    MeltUser.asker = asker = Asker(url, model, key, fixed_loops)
+    sampler = Sampler(url, server)
     run = Run(model, fixed_loops, steps, [], sampler.samples)
     runs.append(run)
-    everything = [Step(WARM_UP_SECONDS, steps[0].users, tuple({loops for step in steps for loops in step.loops}))]
+    every_depth = tuple({loops for step in steps for loops in step.loops})
     watching = None
     try:
-        for number, step in enumerate([*everything, *steps], start=-1):
-            asker.step, sampler.step, sampler.users = step, number, step.users
-            if number == 0:
-                asker.asked = run.asked  # what began before is not seen
-                watching = gevent.spawn(sampler.run)
-            runner.start(step.users, spawn_rate=step.users)
+        last(replace(steps[0], seconds=WARM_UP_SECONDS, loops=every_depth), "warm-up", asker, runner, leave=False)
+        asker.step = None
+        while asker.open:
+            gevent.sleep(0.1)
+        asker.begun = sampler.begun = time.monotonic()
+        asker.asked = run.asked
+        for number, step in enumerate(steps):
+            sampler.step, sampler.users = number, step.users
+            watching = watching or gevent.spawn(sampler.run)
             depth = ",".join(map(str, sorted(step.loops)))
-            label = "warm-up" if number < 0 else f"step {number + 1} of {len(steps)}: {step.users} users, loops {depth}"
-            end = time.monotonic() + step.seconds
-            for second in tqdm(range(round(step.seconds)), desc=label, unit="s", leave=number >= 0, disable=None):
-                gevent.sleep(max(0, end - step.seconds + second + 1 - time.monotonic()))
+            last(step, f"step {number + 1} of {len(steps)}: {step.users} users, loops {depth}", asker, runner)
     finally:
         asker.step = None
         runner.stop()
@@ -168,6 +168,15 @@ def run_on(
         if watching is not None:
             watching.kill()
         run.missed = sampler.missed
+
+
+def last(step: Step, label: str, asker: Asker, runner: LocalRunner, leave: bool = True) -> None:
+    """Let the users ask what this step says, for as long as it says."""
+    asker.step = step
+    runner.start(step.users, spawn_rate=step.users)
+    begun = time.monotonic()
+    for second in tqdm(range(round(step.seconds)), desc=label, unit="s", leave=leave, disable=None):
+        gevent.sleep(max(0, begun + second + 1 - time.monotonic()))
 
 
 def say(text: str) -> None:

@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from loadtests.scenarios import Step
 from loadtests.seen import Asked, Sample
 
-SETTLED = 4.0
-"""Seconds of a step until no request of the step before runs any more."""
 FLAT = 0.02
 """How much memory may differ between depths."""
 LEAK = 0.01
@@ -63,7 +61,8 @@ class Depth:
     Attributes:
         memory: of its processes, in bytes: the median.
         row: KV bytes of a token.
-        held: KV bytes in use, for each request that runs: the median.
+        held: KV bytes that a running request holds in the end: the 95th percentile of the bytes in use over the
+            requests, when no more could run. (All begin together, so a mean depends on when one looks.)
         running, waiting: requests: the mean.
         rate: tokens a second.
         wait, pace: seconds to the first token, and from one to the next: medians.
@@ -91,7 +90,8 @@ def depths_of(run: Run) -> list[Depth]:
     for number, step in enumerate(run.steps):
         end = start + step.seconds
         if len(step.loops) == 1:
-            samples = [each for each in run.samples if each.step == number and each.at >= start + SETTLED]
+            settled = max((each.start + each.seconds for each in run.asked if each.start < start), default=start)
+            samples = [each for each in run.samples if each.step == number and each.at >= settled]
             asked = [each for each in run.asked if each.loops == step.loops[0] and start <= each.start < end]
             if len(samples) > 1 and asked:
                 depths.append(measured(step.loops[0], samples, asked))
@@ -102,11 +102,12 @@ def depths_of(run: Run) -> list[Depth]:
 def measured(loops: int, samples: Sequence[Sample], asked: Sequence[Asked]) -> Depth:
     """From what was seen of it."""
     good = [each for each in asked if each.error is None]
+    most = max(each.running for each in samples)
     return Depth(
         loops,
         memory=median(each.memory for each in samples),
         row=samples[-1].kv_bytes_per_token,
-        held=median(each.kv_in_use / each.running for each in samples if each.running) if busy(samples) else 0,
+        held=centiles([each.kv_in_use / most for each in samples if each.running == most])[1] if most else 0,
         running=mean(each.running for each in samples),
         waiting=mean(each.waiting for each in samples),
         preemptions=samples[-1].preemptions - samples[0].preemptions,
@@ -117,11 +118,6 @@ def measured(loops: int, samples: Sequence[Sample], asked: Sequence[Asked]) -> D
         requests=len(asked),
         errors=[each.error for each in asked if each.error],
     )
-
-
-def busy(samples: Sequence[Sample]) -> bool:
-    """Whether anything ran."""
-    return any(each.running for each in samples)
 
 
 def judge(scenario: str, runs: Sequence[Run]) -> list[Verdict]:

@@ -4,6 +4,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
+from pathlib import Path
 
 import gevent
 import psutil
@@ -29,13 +30,18 @@ def read(url: str) -> dict[str, float]:
 
 
 def memory_of(server: psutil.Process) -> int:
-    """Bytes of a process and all that it has started."""
+    """Bytes of a process and all that it has started: what they have written, pages that they share once.
+
+    Mapped files are left out: how much of a library is a process's share depends on who else on the machine has it.
+    """
     total = 0
     for process in [server, *server.children(recursive=True)]:
         try:
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
+        sizes = {name: size for name, _, size in (line.partition(":") for line in lines)}
+        total += sum(1024 * int(sizes[name].split()[0]) for name in ("Pss_Anon", "Pss_Shmem") if name in sizes)
     return total
 
 
@@ -46,8 +52,8 @@ class Sampler:
         missed: moments when the server did not answer.
     """
 
-    def __init__(self, url: str, server: psutil.Process, begun: float):
-        self.url, self.server, self.begun = url, server, begun
+    def __init__(self, url: str, server: psutil.Process):
+        self.url, self.server, self.begun = url, server, time.monotonic()
         self.step, self.users = 0, 0
         self.samples: list[Sample] = []
         self.missed = 0

@@ -39,7 +39,7 @@ class Sample:
         at: seconds since the run began.
         step: number of the scenario's step.
         users: locust's, at this moment.
-        memory: bytes of the whole process tree: the sum of proportional set sizes, so that pages which processes
+        memory: bytes that the whole process tree has written (its libraries not counted); pages that processes
             share count once.
         kv_in_use: bytes of KV blocks that running requests hold: `vllm:kv_cache_usage_perc` of the cache, which both
             kinds of model report.

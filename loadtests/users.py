@@ -22,16 +22,19 @@ class Asker:
     """What all users of a run share: the server, the step they are in, and what they saw.
 
     Attributes:
+        begun: when the run began.
         asked: requests that were answered; each goes to the list that was here when it began.
+        open: requests that were not answered yet.
     """
 
-    def __init__(self, url: str, model: str, key: str, fixed_loops: int | None, begun: float):
+    def __init__(self, url: str, model: str, key: str, fixed_loops: int | None):
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
         self.model = model
         self.fixed_loops = fixed_loops
-        self.begun = begun
+        self.begun = time.monotonic()
         self.step: Step | None = None
         self.asked: list[Asked] = []
+        self.open = 0
         self.questions: Iterator[Question] = questions("heldout", "load")
         self.turn = itertools.count()
         self.lock = threading.Lock()
@@ -51,7 +54,11 @@ class Asker:
             if step.long:
                 prompt = " ".join([*(next(self.questions).prompt for _ in range(LONG_STORIES - 1)), prompt])
         loops = self.fixed_loops or step.loops[turn % len(step.loops)]
-        asked = self.request(question, prompt, loops, step)
+        self.open += 1
+        try:
+            asked = self.request(question, prompt, loops, step)
+        finally:
+            self.open -= 1
         seen.append(asked)
         failure = RuntimeError(asked.error) if asked.error else None
         for name, seconds in (

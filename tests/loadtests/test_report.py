@@ -74,11 +74,20 @@ def test_a_soak_that_is_too_short_proves_nothing():
 
 def test_depths_are_measured_when_the_step_before_has_ended():
     run = step_run()
+    run.asked[19] = replace(run.asked[19], seconds=3.5)
     for number in (20, 21, 22):  # the second step's first seconds still hold the first one's rows
         run.samples[number] = replace(run.samples[number], kv_in_use=10**9, memory=10**12)
     one, two, _ = depths_of(run)
     assert (two.memory, two.held) == (one.memory, one.held) and two.rate == pytest.approx(100)
     assert (one.right, two.right) == (0, 0) and one.requests == 20
+
+
+def test_what_a_request_holds_does_not_depend_on_when_one_looks():
+    run = step_run()
+    for number, sample in enumerate(run.samples):  # requests begin together, and some have just ended
+        phase = number % 5
+        run.samples[number] = replace(sample, kv_in_use=sample.kv_in_use * (phase + 1) / 5, running=4 if phase else 1)
+    assert [depth.held for depth in depths_of(run)] == [1000, 1000, 1000]
 
 
 def test_the_report_is_one_file_that_loads_nothing(tmp_path):
