@@ -10,8 +10,11 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/melt-serve demo
 
+# What starts servers or takes the time runs alone, everything else side by side.
+ALONE := tests/api tests/bench tests/deploy tests/loadtests tests/test_demo.py tests/test_serve.py
 test: .venv/.installed programs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 # Programs that tests drive, each with Debian's package of it. Installed where that can be done without asking.
 PROGRAMS := chromium/chromium kubectl/kubernetes-client prometheus/prometheus systemd-analyze/systemd
