@@ -45,7 +45,7 @@ MOST_SHOWN = 4000
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """`data`, with `run` set to what runs it: arguments -> exit code."""
+    """`data`, with `run_command` set to what runs it: arguments -> exit code."""
     parser = commands.add_parser(
         "data",
         help="see what a run would learn from",
@@ -53,7 +53,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run_command=run)
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="see above")
     add("--checkpoint", type=Path, default=MELT, help="its tokenizer, chat template and C (default: the bundled one)")
