@@ -15,27 +15,38 @@ from melt_serve import cli
 from melt_serve.bundled import MELT
 from melt_serve.train.evaluate import heldout
 
-QUESTIONS = 12
+QUESTIONS = 8
+TWO_LOOPS = {"vllm_xargs": {"loops": 2}}
 TASKS = Path(cli.__file__).parent / "train" / "lm_eval"
+
+
+def right_answers(server: str, **depth: object) -> list[bool]:
+    """Which questions the server answers right, asked one by one."""
+    asked = []
+    for question in heldout(QUESTIONS):
+        messages = [{"role": "user", "content": question.prompt}]
+        body = {"model": "melt-demo", "temperature": 0, "messages": messages, **depth}
+        asked.append(
+            question.check(json.load(post(f"{server}/v1/chat/completions", body))["choices"][0]["message"]["content"])
+        )
+    return asked
+
+
+def post(url: str, body: dict):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def right(server) -> list[bool]:
-    """Which questions the server answers right, asked one by one at two loops, where not all are."""
-    asked = []
-    for question in heldout(QUESTIONS):
-        body = {"model": "melt-demo", "temperature": 0, "messages": [{"role": "user", "content": question.prompt}]}
-        request = urllib.request.Request(
-            f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            reply = json.load(response)["choices"][0]["message"]["content"]
-        asked.append(question.check(reply))
-    return asked
+    """With two loops, because then some answers are wrong."""
+    answers = right_answers(server, **TWO_LOOPS)
+    assert 0 < sum(answers) < QUESTIONS
+    return answers
 
 
 class Gate(BaseHTTPRequestHandler):
-    """Passes on what comes with the key and names the model; lists no models, as some endpoints do."""
+    """Passes on what comes with the key, to be answered with two loops; lists no models, as some endpoints do."""
 
     upstream = ""
     protocol_version = "HTTP/1.1"
@@ -47,8 +58,7 @@ class Gate(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers["Authorization"] != "Bearer secret":
             return self.answer(401, b'{"error": {"message": "wrong key"}}')
-        request = urllib.request.Request(self.upstream + self.path, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with post(self.upstream + self.path, {**json.loads(body), **TWO_LOOPS}) as response:
             return self.answer(response.status, response.read())
 
     def answer(self, status: int, body: bytes):
@@ -77,10 +87,10 @@ def evaluated(capsys, *words: str) -> dict:
     return row
 
 
-def test_a_server_is_scored_by_its_answers(server, right, capsys):
+def test_a_server_is_scored_by_its_answers(server, capsys):
     row = evaluated(capsys, "--server", f"{server}/v1")
     assert (row["checkpoint"], row["questions"]) == ("melt-demo", QUESTIONS)
-    assert row["accuracy"] == pytest.approx(sum(right) / QUESTIONS) and any(right)
+    assert row["accuracy"] == pytest.approx(sum(right_answers(server)) / QUESTIONS) > 0
 
 
 def test_an_endpoint_with_a_key_that_lists_no_models_is_scored(gate, right, capsys, monkeypatch):
@@ -122,7 +132,16 @@ def test_lm_eval_counts_the_same_right_answers(server, right, tmp_path, kind):
     }[kind]
     model = f"model=melt-demo,base_url={server}/v1/{route},num_concurrent=4,{tokenizer}"
     results, samples = lm_eval(
-        tmp_path, "--model", kind, "--model_args", model, "--tasks", "melt_who_is_where", "--apply_chat_template"
+        tmp_path,
+        "--model",
+        kind,
+        "--model_args",
+        model,
+        "--tasks",
+        "melt_who_is_where",
+        "--apply_chat_template",
+        "--gen_kwargs",
+        json.dumps(TWO_LOOPS),
     )
     assert results["melt_who_is_where"]["exact_match,answer"] == pytest.approx(sum(right) / QUESTIONS)
     by_question = {sample["doc_id"]: bool(sample["exact_match"]) for sample in samples}
