@@ -122,7 +122,7 @@ class Batches:
         self.tokenizer, self.packing, self.report = tokenizer, packing, report
         self.rank, self.world_size = rank, world_size
         self.order: Streamed | Permuted = (Streamed if packing.streaming else Permuted)(corpus, packing)
-        self.data = {"files": corpus.identity(), **asdict(replace(packing, batch=1))}
+        self.data = {"files": corpus.identity(), **asdict(replace(packing, batch=1, broken="skip"))}
         self.epoch = 0
         self.place: Place = []
         self.next_place: Place = []
@@ -159,11 +159,12 @@ class Batches:
         if not records:
             self.epoch, self.next_place = self.epoch + 1, []
             return False
-        self.place, self.next_place = self.next_place, after
-        self.counts_before = replace(self.counts)
+        before = replace(self.counts)
         documents = [document for record in records for document in self.documents_of(record)]
         chosen = best_fit([len(document) for document in documents], self.packing.length, self.packing.chunk_size)
-        random.Random(f"packs {self.packing.seed} {self.epoch} {self.place}").shuffle(chosen)
+        random.Random(f"packs {self.packing.seed} {self.epoch} {self.next_place}").shuffle(chosen)
+        # Only now, so that a window that could not be read leaves a state that is good.
+        self.place, self.next_place, self.counts_before = self.next_place, after, before
         self.packs, self.used = [[documents[number] for number in pack] for pack in chosen], 0
         for pack in self.packs:
             self.count(pack)

@@ -185,9 +185,20 @@ def test_broken_lines_are_named_counted_and_skipped(broken_file, tokenizer, stre
         assert any(f"broken.jsonl:{number}: " in line and why in line for line in said), (number, said)
 
 
-def test_a_broken_line_is_fatal_if_asked(broken_file, tokenizer):
+def test_a_broken_line_is_fatal_if_asked_and_can_be_skipped_later(broken_file, tokenizer):
     with pytest.raises(BrokenRecord, match=r"broken\.jsonl:3: not JSON"):
         next(Batches(Corpus([broken_file]), tokenizer, packing(streaming=True, window=3)))
+    chosen = {"streaming": True, "window": 2, "length": 16, "batch": 1}
+    strict = Batches(Corpus([broken_file]), tokenizer, packing(**chosen))
+    next(strict)
+    state = strict.state_dict()
+    with pytest.raises(BrokenRecord):
+        list(islice(strict, 9))
+    lenient = Batches(Corpus([broken_file]), tokenizer, packing(**chosen, broken="skip"))
+    lenient.load_state_dict(strict.state_dict())
+    assert strict.state_dict()["place"] == state["place"] and lenient.epoch == 0
+    next(lenient)
+    assert lenient.counts.broken > 0
 
 
 def test_data_without_anything_to_learn_is_an_error_and_no_endless_search(tmp_path, tokenizer):
