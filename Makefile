@@ -42,7 +42,7 @@ lint: .venv/.installed
 	    f"melt-serve needs Python 3.11 or later, {sys.executable} is {v.major}.{v.minor}; run: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --retries 0 --extra-index-url $(TORCH_CPU_INDEX) torch==2.13.0+cpu
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,bench,test,load]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,eval,bench,test,load]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

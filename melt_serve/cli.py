@@ -66,7 +66,11 @@ examples:
   melt-serve eval ./my-melt --questions 200 --json
       another checkpoint, quicker; ends with one line of JSON
   melt-serve eval --server http://localhost:8000/v1
-      whatever is served there"""
+      whatever is served there
+  OPENAI_API_KEY=... melt-serve eval --server https://example.com/v1 --model some-model --questions 50
+      a model of somebody else's
+
+Other benchmarks, such as MATH-500: lm-eval, see melt_serve/train/README.md."""
 
 PLAN_DESCRIPTION = """\
 Show what each part of a model takes of a device's memory, as a MELT in both decode modes, as a LoopLM, and as a plain
@@ -240,6 +244,8 @@ def parser() -> argparse.ArgumentParser:
         help="how sure the MELT's exit gate must be that a token may leave; 1: never (default: the MELT's own)",
     )
     add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="of the server's (default: the first it lists)")
+    add("--api-key", metavar="KEY", help="for the server (default: OPENAI_API_KEY, which other users cannot see)")
     add("--json", action="store_true", help="end with one line of JSON")
     add_bench(commands)
     return top
@@ -440,11 +446,16 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
     depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
     if arguments.server and (arguments.checkpoints or any(depth)):
-        print("melt-serve eval: error: --server goes with --questions and --json only", file=sys.stderr)
+        says = "--server goes with --model, --api-key, --questions and --json only"
+        print(f"melt-serve eval: error: {says}", file=sys.stderr)
+        return 2
+    if not arguments.server and (arguments.model or arguments.api_key):
+        print("melt-serve eval: error: --model and --api-key go with --server", file=sys.stderr)
         return 2
     try:
         if arguments.server:
-            scores = [evaluate.evaluate_server(arguments.server, arguments.questions)]
+            asked = (arguments.server, arguments.questions, arguments.model, arguments.api_key)
+            scores = [evaluate.evaluate_server(*asked)]
         else:
             scores = evaluate.evaluate_checkpoints(arguments.checkpoints, arguments.questions, *depth)
     except evaluate.EvaluationError as error:

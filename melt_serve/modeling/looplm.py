@@ -232,6 +232,7 @@ class OuroForCausalLM(LoopedForCausalLM):
         loops: int | None = None,
         output_loops: bool = False,
         logits_to_keep: int = 0,
+        document_starts: Tensor | None = None,
         **_: object,
     ) -> LoopedOutput:
         """Run T loops over the new tokens.
@@ -244,6 +245,8 @@ class OuroForCausalLM(LoopedForCausalLM):
             loops: T, by default the config's `total_ut_steps`.
             output_loops: also give logits and exit probabilities of every loop.
             logits_to_keep: answer only for this many last tokens (0: all).
+            document_starts: [B, S], the column where each token's document begins, in packs (README.md, section 3);
+                without a past.
 
         Raises:
             ValueError: fewer than 1 loop.
@@ -257,10 +260,13 @@ class OuroForCausalLM(LoopedForCausalLM):
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         keys_real = real if attention_mask is None else attention_mask.bool()
         positions = keys_real.cumsum(-1)[:, past:] - 1
-        tables = rotary_tables(self.config, positions, self.dtype)
         columns = torch.arange(keys_real.shape[1], device=input_ids.device)
         causal = columns[None, :] <= columns[past:, None]
+        if document_starts is not None:
+            positions = columns - document_starts
+            causal = causal & (columns >= document_starts[:, :, None])
         visible = (causal & keys_real[:, None]) | ~real[:, :, None]  # padding sees all: its softmax must not be empty
+        tables = rotary_tables(self.config, positions, self.dtype)
 
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()

@@ -18,7 +18,7 @@ from melt_serve.modeling.looplm import (
     new_token_mask,
     rotary_tables,
 )
-from melt_serve.modeling.rows import Chunk, MeltRows, cut
+from melt_serve.modeling.rows import Chunk, MeltRows, cut, cut_packs
 
 
 class MeltAttention(SelfAttention):
@@ -55,6 +55,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         prompt_lengths: Tensor | None = None,
         output_loops: bool = False,
         logits_to_keep: int = 0,
+        document_starts: Tensor | None = None,
         **_: object,
     ) -> LoopedOutput:
         """Run the chunks of the new tokens one after another, each through T loops.
@@ -73,10 +74,12 @@ class MeltForCausalLM(LoopedForCausalLM):
                 as they are when generated.
             output_loops: also give logits and exit probabilities of every loop.
             logits_to_keep: answer only for this many last tokens (0: all).
+            document_starts: [B, S], the column where each token's document begins, in packs (README.md, section 3);
+                without a past and `prompt_lengths`.
 
         Raises:
-            ValueError: loops outside 1..max_loops, a threshold outside (0, 1], or a prompt piece that begins
-                inside a chunk.
+            ValueError: loops outside 1..max_loops, a threshold outside (0, 1], a prompt piece that begins
+                inside a chunk; a pack with a past or `prompt_lengths`, or whose documents begin off the grid.
         """
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
@@ -84,10 +87,16 @@ class MeltForCausalLM(LoopedForCausalLM):
         rows = MeltRows(self.config, len(input_ids), input_ids.device) if past_key_values is None else past_key_values
         embeddings = self.model.embed_tokens(input_ids)
 
+        if document_starts is None:
+            chunks = cut(real, rows.lengths, self.config, prompt_lengths)
+        elif prompt_lengths is not None or rows.lengths.any():
+            raise ValueError("packs run in one call and on the grid: without a past, and without prompt_lengths")
+        else:
+            chunks = cut_packs(real, document_starts, self.config.chunk_size)
         done = 0
         place = torch.zeros_like(input_ids)  # where a token's state will lie once the chunks are joined
         states_by_chunk, depths_by_chunk = [], []
-        for chunk in cut(real, rows.lengths, self.config, prompt_lengths):
+        for chunk in chunks:
             x = embeddings.gather(1, chunk.columns[:, :, None].expand(-1, -1, embeddings.shape[-1]))
             depths = ChunkDepths(chunk, each_loops, thresholds)
             states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths))

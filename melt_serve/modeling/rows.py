@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -90,6 +91,31 @@ def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tenso
         yield Chunk(columns, chunk_positions, start if config.decode_mode == "token" else start // size * size, members)
 
 
+def cut_packs(real: Tensor, document_starts: Tensor, size: int) -> Iterator[Chunk]:
+    """Cut packs of documents into chunks: as many, and as wide, whatever is in the packs.
+
+    Args:
+        real: [B, S], true for tokens; padding may stand after every document.
+        document_starts: [B, S], the column where each token's document begins.
+        size: C.
+
+    Raises:
+        ValueError: a document begins off the grid, or has a hole.
+    """
+    columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    begins = columns == document_starts
+    if (astray := document_starts[real & begins & (columns % size != 0)]).numel():
+        raise ValueError(f"a document begins at column {int(astray[0])} of a pack, no multiple of chunk_size={size}")
+    follows = F.pad(real[:, :-1] & (document_starts[:, 1:] == document_starts[:, :-1]), (1, 0))
+    if (real & ~begins & ~follows).any():
+        raise ValueError("a document of a pack has a hole: its tokens must follow each other from its start on")
+    positions = torch.where(real, columns - document_starts, -1)
+    for chunk_columns in columns.split(size, dim=-1):
+        chunk_positions = positions.gather(1, chunk_columns)
+        members = real & (columns // size == chunk_columns[:, :1] // size)
+        yield Chunk(chunk_columns, chunk_positions, chunk_positions[:, :1], members)
+
+
 class MeltRows(Cache):
     """A Hugging Face cache of one final row a (layer, token), its size independent of the loops.
 
@@ -122,12 +148,28 @@ class MeltRows(Cache):
         if self.open_positions.shape[1] and loops != self.loops:
             raise ValueError(f"the open chunk's rows were made with {self.loops} loops; it cannot go on with {loops}")
         self.loops = loops
+        self.forget(chunk.positions[:, :1] == 0)
         self.open_positions = torch.cat((self.open_positions, chunk.positions), dim=-1)
         before_last = chunk.visible(self.final_positions, self.open_positions)
         self.final_positions = torch.cat((self.final_positions, chunk.positions), dim=-1)
         query, final = chunk.positions[:, :, None], self.final_positions[:, None]
         at_last = ((final >= 0) & (final <= query)) | (query < 0)
         return before_last, at_last
+
+    def forget(self, begins: Tensor) -> Tensor:
+        """Where a pack's next document begins, [B, 1], drop the rows of those before it.
+
+        Returns:
+            [W], which columns of final rows stay: those that any sequence still needs.
+        """
+        self.lengths = self.lengths.masked_fill(begins[:, 0], 0)
+        self.open_positions = self.open_positions.masked_fill(begins, -1)
+        self.final_positions = self.final_positions.masked_fill(begins, -1)
+        needed = (self.final_positions >= 0).any(0)
+        if not needed.all():
+            self.final_positions = self.final_positions[:, needed]
+            keep_columns(self.layers[: self.config.num_hidden_layers], needed)
+        return needed
 
     def write(self, layer: int, loop: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write a chunk's rows of one loop, counted from 1; give the rows it may look at.
@@ -162,8 +204,7 @@ class MeltRows(Cache):
         if not needed.any():
             del self.layers[self.config.num_hidden_layers :]  # the next chunk may have other loops
         elif not needed.all():
-            for rows in self.layers[self.config.num_hidden_layers :]:
-                rows.keys, rows.values = rows.keys[:, :, needed], rows.values[:, :, needed]
+            keep_columns(self.layers[self.config.num_hidden_layers :], needed)
 
     def final_rows(self, layer: int, sequence: int = 0) -> tuple[Tensor, Tensor]:
         """K and V of one layer and sequence, in order of position: two of [KV heads, tokens, D]."""
@@ -198,3 +239,9 @@ class MeltRows(Cache):
             ValueError: always (assisted generation is what asks for it).
         """
         raise ValueError("MELT rows cannot be taken back, so assisted generation is not supported")
+
+
+def keep_columns(layers: Iterable[DynamicLayer], needed: Tensor) -> None:
+    """Drop all other columns of these rows; needed is [columns]."""
+    for rows in layers:
+        rows.keys, rows.values = rows.keys[:, :, needed], rows.values[:, :, needed]

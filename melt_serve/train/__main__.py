@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from melt_serve.bundled import CHECKPOINTS
+from melt_serve.train import show_data
 
 DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
@@ -43,7 +44,10 @@ def main() -> int:
     add("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
     add("--questions", type=int, default=1000, metavar="N", help="held-out questions to measure on (default: 1000)")
+    show_data.add_command(commands)
     arguments = parser.parse_args()
+    if arguments.command == "data":
+        return show_data.run(arguments)
     if arguments.questions < 1:
         demo.error(f"--questions must be at least 1, not {arguments.questions}")
     if arguments.minutes < 0:

@@ -1,4 +1,4 @@
-"""Chats as batches of tokens. A batch is a function of seed and number, so a run can go on anywhere."""
+"""Batches of tokens, and the bundled task's: a function of seed and number, so a run can go on anywhere."""
 
 import random
 from collections.abc import Sequence
@@ -16,20 +16,24 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """B chats, right-padded.
+    """B chats, right-padded; or B packs of documents.
 
     Attributes:
         input_ids, attention_mask: [B, S].
-        labels: [B, S], the token itself where it belongs to the reply or its end mark, else -100.
-        prompt_lengths: [B], tokens before the reply.
-        replies: [SILENT_STEPS + 1, tokens], row i the replies within i steps, in the order of `before_reply`.
+        labels: [B, S], the token itself where it belongs to the reply or its end mark, else -100; in packs also
+            -100 where a document begins, because the token before it is another's.
+        prompt_lengths: [B], tokens before the reply; not of packs.
+        replies: of the bundled task, [SILENT_STEPS + 1, tokens], row i the replies within i steps, in the order of
+            `before_reply`.
+        document_starts: of packs, [B, S], the column where each token's document begins.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    prompt_lengths: Tensor
-    replies: Tensor
+    prompt_lengths: Tensor | None = None
+    replies: Tensor | None = None
+    document_starts: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
@@ -43,6 +47,7 @@ class Batch:
 
     def reply_by_loop(self, loops: int) -> Tensor:
         """[T, tokens], what each loop is to answer: loop t the reply within t - 1 steps, the last loop all of it."""
+        assert self.replies is not None
         within = torch.arange(loops).clamp(max=SILENT_STEPS)
         within[-1] = SILENT_STEPS
         return self.replies[within]

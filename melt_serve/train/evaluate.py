@@ -1,10 +1,12 @@
 """How many held-out questions a checkpoint answers right, by loops, exits and decode mode: `melt-serve eval`."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -17,9 +19,14 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import prompt_ids
 from melt_serve.train.tasks import NAMES, PLACES, SENTENCES, Question, questions
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 HELDOUT_SEED = 1
 BATCH = 100
 CONNECTIONS = 16
+RETRIES = 2
+"""Of a question that a server has no time for; the client waits longer before each."""
 
 
 class EvaluationError(ValueError):
@@ -173,15 +180,23 @@ def longest_reply(tokenizer: PreTrainedTokenizerFast) -> int:
     return len(tokenizer.encode(f"<think>{chain}</think>In {PLACES[0]}.")) + 1
 
 
-def evaluate_server(url: str, count: int) -> Score:
+def evaluate_server(url: str, count: int, model: str | None = None, api_key: str | None = None) -> Score:
     """Score what an OpenAI-compatible server answers, greedily; with or without a reasoning parser.
+
+    Args:
+        model: by its name there; by default the first that the server lists.
+        api_key: by default OPENAI_API_KEY, or none.
 
     Raises:
         EvaluationError: nobody answers there, or not as a chat model does.
     """
-    from openai import OpenAI, OpenAIError
+    try:
+        from openai import OpenAI, OpenAIError
+    except ModuleNotFoundError:
+        raise EvaluationError("asking a server needs the openai package: pip install 'melt_serve[eval]'") from None
 
-    client = OpenAI(base_url=url, api_key="none", max_retries=0)
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
 
     def ask(question: Question) -> bool:
         reply = client.chat.completions.create(
@@ -191,12 +206,20 @@ def evaluate_server(url: str, count: int) -> Score:
         return question.check((reply.choices[0].message.content or "").rpartition("</think>")[2])
 
     try:
-        name = client.models.list().data[0].id
+        name = model or first_model(client)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             right = sum(tqdm(pool.map(ask, heldout(count)), total=count, desc=name, unit="question", leave=False))
     except OpenAIError as error:
         raise EvaluationError(f"{url}: {error}") from None
     return Score(name, None, None, None, None, None, count, right / count)
+
+
+def first_model(client: "OpenAI") -> str:
+    """The first model that a server lists."""
+    models = client.models.list().data
+    if not models:
+        raise EvaluationError(f"{client.base_url} lists no models: name one with --model")
+    return models[0].id
 
 
 def table(scores: Sequence[Score]) -> str:

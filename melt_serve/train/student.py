@@ -15,7 +15,7 @@ from melt_serve.config import MeltConfig
 from melt_serve.modeling import MeltForCausalLM, MeltRows, OuroForCausalLM
 from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.looplm import rotary_tables
-from melt_serve.modeling.rows import Chunk
+from melt_serve.modeling.rows import Chunk, keep_columns
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import squared_distance
 
@@ -80,14 +80,20 @@ class Student(MeltForCausalLM):
             alpha: 1 is MELT; below, rows are alpha * KV_MELT + (1 - alpha) * KV_LoopLM, with the LoopLM's
                 rows of every loop kept for the past.
             teacher_attention: see `Answers.attention`; to measure the distance from.
-            decode_aware: run the reply token by token, as `token` mode decodes it.
+            decode_aware: run the reply token by token, as `token` mode decodes it; not in packs.
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
+
+        Raises:
+            ValueError: packs run on the grid only, so they cannot be `decode_aware`.
         """
+        if decode_aware and batch.prompt_lengths is None:
+            raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
         rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds)
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
             past_key_values=rows,
+            document_starts=batch.document_starts,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
             loops=loops,
             output_loops=True,
@@ -160,6 +166,19 @@ class TrainingRows(MeltRows):
         k_looplm, v_looplm = past.update(*looplm)
         return torch.lerp(k_looplm, k, self.alpha), torch.lerp(v_looplm, v, self.alpha)
 
+    def forget(self, begins: Tensor) -> Tensor:
+        """As for MELT's rows, the LoopLM's too."""
+        needed = super().forget(begins)
+        if not needed.all():
+            keep_columns(self.looplm.values(), needed)
+        return needed
+
+    def finish(self, chunk: Chunk) -> None:
+        """A batch is one call, so no chunk is gone on with: its rows per loop are dropped in `chunk` mode, too."""
+        super().finish(chunk)
+        self.open_positions = self.open_positions[:, :0]
+        del self.layers[self.config.num_hidden_layers :]
+
     def count(self, chunk: Chunk, depths: ChunkDepths) -> None:
         """Add the loop that is about to run, weighed by each token's probability to run it."""
         self.loops_run = self.loops_run + depths.remaining[chunk.positions >= 0].sum()
@@ -177,7 +196,13 @@ class TrainingRows(MeltRows):
 def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: int, attention: bool) -> Answers:
     """The frozen LoopLM's answers to a batch, and its attention outputs where they are asked for."""
     with attention_outputs(teacher) as outputs:
-        answered = teacher(batch.input_ids, attention_mask=batch.attention_mask, loops=loops, output_loops=True)
+        answered = teacher(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            document_starts=batch.document_starts,
+            loops=loops,
+            output_loops=True,
+        )
     return Answers(answered.loop_logits[:, tokens], attention=outputs if attention else None)
 
 
