@@ -99,14 +99,17 @@ def assert_close(one, other):
     for entry, expected in zip(one, other, strict=True):
         assert entry.keys() == expected.keys()
         for part, value in expected.items():
-            assert entry[part] == (value if part == "stage" else pytest.approx(value, rel=2e-3, abs=1e-6)), entry
+            assert entry[part] == (value if part == "stage" else pytest.approx(value, rel=1e-4)), entry
 
 
 def test_micro_batches_are_one_batch(unbroken):
-    """The gradients of a step do not depend on how many sequences are run at once."""
+    """The gradients of a step do not depend on how many sequences are run at once.
+
+    Without mixed rows: at alpha 0 the gradient is rounding alone, which AdamW makes a step of.
+    """
     for size in (1, 4):
-        assert run(unbroken, f"micro-{size}", f"micro_batch={size}") == 0
-        assert_close(logged(unbroken / f"micro-{size}"), logged(unbroken / "run"))
+        assert run(unbroken, f"micro-{size}", f"micro_batch={size}", "transition.interpolate=false") == 0
+    assert_close(logged(unbroken / "micro-1"), logged(unbroken / "micro-4"))
 
 
 def test_many_sittings_are_the_unbroken_run_bit_for_bit(unbroken):
