@@ -129,7 +129,7 @@ def note_recipe(recipe: PostTraining, folder: Path) -> None:
 def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     """The MELT before its first step."""
     deepest = max(teacher.config.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
-    return student_of(
+    student = student_of(
         teacher,
         recipe.seed,
         chunk_size=recipe.chunk_size,
@@ -137,6 +137,8 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
         kv_gate_type=recipe.gate_type,
         max_loops=recipe.max_loops or deepest,
     )
+    student.checkpoint_chunks = recipe.checkpoint_chunks
+    return student
 
 
 def batches_of(
