@@ -55,6 +55,23 @@ examples:
       watch
 """
 
+PLAN_DESCRIPTION = """\
+Show what a post-training takes, without starting it: steps, tokens, arithmetic, the memory of each device by part, and
+the time. Neither data nor teacher is read, but for the teacher's shape; without one it is Ouro-1.4B's.
+
+Time and what is kept for the backward pass are extrapolated from real steps of each stage that are run now, with random
+weights, on this machine's device: the width divided by --scale, two layers, sequences of two chunks, all loops. Time is
+scaled by arithmetic, so it is that of more of this device; small shapes use a GPU badly, so there it is too long."""
+
+PLAN_EXAMPLES = """\
+examples:
+  python -m melt_serve.train plan melt-1.6b --processes 8
+      the paper's run on eight devices like this one
+  python -m melt_serve.train plan melt-1.6b --scale 1
+      measured at the recipe's own width, on a GPU
+  python -m melt_serve.train plan ./mine.toml micro_batch=4 checkpoint_chunks=false
+"""
+
 HELP_RUN = "folder for states and logs (default: runs/RECIPE)"
 
 
@@ -97,6 +114,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sitting(run)
     add_questions(run)
 
+    plan = commands.add_parser(
+        "plan",
+        help="see what a recipe takes, without starting it",
+        description=PLAN_DESCRIPTION,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=raw,
+    )
+    plan.set_defaults(run_command=run_plan)
+    add_recipe(plan)
+    plan.add_argument("--processes", type=int, default=1, metavar="P", help="devices that share the work (default: 1)")
+    plan.add_argument("--scale", type=int, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
+
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -104,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest  # argparse takes no key=value after a flag
     if getattr(arguments, "questions", 1) < 1:
         parser.error(f"--questions must be at least 1, not {arguments.questions}")
+    for flag in ("processes", "scale"):
+        if getattr(arguments, flag, 1) < 1:
+            parser.error(f"--{flag} must be at least 1, not {getattr(arguments, flag)}")
     if getattr(arguments, "minutes", 0) < 0:
         parser.error(f"--minutes must not be negative, but is {arguments.minutes}")
     return arguments.run_command(arguments)
@@ -151,6 +183,35 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     folder = arguments.run or Path("runs") / Path(arguments.recipe).stem
     words = " ".join([arguments.recipe, *arguments.overrides])
     return follow(recipe, arguments, folder, f"run {words} --resume --run {folder}")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`python -m melt_serve.train plan`."""
+    import torch
+
+    from melt_serve.plan import PlanError, shape_of
+    from melt_serve.train.plan import MEASURED_STEPS, plan, table
+    from melt_serve.train.recipe import PostTraining
+    from melt_serve.train.recipe_files import RecipeError, load_recipe
+
+    defaults = {"teacher": "ouro-1.4b", "data": {"files": "-"}, "output": "-"}
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides, defaults)
+        if not isinstance(recipe, PostTraining):
+            raise RecipeError(f"{arguments.recipe} is of the bundled kind; only a post-training can be planned")
+        teacher = shape_of(recipe.teacher)
+    except (PlanError, RecipeError) as error:
+        return fail(error)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.recipe}: {recipe.teacher}, C={recipe.chunk_size}, sequences of {recipe.sequence_length:,} tokens, "
+        f"{recipe.sequences} a step, {arguments.processes} processes, {recipe.dtype}"
+    )
+    print(table(plan(recipe, teacher, arguments.processes, arguments.scale)))
+    print(
+        f"\ntime: from {MEASURED_STEPS} steps of each stage at 1/{arguments.scale} of the width on {device}, by FLOPs"
+    )
+    return 0
 
 
 def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folder: Path, again: str) -> int:

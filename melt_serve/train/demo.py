@@ -14,7 +14,7 @@ from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.config import DECODE_MODES, LoopLMConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import training_batch
-from melt_serve.train.distil import loops_of, plain, run_phase, student_of
+from melt_serve.train.distil import loops_of, melt_config, plain, run_phase, student_of
 from melt_serve.train.evaluate import Score, score
 from melt_serve.train.export import export, student_card, teacher_card
 from melt_serve.train.logs import LOG, minutes_trained
@@ -139,14 +139,10 @@ def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokeni
 def fresh_student(teacher: OuroForCausalLM, recipe: Recipe, **gate: str) -> Student:
     """The teacher's weights with a fresh gate, as `melt-serve convert` makes it; `gate` are config fields."""
     shape = recipe.shape
-    return student_of(
-        teacher,
-        recipe.seed + 1,
-        chunk_size=shape.chunk_size,
-        decode_mode="token",
-        max_loops=shape.max_loops,
-        **gate,
+    config = melt_config(
+        teacher.config, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate
     )
+    return student_of(teacher, recipe.seed + 1, config)
 
 
 def measure(

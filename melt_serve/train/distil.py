@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from melt_serve.config import MeltConfig
+from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import distillation
@@ -123,15 +123,18 @@ def runs_as_decoded(stage: Distillation, step: int) -> bool:
     return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share
 
 
-def student_of(teacher: OuroForCausalLM, seed: int, **melt: object) -> Student:
-    """The teacher's weights with a fresh gate, as `melt-serve convert` makes it; `melt` are config fields."""
-    facts = {
-        key: value for key, value in teacher.config.to_dict().items() if key not in ("model_type", "architectures")
-    }
+def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig) -> Student:
+    """The teacher's weights with a fresh gate, as `melt-serve convert` makes it."""
     torch.manual_seed(seed)
-    student = Student(MeltConfig(**{**facts, **melt})).train()
+    student = Student(config).train()
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student
+
+
+def melt_config(teacher: LoopLMConfig, **melt: object) -> MeltConfig:
+    """The config of a MELT made from that LoopLM; `melt` are the fields it has more, or otherwise."""
+    facts = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}
+    return MeltConfig(**{**facts, **melt})
 
 
 def plain(student: Student) -> MeltForCausalLM:

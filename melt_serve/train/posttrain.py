@@ -14,7 +14,7 @@ from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.convert import warn_about_blocks
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data import Batch
-from melt_serve.train.distil import plain, run_phase, student_of
+from melt_serve.train.distil import melt_config, plain, run_phase, student_of
 from melt_serve.train.export import export, run_card
 from melt_serve.train.logs import LOG
 from melt_serve.train.recipe import PostTraining
@@ -126,17 +126,21 @@ def note_recipe(recipe: PostTraining, folder: Path) -> None:
     os.replace(part, path)
 
 
-def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
-    """The MELT before its first step."""
-    deepest = max(teacher.config.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
-    student = student_of(
+def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
+    """The shape and manners of the MELT that the recipe makes of a teacher."""
+    deepest = max(teacher.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
+    return melt_config(
         teacher,
-        recipe.seed,
         chunk_size=recipe.chunk_size,
         decode_mode=recipe.decode_mode,
         kv_gate_type=recipe.gate_type,
         max_loops=recipe.max_loops or deepest,
     )
+
+
+def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
+    """The MELT before its first step."""
+    student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config))
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 

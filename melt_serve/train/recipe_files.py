@@ -1,11 +1,12 @@
 """Recipes in TOML files, and what the command line changes of them."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,12 +21,15 @@ class RecipeError(ValueError):
     """A recipe cannot be followed; the message names field, value and remedy."""
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe | PostTraining:
+def load_recipe(
+    name: str, overrides: Sequence[str] = (), defaults: Mapping[str, object] = MappingProxyType({})
+) -> Recipe | PostTraining:
     """The recipe of that name or file, changed by `key.path=value` words.
 
     Args:
         name: a bundled recipe's, see `bundled_recipes`, or a TOML file's path.
         overrides: values as TOML writes them; what is none is taken as text.
+        defaults: of a post-training's fields that neither file nor overrides name.
 
     Raises:
         RecipeError: no such recipe, or a field or value that it cannot have.
@@ -40,6 +44,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe | PostTraini
     kind = KINDS.get(table.pop("kind", None))
     if kind is None:
         raise RecipeError(f"{path} must say what it is: kind = {' or '.join(map(repr, KINDS))}")
+    if kind is PostTraining:
+        table = {**defaults, **table}
     of_all_stages = {"seed": "seed"} if kind is Recipe else {"seed": "seed", "batch": "batch_tokens"}
     for stage, (field, instead) in product(STAGES, of_all_stages.items()):
         if isinstance(table.get(stage), dict) and field in table[stage]:
