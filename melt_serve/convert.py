@@ -380,12 +380,9 @@ def copy_the_rest(source: Path, folder: Path) -> None:
 
 def card(source: Path, config: MeltConfig, seed: int) -> str:
     """The README of the converted checkpoint."""
-    readme = source / "README.md"
-    head = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    licence = re.match(r"---\n(?:.*\n)*?(license: .*\n)", head)
     return f"""\
 ---
-{licence[1] if licence else ""}library_name: melt_serve
+{licence_of(source)}library_name: melt_serve
 ---
 
 # {source.name}, converted to MELT
@@ -400,6 +397,14 @@ Made by `melt-serve convert` from the LoopLM `{source.name}`: its weights unchan
 
 The gate is untrained: post-train this checkpoint (arXiv 2605.07721) before judging its answers.
 """
+
+
+def licence_of(source: Path) -> str:
+    """The line of a model card's head that names its licence; empty if none does."""
+    readme = source / "README.md"
+    head = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    licence = re.match(r"---\n(?:.*\n)*?(license: .*\n)", head)
+    return licence[1] if licence else ""
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,14 +1,20 @@
-"""`python -m melt_serve.train`: make what the package bundles."""
+"""`python -m melt_serve.train`: make a MELT, the bundled one or one's own."""
 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train import show_data
 
-DESCRIPTION = """\
+if TYPE_CHECKING:
+    from melt_serve.train.recipe import PostTraining, Recipe
+    from melt_serve.train.trainer import Sitting
+
+DEMO_DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
 measure both on held-out questions, and write them with their cards. About half an hour on
 2 CPU cores.
@@ -16,7 +22,7 @@ measure both on held-out questions, and write them with their cards. About half 
 A run can be cut into sittings: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
 minute anyway. --resume goes on, and computes exactly what an unbroken run would have."""
 
-EXAMPLES = """\
+DEMO_EXAMPLES = """\
 examples:
   python -m melt_serve.train demo                           remake the bundled checkpoints, in place
   python -m melt_serve.train demo --minutes 20              the first twenty minutes of it
@@ -24,63 +30,243 @@ examples:
   python -m melt_serve.train demo --out ./mine --seed 1     others of their kind, elsewhere
 """
 
+RUN_DESCRIPTION = """\
+Follow a recipe: a LoopLM becomes a MELT by the paper's two phases, and is written as a checkpoint that vLLM serves.
 
-def main() -> int:
-    """Run one subcommand; the exit code: 0 when done, 3 when a sitting ended first, 130 after Ctrl-C."""
+RECIPE is a TOML file, or one that comes with the package: {recipes}. Every field can be set on the
+command line as key=value, or stage.key=value; recipe.py says what each means. Paths are relative to where you are.
+
+--run keeps the run: the recipe, states, losses.jsonl, TensorBoard's logs, and losses.svg, a plot of every part of the
+loss. Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved as often as the recipe says anyway.
+--resume goes on after any of them or a crash, and computes exactly what an unbroken run would have.
+
+Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
+
+RUN_EXAMPLES = """\
+examples:
+  python -m melt_serve.train run melt-1.6b teacher=./Ouro-1.4B-Thinking data.files=chats.jsonl output=./melt-1.6b
+      the paper's run; a line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, ...]}
+      or {"text": "..."}
+  python -m melt_serve.train run melt-1.6b ... chunk_size=500 alignment.alignment=0
+      with the paper's chunks, and without aligned attention
+  python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
+  python -m melt_serve.train run ./mine.toml --run runs/mine --resume
+      an hour of a recipe of your own, and the rest
+  tensorboard --logdir runs
+      watch
+"""
+
+PLAN_DESCRIPTION = """\
+Show what a post-training takes, without starting it: steps, tokens, arithmetic, the memory of each device by part, and
+the time. Neither data nor teacher is read, but for the teacher's shape; without one it is Ouro-1.4B's.
+
+Time and what is kept for the backward pass are extrapolated from real steps of each stage that are run now, with random
+weights, on this machine's device: the width divided by --scale, two layers, sequences of two chunks, all loops. Time is
+scaled by arithmetic, so it is that of more of this device; small shapes use a GPU badly, so there it is too long."""
+
+PLAN_EXAMPLES = """\
+examples:
+  python -m melt_serve.train plan melt-1.6b --processes 8
+      the paper's run on eight devices like this one
+  python -m melt_serve.train plan melt-1.6b --scale 1
+      measured at the recipe's own width, on a GPU
+  python -m melt_serve.train plan ./mine.toml micro_batch=4 checkpoint_chunks=false
+"""
+
+HELP_RUN = "folder for states and logs (default: runs/RECIPE)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit code: 0 when done, 3 when a sitting ended first, 130 after Ctrl-C.
+
+    Args:
+        argv: the words after `python -m melt_serve.train`, by default the process's own.
+    """
+    from melt_serve.train.recipe_files import bundled_recipes
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m melt_serve.train", description="Train MELT checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
         help="remake the bundled checkpoints from nothing",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
+        description=DEMO_DESCRIPTION,
+        epilog=DEMO_EXAMPLES,
         formatter_class=raw,
     )
+    demo.set_defaults(run_command=run_demo)
     add = demo.add_argument
     add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
     add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
-    add("--resume", action="store_true", help="go on with the run in that folder")
-    add("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
-    add("--questions", type=int, default=1000, metavar="N", help="held-out questions to measure on (default: 1000)")
+    add_sitting(demo)
+    add_questions(demo)
+
+    run = commands.add_parser(
+        "run",
+        help="follow a recipe: make a MELT from a LoopLM of your own",
+        description=RUN_DESCRIPTION.format(recipes=", ".join(bundled_recipes())),
+        epilog=RUN_EXAMPLES,
+        formatter_class=raw,
+    )
+    run.set_defaults(run_command=run_recipe)
+    add_recipe(run)
+    run.add_argument("--run", type=Path, help=HELP_RUN)
+    add_sitting(run)
+    add_questions(run)
+
+    plan = commands.add_parser(
+        "plan",
+        help="see what a recipe takes, without starting it",
+        description=PLAN_DESCRIPTION,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=raw,
+    )
+    plan.set_defaults(run_command=run_plan)
+    add_recipe(plan)
+    plan.add_argument("--processes", type=int, default=1, metavar="P", help="devices that share the work (default: 1)")
+    plan.add_argument("--scale", type=int, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
+
     show_data.add_command(commands)
-    arguments = parser.parse_args()
-    if arguments.command == "data":
-        return show_data.run(arguments)
-    if arguments.questions < 1:
-        demo.error(f"--questions must be at least 1, not {arguments.questions}")
-    if arguments.minutes < 0:
-        demo.error(f"--minutes must not be negative, but is {arguments.minutes}")
-    return run(arguments)
+
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest  # argparse takes no key=value after a flag
+    if getattr(arguments, "questions", 1) < 1:
+        parser.error(f"--questions must be at least 1, not {arguments.questions}")
+    for flag in ("processes", "scale"):
+        if getattr(arguments, flag, 1) < 1:
+            parser.error(f"--{flag} must be at least 1, not {getattr(arguments, flag)}")
+    if getattr(arguments, "minutes", 0) < 0:
+        parser.error(f"--minutes must not be negative, but is {arguments.minutes}")
+    return arguments.run_command(arguments)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def add_sitting(command: argparse.ArgumentParser) -> None:
+    """The flags of a run in many sittings."""
+    command.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    command.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
+
+
+def add_questions(command: argparse.ArgumentParser) -> None:
+    """The flag of what is measured in the end."""
+    command.add_argument(
+        "--questions",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="held-out questions to measure the bundled checkpoints on (default: 1000)",
+    )
+
+
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    """A recipe and what is changed of it."""
+    command.add_argument("recipe", metavar="RECIPE", help="a bundled recipe's name, or a TOML file")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="change a field of the recipe")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
     """`python -m melt_serve.train demo`."""
-    from melt_serve.train.demo import make_checkpoints
-    from melt_serve.train.evaluate import table
     from melt_serve.train.recipe import Recipe
+
+    recipe = Recipe(output=str(arguments.out)).seeded(arguments.seed)
+    return follow(recipe, arguments, arguments.run, f"demo --resume --run {arguments.run}")
+
+
+def run_recipe(arguments: argparse.Namespace) -> int:
+    """`python -m melt_serve.train run`."""
+    from melt_serve.train.recipe_files import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+    except RecipeError as error:
+        return fail(error)
+    folder = arguments.run or Path("runs") / Path(arguments.recipe).stem
+    words = " ".join([arguments.recipe, *arguments.overrides])
+    return follow(recipe, arguments, folder, f"run {words} --resume --run {folder}")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`python -m melt_serve.train plan`."""
+    import torch
+
+    from melt_serve.plan import PlanError, shape_of
+    from melt_serve.train.plan import MEASURED_STEPS, plan, table
+    from melt_serve.train.recipe import PostTraining
+    from melt_serve.train.recipe_files import RecipeError, load_recipe
+
+    defaults = {"teacher": "ouro-1.4b", "data": {"files": "-"}, "output": "-"}
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides, defaults)
+        if not isinstance(recipe, PostTraining):
+            raise RecipeError(f"{arguments.recipe} is of the bundled kind; only a post-training can be planned")
+        teacher = shape_of(recipe.teacher)
+    except (PlanError, RecipeError) as error:
+        return fail(error)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.recipe}: {recipe.teacher}, C={recipe.chunk_size}, sequences of {recipe.sequence_length:,} tokens, "
+        f"{recipe.sequences} a step, {arguments.processes} processes, {recipe.dtype}"
+    )
+    print(table(plan(recipe, teacher, arguments.processes, arguments.scale)))
+    print(
+        f"\ntime: from {MEASURED_STEPS} steps of each stage at 1/{arguments.scale} of the width on {device}, by FLOPs"
+    )
+    return 0
+
+
+def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folder: Path, again: str) -> int:
+    """Run what a recipe says, whichever kind it is, for one sitting.
+
+    Args:
+        again: the words that go on with the run.
+    """
+    from melt_serve.train.logs import LOG, plot_losses
+    from melt_serve.train.posttrain import post_train
+    from melt_serve.train.recipe import PostTraining
+    from melt_serve.train.datasets import DataError
     from melt_serve.train.trainer import Paused, Sitting, TrainingError
 
-    again = f"go on with: python -m melt_serve.train demo --resume --run {arguments.run}"
+    again = f"go on with: python -m melt_serve.train {again}"
     sitting = Sitting(arguments.minutes)
     try:
-        if not arguments.resume and any(arguments.run.glob("*.state.pt")):
-            raise TrainingError(f"{arguments.run} holds a run already: add --resume, or choose another --run folder")
-        recipe = Recipe().seeded(arguments.seed)
-        scores = make_checkpoints(recipe, arguments.run, arguments.out, sitting, arguments.questions)
+        if not arguments.resume and any(folder.glob("*.state.pt")):
+            raise TrainingError(f"{folder} holds a run already: add --resume, or choose another --run folder")
+        if isinstance(recipe, PostTraining):
+            post_train(recipe, folder, sitting)
+            wrote = recipe.output
+        else:
+            wrote = make_bundled(recipe, folder, sitting, arguments.questions)
     except Paused:
+        plot_losses(folder)
         print(f"paused, everything is saved; {again}", file=sys.stderr)
         return 3 if sitting.signal is None else 128 + sitting.signal
     except KeyboardInterrupt:
         print(f"\nstopped, the training is saved; {again}", file=sys.stderr)
         return 130
-    except (OSError, TrainingError) as error:
-        print(f"melt_serve.train: error: {error}", file=sys.stderr)
-        return 1
-    print(table(scores))
-    print(f"wrote {arguments.out}/looplm-demo and {arguments.out}/melt-demo; losses: {arguments.run}/losses.jsonl")
+    except (OSError, DataError, TrainingError) as error:
+        return fail(error)
+    plot = plot_losses(folder)
+    print(f"wrote {wrote}; losses: {folder / LOG}" + (f" and {plot}" if plot else ""))
     return 0
+
+
+def make_bundled(recipe: "Recipe", folder: Path, sitting: "Sitting", questions: int) -> str:
+    """Make both checkpoints of the bundled kind, show their table, and say where they are."""
+    from melt_serve.train.demo import make_checkpoints
+    from melt_serve.train.evaluate import table
+
+    target = Path(recipe.output or CHECKPOINTS)
+    print(table(make_checkpoints(recipe, folder, target, sitting, questions)))
+    return f"{target}/looplm-demo and {target}/melt-demo"
+
+
+def fail(error: Exception) -> int:
+    """Say what went wrong in one line; the exit code of a failure."""
+    print("melt_serve.train: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

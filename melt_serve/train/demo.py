@@ -4,26 +4,26 @@ Five stages, each resumable: the teacher; the same model with one loop, to see w
 interpolated transition; phase 2, attention-aligned distillation; the exit gate. Then a table of held-out questions.
 """
 
-import random
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig
+from melt_serve.config import DECODE_MODES, LoopLMConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
-from melt_serve.train.data import Batch, training_batch
+from melt_serve.train.data import training_batch
+from melt_serve.train.distil import loops_of, melt_config, plain, run_phase, student_of
 from melt_serve.train.evaluate import Score, score
 from melt_serve.train.export import export, student_card, teacher_card
-from melt_serve.train.losses import cross_entropy_over_loops, distillation
-from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Stage
-from melt_serve.train.student import Student, ask_teacher
+from melt_serve.train.logs import LOG, minutes_trained
+from melt_serve.train.losses import cross_entropy_over_loops
+from melt_serve.train.recipe import Distillation, Pretraining, Recipe
+from melt_serve.train.student import Student
 from melt_serve.train.tasks import KINDS
 from melt_serve.train.tokenizer import MAX_TOKENS, VOCABULARY, build_tokenizer
-from melt_serve.train.trainer import LOG, Losses, Sitting, minutes_trained, run_stage
+from melt_serve.train.trainer import Losses, Sitting, run_stage
 
 EXIT_BIAS = -3.0
 """The exit gate's bias before it is trained: a token leaves after a loop with a probability of about one in twenty."""
@@ -98,58 +98,16 @@ def distil(
     folder: Path,
     sitting: Sitting,
 ) -> None:
-    """One phase of post-training: rows become MELT's, or attention follows the teacher's, or tokens learn to leave."""
-    layers = student.config.num_hidden_layers
-
-    def losses(step: int) -> Losses:
-        batch = training_batch(tokenizer, stage.batch, stage.seed, step)
-        tokens = batch.real if stage.loss_on == "all" else batch.before_reply
-        loops = loops_of(stage, step)
-        wanted = ask_teacher(teacher, batch, tokens, loops, attention=stage.alignment > 0)
-        given = student.study(
-            batch,
-            tokens,
-            loops,
-            alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
-            teacher_attention=wanted.attention,
-            decode_aware=runs_as_decoded(stage, step),
-            thresholds=drawn_thresholds(stage, step, batch),
-        )
-        parts = {"kd": distillation(wanted.logits, given.logits)}
-        loss = parts["kd"]
-        if stage.alignment:
-            parts["attention"] = given.distance / batch.real.sum() / (layers * loops)
-            loss = loss + stage.alignment * parts["attention"]
-        if given.loops_run is not None:
-            parts["loops"] = given.loops_run / batch.real.sum()
-            loss = loss + stage.loop_price * parts["loops"]
-        return {"loss": loss, **parts}
-
-    gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
-    base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
-    groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
-    optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
-    run_stage(name, stage, student, [optimizer], losses, folder, sitting)
-
-
-def loops_of(stage: Stage, step: int) -> int:
-    """The loops this batch runs."""
-    return random.Random(f"loops {stage.seed} {step}").choice(stage.loops)
-
-
-def drawn_thresholds(stage: Distillation, step: int, batch: Batch) -> Tensor | None:
-    """An exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
-    draw = random.Random(f"thresholds {stage.seed} {step}")
-    if not stage.loop_price or draw.random() >= stage.exit_share:
-        return None
-    return torch.rand(batch.input_ids.shape, generator=torch.Generator().manual_seed(draw.getrandbits(63)))
-
-
-def runs_as_decoded(stage: Distillation, step: int) -> bool:
-    """Whether this batch's replies run token by token."""
-    if step < stage.decode_aware_from * stage.steps:
-        return False
-    return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share
+    """One phase of post-training on the task's questions."""
+    run_phase(
+        name,
+        stage,
+        teacher,
+        student,
+        lambda step: [training_batch(tokenizer, stage.batch, stage.seed, step)],
+        folder,
+        sitting,
+    )
 
 
 def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokenizerFast) -> OuroForCausalLM:
@@ -180,15 +138,11 @@ def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokeni
 
 def fresh_student(teacher: OuroForCausalLM, recipe: Recipe, **gate: str) -> Student:
     """The teacher's weights with a fresh gate, as `melt-serve convert` makes it; `gate` are config fields."""
-    facts = {
-        key: value for key, value in teacher.config.to_dict().items() if key not in ("model_type", "architectures")
-    }
     shape = recipe.shape
-    config = MeltConfig(**facts, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate)
-    torch.manual_seed(recipe.seed + 1)
-    student = Student(config).train()
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    return student
+    config = melt_config(
+        teacher.config, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate
+    )
+    return student_of(teacher, recipe.seed + 1, config)
 
 
 def measure(
@@ -205,10 +159,3 @@ def measure(
         *score(melt, tokenizer, "melt-demo", depths, count, DECODE_MODES),
         *score(melt, tokenizer, "melt-demo", [loops], count, DECODE_MODES, EXIT_THRESHOLDS),
     ]
-
-
-def plain(student: Student) -> MeltForCausalLM:
-    """The student as the reference model, to be evaluated and saved."""
-    melt = MeltForCausalLM(student.config)
-    melt.load_state_dict(student.state_dict())
-    return melt.eval()

@@ -1,37 +1,56 @@
 """What comes out of training: checkpoint folders that transformers and vLLM take as they are, with cards."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from textwrap import fill
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
+from melt_serve.convert import copy_the_rest, licence_of
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.evaluate import Score
-from melt_serve.train.recipe import Recipe, Stage
+from melt_serve.train.logs import NOT_LOSSES, minutes_trained, read_log
+from melt_serve.train.recipe import PostTraining, Recipe, Stage
 
 WIDTH = 100
 
 
 def export(
-    model: OuroForCausalLM | MeltForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, target: Path
+    model: OuroForCausalLM | MeltForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+    target: Path,
+    source: Path | None = None,
 ) -> None:
-    """Write weights, config, tokenizer, chat template and card; `target` is replaced whole or not at all."""
+    """Write weights, config, tokenizer, chat template and card; `target` is replaced whole or not at all.
+
+    Args:
+        source: a checkpoint whose own tokenizer files, generation defaults and licence are carried over.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
     part = target.with_name(f".{target.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if source is not None:
+            copy_the_rest(source, part)
         (part / "README.md").write_text(card, encoding="utf-8")
         for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
             shutil.copymode(part / "README.md", weights)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -77,6 +96,7 @@ def card(
         "teacher with shared rows (gate type `last`) and no post-training. Greedy, whole answers right, of "
         f"{scores[0].questions:,}; reference model, float32."
     )
+    made = {stage: getattr(recipe, stage) for stage in stages}
     parts = [
         f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}",
         fill(what, WIDTH),
@@ -84,12 +104,57 @@ def card(
         "    python -m melt_serve.train demo",
         "## Recipe",
         fill(how, WIDTH),
-        stage_table(recipe, stages),
+        stage_table(made),
         "## Held-out questions",
         fill(names, WIDTH),
         score_table(scores),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def run_card(model: MeltForCausalLM, recipe: PostTraining, log: Path) -> str:
+    """The model card of a MELT made from a LoopLM of the user's own.
+
+    Args:
+        log: every step's losses.
+    """
+    config, teacher = model.config, Path(recipe.teacher).resolve()
+    what = (
+        f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
+        f"{config.chunk_size} tokens, `{config.decode_mode}` decode mode, at most {config.max_loops} loops. Its KV "
+        f"cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{teacher.name}`."
+    )
+    how = (
+        f"Post-trained on {', '.join(f'`{Path(file).name}`' for file in recipe.data.files)} in sequences of at most "
+        f"{recipe.sequence_length:,} tokens, {recipe.batch_tokens:,} tokens a step, in {recipe.dtype}, seed "
+        f"{recipe.seed}. All steps together took {minutes_trained(log):,.1f} minutes. Nothing but the losses below was "
+        "measured: evaluate it before you rely on it."
+    )
+    parts = [
+        f"---\n{licence_of(teacher)}library_name: melt_serve\n---\n\n# {Path(recipe.output).name}",
+        fill(what, WIDTH),
+        "## Recipe",
+        fill(how, WIDTH),
+        stage_table(recipe.stages),
+        "## Losses",
+        fill("Means of the first and the last tenth of each stage's steps.", WIDTH),
+        loss_table(log),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def loss_table(log: Path) -> str:
+    """How far every part of the loss came in every stage."""
+    rows = ["| stage | part | first | last |", "|---" * 4 + "|"]
+    entries = read_log(log)
+    for stage in dict.fromkeys(entry["stage"] for entry in entries):
+        steps = [entry for entry in entries if entry["stage"] == stage]
+        for part in [key for key in dict.fromkeys(key for entry in steps for key in entry) if key not in NOT_LOSSES]:
+            values = [entry[part] for entry in steps if part in entry]
+            tenth = max(1, len(values) // 10)
+            first, last = (sum(some) / tenth for some in (values[:tenth], values[-tenth:]))
+            rows.append(f"| {stage} | {part.replace('_', ' ')} | {first:.4g} | {last:.4g} |")
+    return "\n".join(rows)
 
 
 def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
@@ -103,13 +168,12 @@ def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
     )
 
 
-def stage_table(recipe: Recipe, names: Sequence[str]) -> str:
+def stage_table(stages: Mapping[str, Stage]) -> str:
     """Every field of these stages."""
-    stages: list[Stage] = [getattr(recipe, name) for name in names]
-    rows = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    rows = [f"| | {' | '.join(f'`{name}`' for name in stages)} |", "|---" * (len(stages) + 1) + "|"]
     rows += [
-        f"| {field.name} | {' | '.join(str(getattr(stage, field.name)) for stage in stages)} |"
-        for field in fields(stages[0])
+        f"| {field.name} | {' | '.join(str(getattr(stage, field.name)) for stage in stages.values())} |"
+        for field in fields(next(iter(stages.values())))
     ]
     return "\n".join(rows)
 

@@ -14,15 +14,18 @@ def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def distillation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def distillation(teacher_logits: Tensor, student_logits: Tensor, tokens: int | None = None) -> Tensor:
     """L_KD: KL(teacher_t || student_t) in nats, mean over loops and tokens, at temperature 1 (our choice).
 
     Args:
         teacher_logits, student_logits: [T, tokens, V].
+        tokens: that the mean is over, where these are only some of them.
     """
+    loops, given, _ = student_logits.shape
     teacher = F.log_softmax(teacher_logits.float(), dim=-1).flatten(0, 1)
     student = F.log_softmax(student_logits.float(), dim=-1).flatten(0, 1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return divergence / (loops * (given if tokens is None else tokens))
 
 
 def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from melt_serve.train.datasets import BrokenRecord, Corpus, DataError, Place, Re
 from melt_serve.train.documents import Document, TooLong, documents_of, fitted
 
 logger = logging.getLogger(__name__)
+Broken = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Packing:
         too_long: what to do with a document of more than S tokens: `cut` keeps its beginning, `split` makes several of
             it that do not see each other, `drop` leaves it out.
         broken: `fail` at the first record that cannot be learnt from, or `skip` and count them.
+        alone: every document has a pack to itself.
     """
 
     length: int
@@ -53,7 +55,8 @@ class Packing:
     streaming: bool = False
     window: int = 1024
     too_long: TooLong = "cut"
-    broken: Literal["fail", "skip"] = "fail"
+    broken: Broken = "fail"
+    alone: bool = False
 
     def __post_init__(self) -> None:
         for name in ("length", "chunk_size", "batch", "window"):
@@ -161,7 +164,10 @@ class Batches:
             return False
         before = replace(self.counts)
         documents = [document for record in records for document in self.documents_of(record)]
-        chosen = best_fit([len(document) for document in documents], self.packing.length, self.packing.chunk_size)
+        if self.packing.alone:
+            chosen = [[number] for number in range(len(documents))]
+        else:
+            chosen = best_fit([len(document) for document in documents], self.packing.length, self.packing.chunk_size)
         random.Random(f"packs {self.packing.seed} {self.epoch} {self.next_place}").shuffle(chosen)
         # Only now, so that a window that could not be read leaves a state that is good.
         self.place, self.next_place, self.counts_before = self.next_place, after, before

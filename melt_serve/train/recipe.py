@@ -1,9 +1,25 @@
-"""Every choice of a training run, typed. Where the paper is silent the choice is ours."""
+"""Every choice of a training run, typed. Where the paper is silent the choice is ours.
+
+Plain dataclasses; `recipe_files.py` checks what files and command lines say against the types here.
+"""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from melt_serve.config import DecodeMode, GateType
 
 Tokens = Literal["reply", "all"]
+Dtype = Literal["float32", "bfloat16"]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Depths = Annotated[tuple[Count, ...], Field(min_length=1)]
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one), Field(min_length=1)
+]
+FORBID: ConfigDict = {"extra": "forbid"}
 
 DEPTHS = (1, 2, 3, 4, 4, 4, 6, 8)
 """Loops that the bundled MELT is post-trained at."""
@@ -13,13 +29,15 @@ DEPTHS = (1, 2, 3, 4, 4, 4, 6, 8)
 class Shape:
     """The models' shape; the student has the teacher's, and a gate."""
 
-    hidden_size: int = 192
-    intermediate_size: int = 576
-    layers: int = 1
-    heads: int = 6
-    loops: int = 4
-    max_loops: int = 8
-    chunk_size: int = 32
+    __pydantic_config__: ClassVar = FORBID
+
+    hidden_size: Count = 192
+    intermediate_size: Count = 576
+    layers: Count = 1
+    heads: Count = 6
+    loops: Count = 4
+    max_loops: Count = 8
+    chunk_size: Count = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class Stage:
 
     Attributes:
         learning_rate: AdamW's; for the teacher that of vectors and embeddings only.
-        batch: questions a step.
+        batch: questions, or sequences, a step.
         loops: each batch runs one of these, drawn at random; so the model learns to be asked at any depth.
         warmup: steps in which the learning rates rise from zero.
         decay_from: the share of the steps after which they fall linearly to zero.
@@ -36,14 +54,16 @@ class Stage:
         seed: of the data's order.
     """
 
-    steps: int
-    learning_rate: float
-    batch: int = 24
-    loops: tuple[int, ...] = (4,)
-    warmup: int = 30
-    decay_from: float = 0.5
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    __pydantic_config__: ClassVar = FORBID
+
+    steps: Count
+    learning_rate: Rate
+    batch: Count = 24
+    loops: Depths = (4,)
+    warmup: Count = 30
+    decay_from: Share = 0.5
+    weight_decay: Rate = 0.01
+    clip: Rate = 1.0
     seed: int = 0
 
 
@@ -63,9 +83,9 @@ class Pretraining(Stage):
             weights are 1, add to the residual stream.
     """
 
-    aloud_until: float = 0.2
-    matrix_learning_rate: float = 7e-3
-    embedding_std: float = 1.0
+    aloud_until: Share = 0.2
+    matrix_learning_rate: Rate = 7e-3
+    embedding_std: Rate = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,14 +108,14 @@ class Distillation(Stage):
             does not forget how.
     """
 
-    gate_learning_rate: float = 3e-3
+    gate_learning_rate: Rate = 3e-3
     loss_on: Tokens = "reply"
     interpolate: bool = False
-    alignment: float = 0.0
-    decode_aware_from: float = 1.0
-    decode_aware_share: float = 0.5
-    loop_price: float = 0.0
-    exit_share: float = 0.5
+    alignment: Rate = 0.0
+    decode_aware_from: Share = 1.0
+    decode_aware_share: Share = 0.5
+    loop_price: Rate = 0.0
+    exit_share: Share = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,10 @@ class Recipe:
 
     Attributes:
         shallow: a LoopLM of one loop on the teacher's data: what the same weights learn without depth.
+        output: folder for both; by default they replace the bundled ones.
     """
+
+    __pydantic_config__: ClassVar = FORBID
 
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
@@ -120,10 +143,97 @@ class Recipe:
         steps=600, learning_rate=3e-4, loops=(2, 3, 4, 4, 6, 8, 8), decode_aware_from=0.0, loop_price=0.02
     )
 
+    output: str | None = None
+
     def seeded(self, seed: int) -> "Recipe":
         """The same recipe with other weights and other data."""
         stages = {name: replace(getattr(self, name), seed=seed) for name in STAGES}
         return replace(self, seed=seed, **stages)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learnt from.
+
+    Attributes:
+        files: `.jsonl` and `.parquet` files, and folders that a Hugging Face dataset was saved to, with `messages` or
+            `text`; `python -m melt_serve.train data` shows what a run would learn from them.
+        pack: fill a sequence with documents that do not see each other; otherwise it is one document.
+        streaming, window, too_long, broken: see `packing.Packing`.
+    """
+
+    __pydantic_config__: ClassVar = FORBID
+
+    files: Paths
+    pack: bool = True
+    streaming: bool = False
+    window: Count = 1024
+    too_long: Literal["cut", "split", "drop"] = "cut"
+    broken: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True)
+class PostTraining:
+    """A LoopLM of one's own into a MELT.
+
+    Attributes:
+        teacher: folder of the LoopLM's checkpoint, in Ouro's format.
+        output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
+        chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
+        max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
+        sequence_length: tokens; see `Data` for longer documents.
+        batch_tokens: sequences a step times their length, padding included.
+        micro_batch: sequences that a process runs at once; the gradients of a step's are added up.
+        dtype: `bfloat16`: weights and optimizer in float32, everything that is computed in bfloat16.
+        checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
+        save_steps, save_minutes: the run's state is saved when either has passed.
+        exits: none, or a stage that teaches tokens to leave early (our addition).
+    """
+
+    __pydantic_config__: ClassVar = FORBID
+
+    teacher: str
+    data: Data
+    output: str
+    transition: Distillation
+    alignment: Distillation
+    exits: Distillation | None = None
+    chunk_size: Count = 512
+    decode_mode: DecodeMode = "token"
+    gate_type: GateType = "elementwise"
+    max_loops: Count | None = None
+    sequence_length: Annotated[int, Field(ge=2)] = 10_000
+    batch_tokens: Count = 320_000
+    micro_batch: Count = 1
+    dtype: Dtype = "bfloat16"
+    checkpoint_chunks: bool = True
+    save_steps: Count = 50
+    save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens % (self.sequence_length * self.micro_batch):
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length} * "
+                f"micro_batch={self.micro_batch}; set one of them so that whole micro-batches fill a step"
+            )
+        for name, stage in self.stages.items():
+            if self.data.pack and stage.decode_aware_from < 1:
+                raise ValueError(
+                    f"{name}.decode_aware_from={stage.decode_aware_from}: replies run token by token in documents of "
+                    "their own only; set data.pack=false, or decode_aware_from=1"
+                )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences a step, of all processes together."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def stages(self) -> dict[str, Distillation]:
+        """The stages by name, in the order they run, with the batch in sequences."""
+        named = {"transition": self.transition, "alignment": self.alignment, "exits": self.exits}
+        return {name: replace(stage, batch=self.sequences, seed=self.seed) for name, stage in named.items() if stage}
 
 
 STAGES = ("teacher", "shallow", "transition", "alignment", "exits")

@@ -5,10 +5,12 @@ Source: arXiv 2605.07721, the two phases; README.md. Letters as in `melt_serve.m
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
 from melt_serve.config import MeltConfig
@@ -60,7 +62,13 @@ class DrawnDepths(ChunkDepths):
 
 
 class Student(MeltForCausalLM):
-    """A MELT whose `run_chunk` can also mix rows and compare attention outputs; same weights, same keys."""
+    """A MELT whose `run_chunk` can also mix rows and compare attention outputs; same weights, same keys.
+
+    Attributes:
+        checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
+    """
+
+    checkpoint_chunks = False
 
     def study(
         self,
@@ -88,7 +96,7 @@ class Student(MeltForCausalLM):
         """
         if decode_aware and batch.prompt_lengths is None:
             raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
-        rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds)
+        rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds, self.checkpoint_chunks)
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -107,6 +115,20 @@ class Student(MeltForCausalLM):
             return super().run_chunk(x, chunk, rows, loops, depths)
         if rows.thresholds is not None:
             depths = DrawnDepths(chunk, loops, rows.thresholds.gather(1, chunk.columns))
+        if not self.checkpoint_chunks:
+            return self.run_loops(x, chunk, rows, loops, depths)
+        before, fresh = rows.copied(), depths  # a second run must find what the first one found, and write nothing
+
+        def run(x: Tensor) -> tuple[list[Tensor], TrainingRows]:
+            after = before.copied()
+            return self.run_loops(x, chunk, after, loops, copy(fresh)), after
+
+        states, after = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        rows.__dict__.update(after.__dict__)
+        return states
+
+    def run_loops(self, x: Tensor, chunk: Chunk, rows: "TrainingRows", loops: int, depths: ChunkDepths) -> list[Tensor]:
+        """T loops over one chunk, as in `MeltForCausalLM.run_chunk`."""
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
         before_last, at_last = rows.begin(chunk, loops)
         h: list[Tensor | None] = [None] * len(self.model.layers)
@@ -143,11 +165,15 @@ class TrainingRows(MeltRows):
         alpha: float,
         teacher_attention: list[Tensor] | None,
         thresholds: Tensor | None,
+        in_pieces: bool = False,
     ):
+        """Before the first chunk; `in_pieces` if many copies of the rows are to share their memory."""
         device = batch.input_ids.device
         super().__init__(config, len(batch.input_ids), device)
         self.alpha = alpha
-        self.looplm: dict[tuple[int, int], DynamicLayer] = {}
+        self.looplm: dict[tuple[int, int], DynamicLayer | Pieces] = {}
+        self.kind = Pieces if in_pieces else DynamicLayer
+        self.layers: list[DynamicLayer | Pieces] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
         self.thresholds = thresholds
         self.distance = torch.zeros((), device=device)
@@ -161,7 +187,7 @@ class TrainingRows(MeltRows):
         Args:
             melt, looplm: K and V of the chunk by either model, [B, KV heads, Q, D] each.
         """
-        past = self.looplm.setdefault((layer, loop), DynamicLayer())
+        past = self.looplm.setdefault((layer, loop), self.kind())
         k, v = self.write(layer, loop, *melt)
         k_looplm, v_looplm = past.update(*looplm)
         return torch.lerp(k_looplm, k, self.alpha), torch.lerp(v_looplm, v, self.alpha)
@@ -174,10 +200,17 @@ class TrainingRows(MeltRows):
         return needed
 
     def finish(self, chunk: Chunk) -> None:
-        """A batch is one call, so no chunk is gone on with: its rows per loop are dropped in `chunk` mode, too."""
+        """Also drop what is left open in `chunk` mode: a batch is one call, and nothing goes on with it."""
         super().finish(chunk)
         self.open_positions = self.open_positions[:, :0]
         del self.layers[self.config.num_hidden_layers :]
+
+    def copied(self) -> "TrainingRows":
+        """These rows, to be written to without a change to these."""
+        other = copy(self)
+        other.layers = [copy(rows) for rows in self.layers]
+        other.looplm = {key: copy(rows) for key, rows in self.looplm.items()}
+        return other
 
     def count(self, chunk: Chunk, depths: ChunkDepths) -> None:
         """Add the loop that is about to run, weighed by each token's probability to run it."""
@@ -190,6 +223,33 @@ class TrainingRows(MeltRows):
         o_teacher = self.teacher_attention[(loop - 1) * self.config.num_hidden_layers + layer]
         o_teacher = o_teacher.gather(1, chunk.columns[:, :, None].expand_as(o))
         self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0)
+
+
+class Pieces:
+    """Rows of one layer as the chunks wrote them, joined anew by everyone who reads: copies share all memory."""
+
+    def __init__(self) -> None:
+        self.pieces: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there are rows."""
+        return bool(self.pieces)
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, KV heads, tokens, D]."""
+        return torch.cat([keys for keys, _ in self.pieces], dim=-2)
+
+    @property
+    def values(self) -> Tensor:
+        """[B, KV heads, tokens, D]."""
+        return torch.cat([values for _, values in self.pieces], dim=-2)
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a chunk's rows; give all."""
+        self.pieces = (*self.pieces, (keys, values))
+        return self.keys, self.values
 
 
 @torch.no_grad()

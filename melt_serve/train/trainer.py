@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from melt_serve.train.logs import LOG, board, forget_after
 from melt_serve.train.recipe import Stage
 
-SAVE_SECONDS = 60
-LOG = "losses.jsonl"
 Losses = dict[str, Tensor]
 """The parts of a loss by name; `loss` is what is minimised."""
 
@@ -30,6 +29,17 @@ class Paused(Exception):
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why, and what is on disk is good."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A run's state is saved when this many steps or minutes have passed since the last time."""
+
+    steps: float = math.inf
+    minutes: float = 1.0
+
+
+EVERY_MINUTE = Saving()
 
 
 class Sitting:
@@ -70,11 +80,13 @@ def run_stage(
     losses: Callable[[int], Losses],
     folder: Path,
     sitting: Sitting,
+    saving: Saving = EVERY_MINUTE,
 ) -> None:
     """Train `model` for the stage's steps, going on from what `folder` holds of it.
 
-    Every step's losses become a line of `folder/losses.jsonl`. The state is saved every minute, at the end,
-    and when the sitting is over; on one machine an interrupted run computes bit for bit what an unbroken one does.
+    Every step's losses become a line of `folder/losses.jsonl`, and points in TensorBoard. The state is saved as
+    `saving` says, at the end, and when the sitting is over; on one machine an interrupted run computes bit for bit
+    what an unbroken one does.
 
     Args:
         name: the stage's, unique in its folder.
@@ -82,18 +94,19 @@ def run_stage(
 
     Raises:
         Paused: the sitting ended first.
-        TrainingError: the gradient is not finite, or `folder` holds the state of another recipe.
+        TrainingError: the gradient is not finite, the state cannot be saved, or `folder` holds that of another recipe.
     """
     state_file = folder / f"{name}.state.pt"
     step = load_state(state_file, stage, model, optimizers)
     forget_after(folder / LOG, name, step)
     highest = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    saved = time.monotonic()
+    saved, saved_step = time.monotonic(), step
     parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     with (
         sitting.listen(),
         tqdm(total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True) as bar,
         (folder / LOG).open("a", encoding="utf-8") as log,
+        board(folder, name, step) as show,
     ):
         while step < stage.steps:
             begun = time.monotonic()
@@ -105,21 +118,25 @@ def run_stage(
             parts = losses(step)
             parts["loss"].backward()
             norm = nn.utils.clip_grad_norm_(parameters, stage.clip)
+            numbers = {part: value.item() for part, value in parts.items()}
             if not norm.isfinite():
-                raise TrainingError(f"{name}: the gradient of step {step} is not finite; the last saved state is good")
+                raise TrainingError(
+                    f"{name}: the gradient of step {step} is not finite (loss {numbers['loss']}); the last saved state "
+                    "is good. Look at the data of that step, or start a run with a lower learning rate"
+                )
             for optimizer in optimizers:
                 optimizer.step()
-            numbers = {part: value.item() for part, value in parts.items()}
-            seconds = time.monotonic() - begun
-            facts = {"stage": name, "step": step, **numbers, "gradient_norm": norm.item(), "seconds": seconds}
-            log.write(json.dumps(facts) + "\n")
+            numbers |= {"gradient_norm": norm.item(), "seconds": time.monotonic() - begun}
+            log.write(json.dumps({"stage": name, "step": step, **numbers}) + "\n")
+            show({**numbers, "learning_rate_share": share}, step)
             step += 1
             bar.update()
-            bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()}, refresh=False)
-            if step == stage.steps or sitting.over or time.monotonic() - saved > SAVE_SECONDS:
+            bar.set_postfix({part: f"{numbers[part]:.4f}" for part in parts}, refresh=False)
+            due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
+            if step == stage.steps or sitting.over or due:
                 log.flush()
                 save_state(state_file, stage, step, model, optimizers)
-                saved = time.monotonic()
+                saved, saved_step = time.monotonic(), step
             if sitting.over:
                 raise Paused
 
@@ -131,7 +148,11 @@ def share_of_rate(stage: Stage, step: int) -> float:
 
 
 def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Write the run's state, all of it or nothing."""
+    """Write the run's state, all of it or nothing.
+
+    Raises:
+        TrainingError: the disk is full, or fails.
+    """
     part = path.with_name(f".{path.name}.partial")
     state = {
         "stage": asdict(stage),
@@ -139,8 +160,17 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    torch.save(state, part)
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind one of its own
+        part.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        kept = "the one saved before is whole" if path.exists() else "there is none yet"
+        raise TrainingError(f"the state {path} cannot be saved ({reason}); {kept}") from error
 
 
 def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
@@ -162,30 +192,3 @@ def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
     return state["step"]
-
-
-def forget_after(log: Path, name: str, step: int) -> None:
-    """Drop the log lines of steps that a resumed run will repeat."""
-    if not log.exists():
-        return
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if keep_line(line, name, step)]
-    if kept != lines:
-        part = log.with_name(f".{log.name}.partial")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, log)
-
-
-def keep_line(line: str, name: str, step: int) -> bool:
-    """Whether a log line is whole and not one of the steps to come."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return False
-    return entry["stage"] != name or entry["step"] < step
-
-
-def minutes_trained(log: Path) -> float:
-    """The minutes that all steps took together, over all sittings."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(line)["seconds"] for line in lines) / 60

@@ -96,10 +96,13 @@ class PlainTransition(PlainMelt):
         return torch.stack(all_logits)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize(
+    ("alpha", "mode"), [(0.0, "token"), (0.3, "token"), (0.8, "token"), (1.0, "token"), (0.3, "chunk")]
+)
 @torch.no_grad()
-def test_rows_are_mixed_as_written_out_token_by_token(alpha):
-    student, batch = student_of(teacher_of()), ragged()
+def test_rows_are_mixed_as_written_out_token_by_token(alpha, mode):
+    """On the grid, both modes compute the same."""
+    student, batch = student_of(teacher_of(), decode_mode=mode), ragged()
     given = student.study(batch, batch.real, 4, alpha).logits.split([13, 6, 9], dim=1)
     for ids, length, logits in zip(batch.input_ids.tolist(), (13, 6, 9), given, strict=True):
         plain = PlainTransition(student, alpha)
@@ -179,6 +182,42 @@ def test_every_weight_of_the_student_is_taught_and_none_of_the_teachers():
         missing = {key for key, weight in student.named_parameters() if weight.grad is None or not weight.grad.any()}
         assert missing == {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
     assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def study(student, teacher, batch, checkpointed, **how):
+    """A step's answers and gradients, and the bytes kept for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # which also keeps the address from being used again
+        return tensor
+
+    weights = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
+    student.checkpoint_chunks = checkpointed
+    wanted = ask_teacher(teacher, batch, batch.real, 3, attention=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        given = student.study(batch, batch.real, 3, teacher_attention=wanted.attention, **how)
+    loss = given.logits.square().mean() + given.distance
+    if given.loops_run is not None:
+        loss = loss + given.loops_run
+    gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True, materialize_grads=True)
+    size = sum(each.untyped_storage().nbytes() for address, each in kept.items() if address not in weights)
+    return [loss, given.logits, *gradients], size
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+@pytest.mark.parametrize("how", ["mixed", "melt", "decode-aware", "exits"])
+def test_chunks_that_are_run_again_have_the_same_gradients_and_keep_less(mode, how):
+    teacher, batch = teacher_of(), ragged()
+    student = lively_gate(student_of(teacher, decode_mode=mode))
+    thresholds = torch.rand(batch.real.shape, generator=torch.Generator().manual_seed(1))
+    words = {"mixed": {"alpha": 0.4}, "melt": {}, "decode-aware": {"decode_aware": True}}
+    words["exits"] = {"thresholds": thresholds}
+    expected, everything = study(student, teacher, batch, checkpointed=False, **words[how])
+    given, little = study(student, teacher, batch, checkpointed=True, **words[how])
+    for one, other in zip(given, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert little < everything / 5
 
 
 @torch.no_grad()

@@ -1,0 +1,144 @@
+"""One phase of post-training: rows become MELT's, or attention follows the teacher's, or tokens learn to leave.
+
+Source: arXiv 2605.07721; README.md.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.train.data import Batch
+from melt_serve.train.losses import distillation
+from melt_serve.train.recipe import Distillation, Stage
+from melt_serve.train.student import Student, ask_teacher
+from melt_serve.train.trainer import EVERY_MINUTE, Losses, Saving, Sitting, run_stage
+
+
+def run_phase(
+    name: str,
+    stage: Distillation,
+    teacher: OuroForCausalLM,
+    student: Student,
+    batches: Callable[[int], Sequence[Batch]],
+    folder: Path,
+    sitting: Sitting,
+    saving: Saving = EVERY_MINUTE,
+) -> None:
+    """Train the student on what the teacher says.
+
+    Args:
+        batches: the micro-batches of step i; their gradients are added up, as if they were one batch.
+
+    Raises:
+        Paused, TrainingError: see `run_stage`.
+    """
+
+    def losses(step: int) -> Losses:
+        micro_batches = batches(step)
+        answers = sum(int(wanted_tokens(stage, batch).sum()) for batch in micro_batches)
+        tokens = torch.stack([batch.real.sum() for batch in micro_batches]).sum()
+        done: Losses = {}
+        for number, batch in enumerate(micro_batches):
+            parts = phase_losses(stage, step, number, teacher, student, batch, answers, tokens)
+            if number + 1 < len(micro_batches):
+                parts["loss"].backward()
+            done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
+        return done
+
+    gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
+    base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
+    groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
+    optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
+    run_stage(name, stage, student, [optimizer], losses, folder, sitting, saving)
+
+
+def phase_losses(
+    stage: Distillation,
+    step: int,
+    number: int,
+    teacher: OuroForCausalLM,
+    student: Student,
+    batch: Batch,
+    answers: int,
+    tokens: Tensor,
+) -> Losses:
+    """One micro-batch's share of a step's loss, and its parts.
+
+    Args:
+        number: the micro-batch's in its step.
+        answers, tokens: of the whole step, that means are taken over: those with a distilled answer, and all.
+    """
+    wanted_at = wanted_tokens(stage, batch)
+    loops = loops_of(stage, step)
+    wanted = ask_teacher(teacher, batch, wanted_at, loops, attention=stage.alignment > 0)
+    given = student.study(
+        batch,
+        wanted_at,
+        loops,
+        alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
+        teacher_attention=wanted.attention,
+        decode_aware=runs_as_decoded(stage, step),
+        thresholds=drawn_thresholds(stage, step, batch, number),
+    )
+    parts = {"kd": distillation(wanted.logits, given.logits, answers)}
+    loss = parts["kd"]
+    if stage.alignment:
+        parts["attention"] = given.distance / tokens / (student.config.num_hidden_layers * loops)
+        loss = loss + stage.alignment * parts["attention"]
+    if given.loops_run is not None:
+        parts["loops"] = given.loops_run / tokens
+        loss = loss + stage.loop_price * parts["loops"]
+    return {"loss": loss, **parts}
+
+
+def wanted_tokens(stage: Distillation, batch: Batch) -> Tensor:
+    """[B, S], true where the student's answer is compared with the teacher's."""
+    return batch.real if stage.loss_on == "all" else batch.before_reply
+
+
+def loops_of(stage: Stage, step: int) -> int:
+    """The loops this batch runs."""
+    return random.Random(f"loops {stage.seed} {step}").choice(stage.loops)
+
+
+def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int = 0) -> Tensor | None:
+    """An exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
+    draw = random.Random(f"thresholds {stage.seed} {step}")
+    if not stage.loop_price or draw.random() >= stage.exit_share:
+        return None
+    generator = torch.Generator().manual_seed(draw.getrandbits(63) + number)
+    return torch.rand(batch.input_ids.shape, generator=generator).to(batch.input_ids.device)
+
+
+def runs_as_decoded(stage: Distillation, step: int) -> bool:
+    """Whether this batch's replies run token by token."""
+    if step < stage.decode_aware_from * stage.steps:
+        return False
+    return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share
+
+
+def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig) -> Student:
+    """The teacher's weights with a fresh gate, as `melt-serve convert` makes it."""
+    torch.manual_seed(seed)
+    student = Student(config).train()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student
+
+
+def melt_config(teacher: LoopLMConfig, **melt: object) -> MeltConfig:
+    """The config of a MELT made from that LoopLM; `melt` are the fields it has more, or otherwise."""
+    facts = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}
+    return MeltConfig(**{**facts, **melt})
+
+
+def plain(student: Student) -> MeltForCausalLM:
+    """The student as the reference model, to be evaluated and saved."""
+    melt = MeltForCausalLM(student.config)
+    melt.load_state_dict(student.state_dict())
+    return melt.eval()

@@ -1,0 +1,71 @@
+"""A post-training small enough for tests: a teacher of the demo's kind, chats, and a recipe in a file."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
+from melt_serve.train.tasks import questions
+from melt_serve.train.tokenizer import VOCABULARY, build_tokenizer
+from tests.tiny import enliven
+
+RECIPE = """
+kind = "post-training"
+teacher = "{folder}/teacher"
+output = "{folder}/melt"
+data.files = "{folder}/chats.jsonl"
+chunk_size = 16
+sequence_length = 64
+batch_tokens = 256
+micro_batch = 2
+dtype = "float32"
+checkpoint_chunks = false
+[transition]
+steps = 4
+learning_rate = 1e-3
+warmup = 1
+interpolate = true
+loops = [2, 3]
+[alignment]
+steps = 4
+learning_rate = 1e-3
+warmup = 1
+loops = [2, 3]
+alignment = 0.1
+"""
+
+
+def prepare(folder: Path) -> Path:
+    """Write teacher, chats and recipe; give the recipe's path."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LoopLMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        total_ut_steps=3,
+        initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    enliven(OuroForCausalLM(config)).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    (folder / "teacher" / "README.md").write_text("---\nlicense: mit\n---\n")
+    chats = [
+        [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.reply}]
+        for each in islice(questions("train", "run", 4), 9)
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats] + [json.dumps({"text": "Ann is in Rome. " * 3})]
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    return folder / "recipe.toml"
+
+
+def logged(run: Path) -> list[dict]:
+    """Every step's numbers, but the seconds."""
+    entries = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
