@@ -223,10 +223,10 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
     Args:
         again: the words that go on with the run.
     """
+    from melt_serve.train.datasets import DataError
     from melt_serve.train.logs import LOG, plot_losses
     from melt_serve.train.posttrain import post_train
     from melt_serve.train.recipe import PostTraining
-    from melt_serve.train.datasets import DataError
     from melt_serve.train.trainer import Paused, Sitting, TrainingError
 
     again = f"go on with: python -m melt_serve.train {again}"
