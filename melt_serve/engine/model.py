@@ -77,7 +77,7 @@ class KVGate(nn.Module):
                 return torch.lerp(n, h, EMA_KEEP)
         from_input, bias = self.input_proj(n)
         from_state, _ = self.state_proj(h)
-        return gate_blend(from_input + from_state + bias, h, n)
+        return gate_blend(from_input, from_state, bias, h, n)
 
 
 class MeltAttention(nn.Module):
