@@ -21,12 +21,14 @@ Kernels = Literal["auto", "triton", "reference"]
 VARIABLE = "MELT_KERNELS"
 
 
-class KernelError(RuntimeError):
-    """Triton was asked for and cannot run; the message says why."""
+class KernelError(ValueError):
+    """`MELT_KERNELS` asks for what there is not, or cannot run; the message says why."""
 
 
 def chosen() -> Kernels:
     """`MELT_KERNELS`, by default `auto`: Triton for tensors on a GPU, the reference for all others.
+
+    A graph of `torch.compile` keeps what was chosen when it was made.
 
     Raises:
         KernelError: it is none of the words it may be.
