@@ -136,7 +136,7 @@ phase 2 with the operations it needs. Goals are for an H200 and the paper's shap
 BENCH_KERNELS_EXAMPLES = """\
 examples:
   melt-serve bench kernels
-      on a GPU, if there is one, the paper's shape; on a CPU two layers of d=512, which takes some minutes
+      on a GPU, if there is one, the paper's shape; on a CPU two layers of d=256, which takes some minutes
   melt-serve bench kernels --tokens 64,512 --batch 8 --context 128 --train-tokens 0 --no-compile --json
       smaller and quicker, without a training step and torch.compile, and one line of JSON at the end
   melt-serve bench kernels --device cuda --plot kernels.png
@@ -388,7 +388,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     kernels.set_defaults(run=run_bench_kernels)
     add = kernels.add_argument
-    add_device(kernels, "2 layers of d=512")
+    add_device(kernels)
     add("--tokens", type=loop_list, metavar="N,N", help="of a step (default: 64,16384; on a CPU 64,1024)")
     add("--batch", type=positive, default=64, metavar="N", help="sequences that a layer decodes (default: 64)")
     add("--context", type=positive, metavar="N", help="tokens each of them has (default: 1024; on a CPU 128)")
@@ -406,7 +406,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     reference.set_defaults(run=run_bench_reference)
     add = reference.add_argument
-    add_device(reference, "2 layers of d=256")
+    add_device(reference)
     add("--loops", type=loop_list, default=[1, 2, 4, 8, 16], metavar="T,T", help="depths (default: 1,2,4,8,16)")
     add("--batch", type=positive, default=8, metavar="N", help="sequences at once (default: 8)")
     add("--prompt", type=positive, default=64, metavar="N", help="tokens of a prompt (default: 64)")
@@ -415,7 +415,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_output(reference)
 
 
-def add_device(bench: argparse.ArgumentParser, small: str) -> None:
+def add_device(bench: argparse.ArgumentParser) -> None:
     """Where a measurement without an engine runs, and on what."""
     bench.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one"
@@ -423,7 +423,7 @@ def add_device(bench: argparse.ArgumentParser, small: str) -> None:
     bench.add_argument(
         "--shape",
         choices=("small", "melt-1.6b"),
-        help=f"sizes of the model; small is {small} (default: melt-1.6b on a GPU, small on a CPU)",
+        help="sizes of the model; small is 2 layers of d=256 (default: melt-1.6b on a GPU, small on a CPU)",
     )
 
 

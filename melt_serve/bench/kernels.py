@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError
 from melt_serve.bench.rates import Rates, device_of, measure_rates, seconds
-from melt_serve.bench.shapes import scaled_shape, shape
+from melt_serve.bench.shapes import shape
 from melt_serve.columns import columns
 from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.kernels import gate, rows
@@ -54,7 +54,7 @@ class Options:
 
     Attributes:
         device: `auto`, `cpu` or `cuda`.
-        shape: `melt-1.6b`, the paper's; `small`, 2 layers of d=512; None for the first on a GPU, else the second.
+        shape: `melt-1.6b`, the paper's; `small`, 2 layers of d=256; None for the first on a GPU, else the second.
         tokens: of a step, for each kernel; None for what suits the device, as with the others.
         batch: sequences that decode one token, for the layers.
         context: tokens that each of them has.
@@ -145,8 +145,7 @@ def measure(options: Options) -> Measured:
         raise BenchError(f"MELT_KERNELS={chosen()}: every version is measured here; unset it")
     options = options.on(device)
     assert options.tokens and options.train_tokens is not None and options.shape
-    sizes = shape("melt-1.6b") if options.shape == "melt-1.6b" else scaled_shape(2, 512)
-    sizes = {**sizes, "total_ut_steps": LOOPS}
+    sizes = {**shape(options.shape), "total_ut_steps": LOOPS}
     config = MeltConfig(**sizes, chunk_size=max(1, min(512, options.train_tokens // 4)))
     torch.manual_seed(0)
     try:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError
 from melt_serve.bench.rates import device_of, name_of
-from melt_serve.bench.shapes import scaled_shape, shape
+from melt_serve.bench.shapes import shape
 from melt_serve.columns import columns
 from melt_serve.config import MeltConfig
 from melt_serve.modeling import MeltRows
@@ -77,8 +77,7 @@ def measure(options: Options) -> list[Row]:
     """
     device = device_of(options.device)
     called = options.shape or ("melt-1.6b" if device.type == "cuda" else "small")
-    sizes = shape(called) if called == "melt-1.6b" else scaled_shape(2, 256)
-    sizes = {**sizes, "total_ut_steps": max(options.loops)}
+    sizes = {**shape(called), "total_ut_steps": max(options.loops)}
     torch.manual_seed(0)
     rows = []
     try:

@@ -115,12 +115,14 @@ class OpenRows(Attention):
 
 def fuses_rows(layer: Attention) -> bool:
     """Whether `write_rows` stands for vLLM's RoPE and write of rows: on a GPU, where `MELT_KERNELS` lets it."""
-    return (
-        current_platform.is_cuda()
-        and layer.attn_backend.get_name() in FUSED_BACKENDS
-        and layer.kv_cache_dtype in FUSED_ROWS
-        and takes_triton("write_rows", torch.device("cuda"))
-    )
+    if not current_platform.is_cuda():
+        return False
+    backend, refusal = layer.attn_backend.get_name(), None
+    if backend not in FUSED_BACKENDS:
+        refusal = f"vLLM's attention backend is {backend}, not one of {', '.join(FUSED_BACKENDS)}"
+    elif layer.kv_cache_dtype not in FUSED_ROWS:
+        refusal = f"--kv-cache-dtype is {layer.kv_cache_dtype}, not one of {', '.join(FUSED_ROWS)}"
+    return takes_triton("write_rows", torch.device("cuda"), refusal)
 
 
 def rotate_and_write(

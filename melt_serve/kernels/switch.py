@@ -42,7 +42,7 @@ def chosen() -> Kernels:
 def takes_triton(kernel: str, device: torch.device, refusal: str | None = None) -> bool:
     """Whether the Triton version of `kernel` runs on tensors of this device.
 
-    Where a GPU's tensors go to the reference without having been sent there, a warning says so, once.
+    Where it does not on a GPU though nobody has said so, a warning tells why, once.
 
     Args:
         refusal: what is the matter with these tensors, in words; None if the kernel takes them.
@@ -61,7 +61,7 @@ def takes_triton(kernel: str, device: torch.device, refusal: str | None = None) 
         return True
     if choice == "triton":
         raise KernelError(f"{VARIABLE}=triton cannot run {kernel}: {refusal}")
-    warnings.warn(f"{kernel} runs as its PyTorch reference: {refusal}", stacklevel=3)
+    warnings.warn(f"{kernel} does not run in Triton: {refusal}", stacklevel=3)
     return False
 
 

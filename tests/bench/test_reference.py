@@ -3,7 +3,7 @@
 import json
 
 from melt_serve import cli
-from melt_serve.bench.shapes import scaled_shape
+from melt_serve.bench.shapes import shape
 from melt_serve.config import MeltConfig, kv_bytes_per_token
 
 
@@ -15,7 +15,7 @@ def test_rows_do_not_grow_with_the_loops(capsys, tmp_path):
     rows = json.loads(output.splitlines()[-1])["rows"]
     assert [row["loops"] for row in rows] == [1, 3]
     # The last generated token is never fed in again.
-    held = 2 * (5 + 4 - 1) * kv_bytes_per_token(MeltConfig(**scaled_shape(2, 256)), bytes_per_value=2)
+    held = 2 * (5 + 4 - 1) * kv_bytes_per_token(MeltConfig(**shape("small")), bytes_per_value=2)
     for row in rows:
         assert row["row_bytes"] == held and row["peak_bytes"] is None and len(row["rates"]) == 2
         assert min(row["rates"]) <= row["tokens_per_second"] <= max(row["rates"])

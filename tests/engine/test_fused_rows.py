@@ -4,6 +4,8 @@ On a GPU that is so under vLLM's FlashAttention or Triton backend. Here a backen
 over the same tables, slots and layout of the cache, and like them it reads K and V from the cache alone.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from melt_serve.engine import attention
 from melt_serve.kernels import rows
+from melt_serve.kernels.switch import KernelError
 from tests.engine.engines import distance, engine, generate, prompts, save_melt
 
 
@@ -51,6 +54,26 @@ def fused(monkeypatch):
     monkeypatch.setattr(attention, "fuses_rows", lambda layer: True)
     monkeypatch.setattr(attention, "write_rows", count)
     return written
+
+
+def test_only_on_a_gpu_and_where_vllms_backend_and_rows_allow_it(monkeypatch):
+    def fuses(backend="FLASH_ATTN", dtype="auto"):
+        layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), kv_cache_dtype=dtype)
+        return attention.fuses_rows(layer)
+
+    monkeypatch.delenv("MELT_KERNELS", raising=False)
+    assert not fuses()
+    monkeypatch.setattr(type(attention.current_platform), "is_cuda", lambda self: True)
+    assert fuses() and fuses(dtype="fp8") and fuses("TRITON_ATTN")
+    for refused, says in (({"backend": "FLASHINFER"}, "FLASHINFER"), ({"dtype": "fp8_e5m2"}, "fp8_e5m2")):
+        monkeypatch.setenv("MELT_KERNELS", "auto")
+        with pytest.warns(UserWarning, match=f"write_rows does not run in Triton: .*{says}"):
+            assert not fuses(**refused)
+        monkeypatch.setenv("MELT_KERNELS", "triton")
+        with pytest.raises(KernelError, match=says):
+            fuses(**refused)
+    monkeypatch.setenv("MELT_KERNELS", "reference")
+    assert not fuses()
 
 
 @pytest.mark.parametrize("mode", ["token", "chunk"])

@@ -41,7 +41,7 @@ def test_any_other_word_is_an_error_that_lists_them(monkeypatch, word):
 @pytest.mark.skipif(triton is None, reason="no Triton")
 def test_tensors_a_kernel_does_not_take_are_never_passed_over_in_silence(monkeypatch):
     monkeypatch.setenv("MELT_KERNELS", "auto")
-    with pytest.warns(UserWarning, match="a kernel runs as its PyTorch reference: its tensors are round"):
+    with pytest.warns(UserWarning, match="a kernel does not run in Triton: its tensors are round"):
         assert not takes_triton("a kernel", GPU, refusal="its tensors are round")
     monkeypatch.setenv("MELT_KERNELS", "triton")
     with pytest.raises(KernelError, match="MELT_KERNELS=triton cannot run a kernel: its tensors are round"):
@@ -68,7 +68,7 @@ except UserWarning as warning:
 def test_without_triton_the_references_run():
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["8.0", "a kernel runs as its PyTorch reference: Triton is not installed"]
+    assert run.stdout.splitlines() == ["8.0", "a kernel does not run in Triton: Triton is not installed"]
 
 
 @torch.no_grad()
