@@ -33,6 +33,8 @@ examples:
   melt-serve bench memory                            the same, read from running engines
   melt-serve bench throughput                        tokens a second against a LoopLM, on real engines
   melt-serve bench depth                             time, cache and right answers with more or fewer loops
+  melt-serve bench kernels                           MELT's own arithmetic against what the device copies
+  melt-serve bench reference                         the reference model over loops, on a GPU if there is one
   melt-serve COMMAND --help                          what a command takes"""
 
 CONVERT_DESCRIPTION = """\
@@ -128,6 +130,32 @@ examples:
       the other decode mode, in which an open chunk keeps rows of every loop
   melt-serve bench depth --loops 1,2,4 --mix 2,4 --layers 2 --requests 8 --generated 32 --json
       smaller and quicker, another mix, and one line of JSON at the end"""
+
+BENCH_KERNELS_DESCRIPTION = """\
+Time MELT's kernels and hold them against what the same device copies and multiplies, in one process: the gate, the
+gate with its gradient, and RoPE with the write of K and V rows; each as PyTorch's eager operators, as torch.compile
+makes it, and in Triton (on a GPU). Then a MELT layer against a LoopLM layer, decoding at T=4, and a training step of
+phase 2 with the operations it needs. Goals are for an H200 and the paper's shape; elsewhere there are none."""
+
+BENCH_KERNELS_EXAMPLES = """\
+examples:
+  melt-serve bench kernels
+      on a GPU, if there is one, the paper's shape; on a CPU two layers of d=256, which takes some minutes
+  melt-serve bench kernels --tokens 64,512 --batch 8 --context 128 --train-tokens 0 --no-compile --json
+      smaller and quicker, without a training step and torch.compile, and one line of JSON at the end
+  melt-serve bench kernels --device cuda --plot kernels.png
+      also draw every version beside the time in which the device copies as many bytes"""
+
+BENCH_REFERENCE_DESCRIPTION = """\
+Generate with the reference model, bfloat16, random weights, its gate a fused kernel on a GPU, at every depth: tokens a
+second, the bytes of K and V rows at the end, and on a GPU its most memory in use, weights included."""
+
+BENCH_REFERENCE_EXAMPLES = """\
+examples:
+  melt-serve bench reference --plot reference.png
+      1 to 16 loops: on a GPU the paper's shape, 24 layers of d=2048; on a CPU 2 layers of d=256
+  melt-serve bench reference --shape melt-1.6b --loops 1,4 --batch 1 --generated 8
+      the true shape also on a CPU, which takes 4 GB of memory and its time"""
 
 Handler = Callable[[Sequence[str]], int]
 
@@ -357,6 +385,53 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     add_output(depth)
 
+    kernels = benches.add_parser(
+        "kernels",
+        help="MELT's own arithmetic against what the device copies and multiplies",
+        description=BENCH_KERNELS_DESCRIPTION,
+        epilog=BENCH_KERNELS_EXAMPLES,
+        formatter_class=raw,
+    )
+    kernels.set_defaults(run=run_bench_kernels)
+    add = kernels.add_argument
+    add_device(kernels)
+    add("--tokens", type=loop_list, metavar="N,N", help="of a step (default: 64,16384; on a CPU 64,1024)")
+    add("--batch", type=positive, default=64, metavar="N", help="sequences that a layer decodes (default: 64)")
+    add("--context", type=positive, metavar="N", help="tokens each of them has (default: 1024; on a CPU 128)")
+    add("--train-tokens", type=whole, metavar="N", help="of a step; 0: none (default: 2048; on a CPU 256)")
+    add("--rounds", type=positive, default=5, metavar="N", help="of layers and training steps (default: 5)")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute on a CPU")
+    add_output(kernels)
+
+    reference = benches.add_parser(
+        "reference",
+        help="the reference model's speed and memory over loops, on a GPU if there is one",
+        description=BENCH_REFERENCE_DESCRIPTION,
+        epilog=BENCH_REFERENCE_EXAMPLES,
+        formatter_class=raw,
+    )
+    reference.set_defaults(run=run_bench_reference)
+    add = reference.add_argument
+    add_device(reference)
+    add("--loops", type=loop_list, default=[1, 2, 4, 8, 16], metavar="T,T", help="depths (default: 1,2,4,8,16)")
+    add("--batch", type=positive, default=8, metavar="N", help="sequences at once (default: 8)")
+    add("--prompt", type=positive, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    add("--generated", type=positive, default=32, metavar="N", help="tokens of an answer (default: 32)")
+    add("--rounds", type=positive, default=3, metavar="N", help="how often each depth generates (default: 3)")
+    add_output(reference)
+
+
+def add_device(bench: argparse.ArgumentParser) -> None:
+    """Where a measurement without an engine runs, and on what."""
+    bench.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU if there is one"
+    )
+    bench.add_argument(
+        "--shape",
+        choices=("small", "melt-1.6b"),
+        help="sizes of the model; small is 2 layers of d=256 (default: melt-1.6b on a GPU, small on a CPU)",
+    )
+
 
 def add_output(bench: argparse.ArgumentParser) -> None:
     """What every measurement can leave behind."""
@@ -568,6 +643,51 @@ def run_bench_depth(arguments: argparse.Namespace) -> int:
         text=lambda measured: depth.table(*measured, options.base),
         figure=lambda measured: depth.figure(measured[0], options.base),
         facts=lambda measured: depth.facts(*measured),
+    )
+
+
+def run_bench_kernels(arguments: argparse.Namespace) -> int:
+    """`melt-serve bench kernels`."""
+    from melt_serve.bench import kernels
+
+    options = kernels.Options(
+        device=arguments.device,
+        shape=arguments.shape,
+        tokens=arguments.tokens,
+        batch=arguments.batch,
+        context=arguments.context,
+        train_tokens=arguments.train_tokens,
+        rounds=arguments.rounds,
+        compiled=not arguments.no_compile,
+    )
+    return run_bench(
+        arguments,
+        measure=lambda: kernels.measure(options),
+        text=kernels.table,
+        figure=kernels.figure,
+        facts=kernels.facts,
+    )
+
+
+def run_bench_reference(arguments: argparse.Namespace) -> int:
+    """`melt-serve bench reference`."""
+    from melt_serve.bench import reference
+
+    options = reference.Options(
+        device=arguments.device,
+        shape=arguments.shape,
+        loops=arguments.loops,
+        batch=arguments.batch,
+        prompt=arguments.prompt,
+        generated=arguments.generated,
+        rounds=arguments.rounds,
+    )
+    return run_bench(
+        arguments,
+        measure=lambda: reference.measure(options),
+        text=reference.table,
+        figure=reference.figure,
+        facts=reference.facts,
     )
 
 

@@ -54,7 +54,9 @@ class Checkpoint:
 
 
 def shape(name: str) -> dict[str, object]:
-    """The sizes of a shape with a name: `demo` is the bundled checkpoint's, `melt-1.6b` Ouro-1.4B's."""
+    """The sizes of a shape with a name: `demo` is the bundled checkpoint's, `melt-1.6b` Ouro-1.4B's, `small` any."""
+    if name == "small":
+        return scaled_shape(layers=2, hidden=256)
     if name == "melt-1.6b":
         return dict(SHAPES["ouro-1.4b"])
     own = ("chunk_size", "decode_mode", *DEPENDS_ON_THE_ENGINE)

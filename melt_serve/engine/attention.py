@@ -17,6 +17,15 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+    is_quantized_kv_cache,
+)
 from vllm.v1.attention.backend import (
     AttentionBackend,
     CommonAttentionMetadata,
@@ -27,6 +36,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 from melt_serve.engine.depth import Depth
+from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.switch import takes_triton
+
+FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+"""vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
+
+FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
+"""`--kv-cache-dtype` of rows that `write_rows` can make."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +55,33 @@ class StepRecord:
 
 
 class FinalRows(Attention):
-    """A layer's attention, and the rows that stay of every token: those of its last loop."""
+    """A layer's attention, and the rows that stay of every token: those of its last loop.
+
+    Attributes:
+        fused: one kernel of ours rotates queries and keys and writes the rows; otherwise two of vLLM's do.
+    """
 
     attn_backend: Any  # a class of vLLM's, AttentionBackend
     step: StepRecord
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.attn_backend = recording_backend(self.attn_backend)
+        self.fused = fuses_rows(self)
+        self.attn_backend = recording_backend(self.attn_backend, self.fused)
+
+    def rotate_and_attend(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
+        """Attention over all rows, this step's included: [tokens, heads * head_dim], as q, k and v, which have no RoPE.
+
+        Args:
+            positions: [tokens].
+            rotary: vLLM's module for RoPE on whole heads.
+        """
+        if self.fused:
+            name = _encode_layer_name(self.layer_name)
+            torch.ops.vllm.melt_rotate_and_write(q, k, v, positions, rotary.cos_sin_cache, name)
+        else:
+            q, k = rotary(positions, q, k)
+        return self(q, k, v)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """One row a token."""
@@ -77,9 +113,46 @@ class OpenRows(Attention):
         return OpenRowsSpec(**shared, chunk_size=vllm_config.model_config.hf_config.chunk_size, loop=self.loop)
 
 
+def fuses_rows(layer: Attention) -> bool:
+    """Whether `write_rows` stands for vLLM's RoPE and write of rows: on a GPU, where `MELT_KERNELS` lets it."""
+    if not current_platform.is_cuda():
+        return False
+    backend, refusal = layer.attn_backend.get_name(), None
+    if backend not in FUSED_BACKENDS:
+        refusal = f"vLLM's attention backend is {backend}, not one of {', '.join(FUSED_BACKENDS)}"
+    elif layer.kv_cache_dtype not in FUSED_ROWS:
+        refusal = f"--kv-cache-dtype is {layer.kv_cache_dtype}, not one of {', '.join(FUSED_ROWS)}"
+    return takes_triton("write_rows", torch.device("cuda"), refusal)
+
+
+def rotate_and_write(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, layer_name: LayerNameType
+) -> None:
+    """Rotate q in place and write the rows of rotated k, and of v, into a layer's slots of this step.
+
+    As an operator it hides the cache from `torch.compile`; that q changes keeps it before the attention.
+    """
+    _, layer, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
+    if slots is None:  # vLLM warms up
+        return
+    q, k, v = (each.unflatten(-1, (-1, layer.head_size)) for each in (q, k, v))
+    k_cache, v_cache = kv_cache.transpose(1, 2).split(layer.head_size, dim=-1)
+    scales = (layer._k_scale, layer._v_scale) if is_quantized_kv_cache(layer.kv_cache_dtype) else (None, None)
+    write_rows(q, k, v, positions, table, k_cache, v_cache, slots, *scales)
+
+
+direct_register_custom_op(
+    "melt_rotate_and_write", rotate_and_write, mutates_args=["q"], fake_impl=lambda *arguments: None
+)
+
+
 @functools.cache
-def recording_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """A backend that also leaves a step's record with the first layer of its cache group."""
+def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False) -> type[AttentionBackend]:
+    """A backend that also leaves a step's record with the first layer of its cache group.
+
+    Args:
+        writes_rows: vLLM need not write the rows: `rotate_and_write` has.
+    """
 
     class RecordingBuilder(backend.get_builder_cls()):  # type: ignore[misc]
         supports_update_block_table = False  # else vLLM would not show the tables of all groups
@@ -96,7 +169,10 @@ def recording_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]
             """Metadata for a part of the step that was recorded."""
             return super().build(0, common_attn_metadata)
 
-    return subclass_attention_backend("Recording", backend, RecordingBuilder)
+    recording = subclass_attention_backend("Recording", backend, RecordingBuilder)
+    if writes_rows:
+        recording.forward_includes_kv_cache_update = True
+    return recording
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from melt_serve.config import MeltConfig, sharing_unit
 from melt_serve.engine import patches
+from melt_serve.kernels import switch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -45,6 +46,7 @@ class MeltStartup(VerifyAndUpdateConfig):
         refuse_features(vllm_config)
 
         choose_block_size(vllm_config)
+        record_kernels(vllm_config)
         # A graph replays on the memory it was captured on; a loop's input is where the loop before has left it.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -144,6 +146,16 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"MELT: --scheduler-cls={scheduler_cls} does not keep the chunk grid; leave it out to get {SCHEDULER}"
         )
+
+
+def record_kernels(vllm_config: "VllmConfig") -> None:
+    """Tell vLLM which kernels run: a graph it has compiled and kept for other ones is another graph.
+
+    Raises:
+        ValueError: `MELT_KERNELS` is none of the words it may be.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[switch.VARIABLE] = switch.chosen()
 
 
 def choose_block_size(vllm_config: "VllmConfig") -> None:

@@ -47,6 +47,7 @@ class KVGate(nn.Module):
         super().__init__()
         self.type = config.kv_gate_type
         self.initial_state = config.kv_gate_initial_state
+        self.learned = gate_width(config) > 0
         if width := gate_width(config):
             quant = vllm_config.quant_config
             # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
@@ -63,7 +64,10 @@ class KVGate(nn.Module):
             )
 
     def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
-        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1."""
+        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1.
+
+        A learned gate, outside of `torch.compile`, writes it over h.
+        """
         if h is None:
             if self.initial_state == "input" or self.type == "last":
                 return n
@@ -77,7 +81,12 @@ class KVGate(nn.Module):
                 return torch.lerp(n, h, EMA_KEEP)
         from_input, bias = self.input_proj(n)
         from_state, _ = self.state_proj(h)
-        return gate_blend(from_input + from_state + bias, h, n)
+        return gate_blend(from_input, from_state, bias, h, n, out=h if self.overwrites else None)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether h_t takes the place of h_{t-1}. A compiler does that by itself, better if we do not."""
+        return self.learned and not torch.compiler.is_compiling()
 
 
 class MeltAttention(nn.Module):
@@ -120,8 +129,7 @@ class MeltAttention(nn.Module):
         q, _ = self.q_proj(n)
         kv, _ = self.kv_proj(h)
         k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v))
+        output, _ = self.o_proj(self.attn.rotate_and_attend(positions, q, k, v, self.rotary_emb))
         return output, h
 
     def project_rows(self, positions: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,9 +313,9 @@ class LaterLoop(nn.Module):
         self.model = (model,)
 
     def forward(self, positions: Tensor, x: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
-        """As `FirstLoop`, from the loop before."""
+        """As `FirstLoop`, from the loop before; h may be overwritten."""
         x, states = self.model[0].run_loop(positions, x, h, loop)
-        return x, torch.stack(states)
+        return x, h if self.model[0].layers[0].self_attn.kv_gate.overwrites else torch.stack(states)
 
 
 class MeltModel(LoopedModel):

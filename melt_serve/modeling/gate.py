@@ -23,6 +23,7 @@ class KVGate(nn.Module):
         super().__init__()
         self.type = config.kv_gate_type
         self.initial_state = config.kv_gate_initial_state
+        self.learned = gate_width(config) > 0
         if width := gate_width(config):
             self.input_proj = GateProjection(config.hidden_size, width)  # W_z, b_z
             self.state_proj = GateProjection(config.hidden_size, width, bias=False)  # U_z

@@ -24,9 +24,11 @@ from melt_serve.modeling.rows import Chunk, MeltRows, cut, cut_packs
 class MeltAttention(SelfAttention):
     """Queries from the current input n, K and V rows from the gated state h."""
 
+    gate: type[KVGate] = KVGate
+
     def __init__(self, config: MeltConfig):
         super().__init__(config)
-        self.kv_gate = KVGate(config)
+        self.kv_gate = self.gate(config)
 
 
 class MeltForCausalLM(LoopedForCausalLM):

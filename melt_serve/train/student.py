@@ -9,14 +9,19 @@ from copy import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
 from melt_serve.config import MeltConfig
+from melt_serve.kernels.gate import gate_blend
+from melt_serve.kernels.switch import takes_triton
 from melt_serve.modeling import MeltForCausalLM, MeltRows, OuroForCausalLM
 from melt_serve.modeling.depth import ChunkDepths
+from melt_serve.modeling.gate import KVGate
 from melt_serve.modeling.looplm import rotary_tables
+from melt_serve.modeling.melt import MeltAttention
 from melt_serve.modeling.rows import Chunk, keep_columns
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import squared_distance
@@ -61,13 +66,33 @@ class DrawnDepths(ChunkDepths):
         return torch.lerp(old, new, runs[:, :, None])
 
 
+class FusedGate(KVGate):
+    """The KV gate with one kernel between its matmuls, where `MELT_KERNELS` lets Triton run: by default on a GPU."""
+
+    def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
+        """As the reference's."""
+        if h is None or not self.learned or not takes_triton("gate_blend", n.device):
+            return super().forward(n, h, loop)
+        from_input = F.linear(n, self.input_proj.weight)
+        return gate_blend(from_input, self.state_proj(h), self.input_proj.bias, h, n)
+
+
+class FusedAttention(MeltAttention):
+    """A MELT's attention with the fused gate."""
+
+    gate = FusedGate
+
+
 class Student(MeltForCausalLM):
     """A MELT whose `run_chunk` can also mix rows and compare attention outputs; same weights, same keys.
+
+    Its gate runs as a fused kernel on a GPU, in `generate` too.
 
     Attributes:
         checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
     """
 
+    attention = FusedAttention
     checkpoint_chunks = False
 
     def study(

@@ -71,6 +71,17 @@ def test_what_breaks_the_contract_is_refused_at_start(checkpoint, arguments, mes
         configure(checkpoint, **arguments)
 
 
+def test_graphs_compiled_with_other_kernels_are_other_graphs(checkpoint, monkeypatch):
+    hashes = set()
+    for kernels in ("auto", "reference"):
+        monkeypatch.setenv("MELT_KERNELS", kernels)
+        hashes.add(configure(checkpoint).compute_hash())
+    assert len(hashes) == 2
+    monkeypatch.setenv("MELT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="MELT_KERNELS='fast' is none of auto, triton, reference"):
+        configure(checkpoint)
+
+
 def test_a_budget_of_exactly_one_chunk_is_served(checkpoint):
     assert configure(checkpoint, max_num_batched_tokens=64).scheduler_config.max_num_batched_tokens == 64
 

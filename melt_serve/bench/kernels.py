@@ -1,0 +1,484 @@
+"""`melt-serve bench kernels`: MELT's own arithmetic, held against what the same device copies and multiplies.
+
+Everything is measured in one process on one device. Weights and states are random.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from melt_serve.bench.engine import BenchError
+from melt_serve.bench.rates import Rates, device_of, measure_rates, seconds
+from melt_serve.bench.shapes import shape
+from melt_serve.columns import columns
+from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.kernels import gate, rows
+from melt_serve.kernels.gate import gate_blend
+from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.switch import chosen
+from melt_serve.modeling import OuroForCausalLM
+from melt_serve.modeling.looplm import DecoderLayer, SelfAttention
+from melt_serve.modeling.melt import MeltAttention
+from melt_serve.train.data import Batch
+from melt_serve.train.losses import distillation
+from melt_serve.train.student import Student, ask_teacher
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GOALS_ON = "H200"
+COPY_GOAL = 0.8
+LAYER_GOAL = 1.15
+TRAINING_GOAL = 0.35
+BETA = 0.1
+"""The weight of the attention outputs' distance in phase 2 (arXiv 2605.07721)."""
+
+LOOPS = 4
+BLOCK = 16
+VALUE_OPERATIONS = {"gate": 10, "gate and gradient": 24}
+"""A value of h: sums, the sigmoid's exponential and division, the blend; and what the gradient adds to that."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        shape: `melt-1.6b`, the paper's; `small`, 2 layers of d=256; None for the first on a GPU, else the second.
+        tokens: of a step, for each kernel; None for what suits the device, as with the others.
+        batch: sequences that decode one token, for the layers.
+        context: tokens that each of them has.
+        train_tokens: of one training step; 0 leaves it out.
+        rounds: how often layers and training steps are timed.
+        compiled: also what torch.compile makes of the references; on a CPU that takes a minute.
+    """
+
+    device: str
+    shape: str | None
+    tokens: Sequence[int] | None
+    batch: int
+    context: int | None
+    train_tokens: int | None
+    rounds: int
+    compiled: bool = True
+
+    def on(self, device: torch.device) -> "Options":
+        """The same with nothing left open."""
+        gpu = device.type == "cuda"
+        return replace(
+            self,
+            shape=self.shape or ("melt-1.6b" if gpu else "small"),
+            tokens=self.tokens or ((64, 16384) if gpu else (64, 1024)),
+            context=self.context or (1024 if gpu else 128),
+            train_tokens=(2048 if gpu else 256) if self.train_tokens is None else self.train_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel on one number of tokens.
+
+    Attributes:
+        bytes: that it must at least read and write.
+        operations: on single values.
+        seconds: of a call, by version: `eager` and `compile` of its PyTorch reference, and `triton`; None where
+            there is none.
+        share: of the copy bandwidth that the version in use reaches: Triton's on a GPU, else `eager`.
+        goal: for the share; None if there is none here.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    operations: int
+    seconds: dict[str, float | None]
+    share: float
+    goal: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All of a run.
+
+    Attributes:
+        layer_ratios: a MELT layer's time over a LoopLM layer's, T=4, decoding, in each round.
+        training_seconds: of a phase-2 step; None if left out.
+        training_operations: in its matmuls and its attention.
+        training_share: of the matmul rate.
+        judged: whether the goals, which are for an H200 and the paper's shape, are this run's.
+    """
+
+    rates: Rates
+    shape: str
+    parts: Sequence[Part]
+    layer_seconds: dict[str, float]
+    layer_ratios: Sequence[float]
+    training_seconds: float | None
+    training_operations: int
+    training_share: float | None
+    judged: bool
+
+    @property
+    def layer_ratio(self) -> float:
+        """The median round's."""
+        return median(self.layer_ratios)
+
+
+def measure(options: Options) -> Measured:
+    """Measure everything, on one device.
+
+    Raises:
+        BenchError: no such device, not enough of its memory, or `MELT_KERNELS` says what is not to be measured.
+    """
+    device = device_of(options.device)
+    if chosen() != "auto":
+        raise BenchError(f"MELT_KERNELS={chosen()}: every version is measured here; unset it")
+    options = options.on(device)
+    assert options.tokens and options.train_tokens is not None and options.shape
+    sizes = {**shape(options.shape), "total_ut_steps": LOOPS}
+    config = MeltConfig(**sizes, chunk_size=max(1, min(512, options.train_tokens // 4)))
+    torch.manual_seed(0)
+    try:
+        with tqdm(total=3 * len(options.tokens) + options.rounds + 3, unit="measurement", disable=None) as progress:
+            progress.set_description("copy and matmul")
+            rates = measure_rates(device)
+            progress.update()
+            judged = GOALS_ON in rates.device and options.shape == "melt-1.6b"
+            parts = []
+            for tokens in options.tokens:
+                for make in (gate_part, gradient_part, rows_part):
+                    progress.set_description(f"kernels, {tokens} tokens")
+                    goal = COPY_GOAL if judged and tokens == max(options.tokens) else None
+                    parts.append(make(config, tokens, device, rates, goal, options.compiled))
+                    progress.update()
+            progress.set_description("layers")
+            layer_times = measure_layers(config, options, device, progress)
+            progress.set_description("training step")
+            step, operations = measure_training(config, sizes, options, device) if options.train_tokens else (None, 0)
+            progress.update(2)
+    except torch.OutOfMemoryError as error:
+        raise BenchError(f"{error}; lower --batch, --context, --tokens or --train-tokens") from None
+    return Measured(
+        rates=rates,
+        shape=options.shape,
+        parts=parts,
+        layer_seconds={name: median(each) for name, each in layer_times.items()},
+        layer_ratios=[melt / other for melt, other in zip(layer_times["melt"], layer_times["looplm"], strict=True)],
+        training_seconds=step,
+        training_operations=operations,
+        training_share=None if step is None else operations / step / rates.matmul,
+        judged=judged,
+    )
+
+
+def gate_part(
+    config: MeltConfig, tokens: int, device: torch.device, rates: Rates, goal: float | None, compiled: bool
+) -> Part:
+    """The gate: four states and a bias in, one state out."""
+    *inputs, values = gate_inputs(config, tokens, device)
+    with torch.no_grad():
+        times = versions(device, gate.reference, gate_blend, inputs, compiled)
+    return part("gate", tokens, 5 * values.nbytes + inputs[2].nbytes, values, times, rates, goal)
+
+
+def gradient_part(
+    config: MeltConfig, tokens: int, device: torch.device, rates: Rates, goal: float | None, compiled: bool
+) -> Part:
+    """The gate and its gradient: in the second pass five states in, three out, and a sum over the tokens for b_z."""
+    *inputs, values = gate_inputs(config, tokens, device)
+    leaves = [each.requires_grad_() for each in inputs]
+
+    def learn(blend: Callable[..., Tensor]) -> Callable[..., object]:
+        return lambda *leaves: torch.autograd.grad(blend(*leaves), leaves, values)
+
+    times = versions(device, gate.reference, gate_blend, leaves, compiled, learn)
+    return part("gate and gradient", tokens, 14 * values.nbytes, values, times, rates, goal)
+
+
+def rows_part(
+    config: MeltConfig, tokens: int, device: torch.device, rates: Rates, goal: float | None, compiled: bool
+) -> Part:
+    """RoPE on queries and keys, and the rows' write: queries in and out, keys and values in, rows out."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    dim, kv_heads = config.head_dim, config.num_key_value_heads
+    q = torch.randn(tokens, config.num_attention_heads, dim, dtype=torch.bfloat16, device=device)
+    k, v = torch.randn(2, tokens, kv_heads, dim, dtype=torch.bfloat16, device=device)
+    blocks = -(-tokens // BLOCK)
+    cache = torch.zeros(blocks, BLOCK, kv_heads, 2 * dim, dtype=torch.bfloat16, device=device)
+    slots = torch.randperm(blocks * BLOCK, device=device)[:tokens]
+    arguments = (q, k, v, torch.arange(tokens, device=device), rotary_table(dim, tokens, device))
+    arguments = (*arguments, *cache.split(dim, dim=-1), slots)
+    with torch.no_grad():
+        times = versions(device, two_steps, write_rows, arguments, compiled)
+    moved = 2 * q.nbytes + 2 * (k.nbytes + v.nbytes) + arguments[4].nbytes + 2 * slots.nbytes
+    operations = 3 * (q.numel() + k.numel())
+    return part("RoPE and rows", tokens, moved, q, times, rates, goal, operations)
+
+
+def two_steps(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """As the reference of `write_rows`, for slots that are all there: it waits for nothing."""
+    cos, sin = table[positions].float()[:, None].chunk(2, dim=-1)
+    q.copy_(rows.rotate(q, cos, sin))
+    block, place = slots // BLOCK, slots % BLOCK
+    rows.put(k_cache, block, place, rows.rotate(k, cos, sin), None)
+    rows.put(v_cache, block, place, v, None)
+
+
+def rotary_table(head_dim: int, positions: int, device: torch.device) -> Tensor:
+    """Cosines and sines of RoPE, [positions, head_dim]."""
+    exponents = torch.arange(0, head_dim, 2, device=device) / head_dim
+    angles = torch.arange(positions, device=device)[:, None] / LoopLMConfig.default_theta**exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).bfloat16()
+
+
+def gate_inputs(config: MeltConfig, tokens: int, device: torch.device) -> list[Tensor]:
+    """W_z n, U_z h, b_z, h, n; and something of the size of h for the gradient to come from."""
+    states = torch.randn(5, tokens, config.hidden_size, dtype=torch.bfloat16, device=device)
+    bias = torch.randn(config.hidden_size, dtype=torch.bfloat16, device=device)
+    from_input, from_state, h, n, gradient = states
+    return [from_input, from_state, bias, h, n, gradient]
+
+
+def versions(
+    device: torch.device,
+    reference: Callable[..., object],
+    picked: Callable[..., object],
+    arguments: Sequence[Tensor],
+    compiled: bool,
+    wrapped: Callable[[Callable[..., Tensor]], Callable[..., object]] = lambda run: run,
+) -> dict[str, float | None]:
+    """The time of every version; `picked` is Triton's where there is a GPU."""
+    runs = {"eager": reference, "compile": torch.compile(reference) if compiled else None}
+    runs["triton"] = picked if device.type == "cuda" else None
+    times: dict[str, float | None] = {}
+    for name, run in runs.items():
+        if run is None:
+            times[name] = None
+            continue
+        whole = wrapped(run)
+        whole(*arguments)  # compile
+        times[name] = seconds(partial(whole, *arguments), device)
+    return times
+
+
+def part(
+    name: str,
+    tokens: int,
+    moved: int,
+    values: Tensor,
+    times: dict[str, float | None],
+    rates: Rates,
+    goal: float | None,
+    operations: int | None = None,
+) -> Part:
+    """A line of the table."""
+    used = times["triton"] or times["eager"]
+    assert used is not None
+    operations = VALUE_OPERATIONS[name] * values.numel() if operations is None else operations
+    return Part(name, tokens, moved, operations, times, moved / used / rates.copy, goal)
+
+
+def measure_layers(
+    config: MeltConfig, options: Options, device: torch.device, progress: tqdm
+) -> dict[str, list[float]]:
+    """One token of every sequence through all loops of one layer, as a MELT's and as a LoopLM's, in turn."""
+    layers = {
+        "melt": DecoderLayer(config, MeltAttention(config)),
+        "looplm": DecoderLayer(config, SelfAttention(config)),
+    }
+    runs = {}
+    for name, layer in layers.items():
+        layer.to(device, torch.bfloat16).requires_grad_(False)
+        runs[name] = decoding(layer, config, options, device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(options.rounds):
+        for name in list(runs)[:: 1 if number % 2 else -1]:
+            times[name].append(seconds(runs[name], device))
+        progress.update()
+    return times
+
+
+def decoding(layer: DecoderLayer, config: MeltConfig, options: Options, device: torch.device) -> Callable[[], Tensor]:
+    """All loops of one layer for one token of every sequence, over a paged cache; a LoopLM has one for each loop."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None and options.context is not None
+    attention, dim, eps = layer.self_attn, config.head_dim, config.rms_norm_eps
+    is_melt = isinstance(attention, MeltAttention)
+    blocks = -(-options.context // BLOCK)
+    x = torch.randn(options.batch, config.hidden_size, dtype=torch.bfloat16, device=device)
+    size = (options.batch * blocks, BLOCK, config.num_key_value_heads, 2 * dim)
+    caches = [
+        torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(1 if is_melt else config.total_ut_steps)
+    ]
+    slots = torch.arange(options.batch, device=device) * blocks * BLOCK + options.context - 1
+    positions = torch.full((options.batch,), options.context - 1, device=device)
+    table = rotary_table(dim, options.context, device)
+
+    def norm(x: Tensor, which: torch.nn.Module) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], which.weight, eps)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, dim))
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        state, h = x, None
+        for loop in range(config.total_ut_steps):
+            n = norm(state, layer.input_layernorm)
+            if is_melt:
+                h = n if h is None else blended(attention, n, h)
+            source = h if is_melt else n
+            cache = caches[0 if is_melt else loop]
+            q, k, v = heads(attention.q_proj(n)), heads(attention.k_proj(source)), heads(attention.v_proj(source))
+            k_cache, v_cache = cache.split(dim, dim=-1)
+            write_rows(q, k, v, positions, table, k_cache, v_cache, slots)
+            own = cache.view(options.batch, -1, *cache.shape[2:])[:, : options.context].transpose(1, 2)
+            keys, values = own.split(dim, dim=-1)
+            attended = F.scaled_dot_product_attention(
+                q[:, :, None], keys, values, enable_gqa=keys.shape[1] != q.shape[1]
+            )
+            state = state + norm(attention.o_proj(attended.flatten(1)), layer.input_layernorm_2)
+            inner, mlp = norm(state, layer.post_attention_layernorm), layer.mlp
+            inner = mlp.down_proj(F.silu(mlp.gate_proj(inner)) * mlp.up_proj(inner))
+            state = state + norm(inner, layer.post_attention_layernorm_2)
+        return state
+
+    return run
+
+
+def blended(attention: MeltAttention, n: Tensor, h: Tensor) -> Tensor:
+    """The gate with its matmuls."""
+    own = attention.kv_gate
+    return gate_blend(F.linear(n, own.input_proj.weight), own.state_proj(h), own.input_proj.bias, h, n)
+
+
+def measure_training(
+    config: MeltConfig, sizes: dict[str, object], options: Options, device: torch.device
+) -> tuple[float, int]:
+    """The median time of a phase-2 step, without the optimizer's, and its operations in matmuls and attention.
+
+    Args:
+        config: the student's.
+        sizes: the teacher's.
+    """
+    assert options.train_tokens is not None
+    with torch.device(device):
+        teacher = OuroForCausalLM(LoopLMConfig(**sizes)).to(torch.bfloat16).requires_grad_(False)
+        student = Student(config).to(torch.bfloat16)
+    ids = torch.randint(config.vocab_size, (1, options.train_tokens), device=device)
+    batch = Batch(ids, torch.ones_like(ids), ids, torch.tensor([0], device=device), ids)
+
+    def step() -> None:
+        student.zero_grad()
+        loops = config.total_ut_steps
+        wanted = ask_teacher(teacher, batch, batch.real, loops, attention=True)
+        given = student.study(batch, batch.real, loops, teacher_attention=wanted.attention)
+        assert given.distance is not None
+        aligned = given.distance / (loops * config.num_hidden_layers * ids.numel())
+        (distillation(wanted.logits, given.logits) + BETA * aligned).backward()
+
+    with FlopCounterMode(display=False) as counter:  # and warm up
+        step()
+    times = []
+    for _ in range(options.rounds):
+        synchronize(device)
+        begun = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return median(times), counter.get_total_flops()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(measured: Measured) -> str:
+    """What was measured and what was asked of it; microseconds, and 10^9 bytes or operations a second."""
+    rates = measured.rates
+    lines: list[tuple[str, ...]] = [
+        ("kernel", "tokens", "bytes", "operations", "eager", "compile", "triton", "of copy bandwidth", "goal")
+    ]
+    for each in measured.parts:
+        lines.append(
+            (
+                each.name,
+                f"{each.tokens:,}",
+                f"{each.bytes:,}",
+                f"{each.operations:,}",
+                *(
+                    "-" if time is None else f"{time * 1e6:,.1f} us"
+                    for time in (each.seconds[version] for version in ("eager", "compile", "triton"))
+                ),
+                f"{each.share:.0%}",
+                judged(each.goal, each.share >= (each.goal or 0)),
+            )
+        )
+    ratios = measured.layer_ratios
+    whole: list[tuple[str, ...]] = [("whole", "MELT", "LoopLM", "result", "min", "max", "goal")]
+    whole.append(
+        (
+            f"layer, T={LOOPS}, decode",
+            *(f"{measured.layer_seconds[name] * 1e6:,.0f} us" for name in ("melt", "looplm")),
+            f"{measured.layer_ratio:.2f}x",
+            f"{min(ratios):.2f}",
+            f"{max(ratios):.2f}",
+            judged(LAYER_GOAL if measured.judged else None, measured.layer_ratio <= LAYER_GOAL),
+        )
+    )
+    if measured.training_seconds is not None and measured.training_share is not None:
+        reached = measured.training_share >= TRAINING_GOAL
+        whole.append(
+            (
+                "phase-2 step",
+                f"{measured.training_seconds * 1e3:,.0f} ms",
+                "-",
+                f"{measured.training_share:.0%} of matmul rate",
+                "-",
+                "-",
+                judged(TRAINING_GOAL if measured.judged else None, reached),
+            )
+        )
+    head = (
+        f"{rates.device}, shape {measured.shape}, bfloat16: copies {rates.copy / 1e9:,.1f} GB/s, "
+        f"multiplies {rates.matmul / 1e12:,.2f} TFLOP/s"
+    )
+    return "\n\n".join([head, columns(lines), columns(whole)])
+
+
+def judged(goal: float | None, reached: bool) -> str:
+    """A goal in a table, and what became of it."""
+    return "-" if goal is None else f"{goal:.2f} {'reached' if reached else 'missed'}"
+
+
+def facts(measured: Measured) -> dict[str, object]:
+    """The same for machines."""
+    return {**asdict(measured), "layer_ratio": measured.layer_ratio}
+
+
+def figure(measured: Measured) -> "Figure":
+    """Times of all versions beside the time in which the device copies as many bytes."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(3.2 * len(measured.parts), 4), layout="constrained")
+    for axes, each in zip(drawn.subplots(1, len(measured.parts), squeeze=False)[0], measured.parts, strict=True):
+        times = {name: time * 1e6 for name, time in each.seconds.items() if time is not None}
+        axes.bar(list(times), list(times.values()))
+        axes.axhline(each.bytes / measured.rates.copy * 1e6, color="black", linestyle="--", label="copy of its bytes")
+        axes.set(title=f"{each.name}, {each.tokens:,} tokens", ylabel="microseconds")
+    axes.legend()
+    drawn.suptitle(measured.rates.device)
+    return drawn

@@ -1,0 +1,88 @@
+"""An engine whose rows our own kernel writes equals the reference, in both modes.
+
+On a GPU that is so under vLLM's FlashAttention or Triton backend. Here a backend stands for them: plain PyTorch, but
+over the same tables, slots and layout of the cache, and like them it reads K and V from the cache alone.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+from melt_serve.engine import attention
+from melt_serve.kernels import rows
+from melt_serve.kernels.switch import KernelError
+from tests.engine.engines import distance, engine, generate, prompts, save_melt
+
+
+class PlainAttention(CPUAttentionBackendImpl):
+    """Attention over rows that lie as vLLM's GPU backends have them, sequence by sequence."""
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, output, *_, **__):
+        if metadata is None:
+            return output
+        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        starts = metadata.query_start_loc.tolist()
+        for request, length in enumerate(metadata.seq_lens.tolist()):
+            own = slice(starts[request], starts[request + 1])
+            k, v = (each[metadata.block_table[request]].flatten(0, 1)[:length].transpose(0, 1) for each in caches)
+            q = query[own].transpose(0, 1)
+            visible = torch.ones(q.shape[1], length, dtype=torch.bool).tril(length - q.shape[1])
+            attended = F.scaled_dot_product_attention(q, k, v, visible, scale=self.scale, enable_gqa=True)
+            output[own] = attended.transpose(0, 1)
+        return output
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slots):
+        """Only tokens that leave early are still written here."""
+        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        blocks, places = slots // k_cache.shape[1], slots % k_cache.shape[1]
+        k_cache[blocks, places], v_cache[blocks, places] = key, value
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """As on a GPU; the number of calls of the kernel."""
+    written = []
+
+    def count(*arguments):
+        written.append(len(arguments[0]))
+        rows.write_rows(*arguments)
+
+    monkeypatch.setattr(CPUAttentionBackend, "get_impl_cls", staticmethod(lambda: PlainAttention))
+    monkeypatch.setattr(attention, "fuses_rows", lambda layer: True)
+    monkeypatch.setattr(attention, "write_rows", count)
+    return written
+
+
+def test_only_on_a_gpu_and_where_vllms_backend_and_rows_allow_it(monkeypatch):
+    def fuses(backend="FLASH_ATTN", dtype="auto"):
+        layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), kv_cache_dtype=dtype)
+        return attention.fuses_rows(layer)
+
+    monkeypatch.delenv("MELT_KERNELS", raising=False)
+    assert not fuses()
+    monkeypatch.setattr(type(attention.current_platform), "is_cuda", lambda self: True)
+    assert fuses() and fuses(dtype="fp8") and fuses("TRITON_ATTN")
+    for refused, says in (({"backend": "FLASHINFER"}, "FLASHINFER"), ({"dtype": "fp8_e5m2"}, "fp8_e5m2")):
+        monkeypatch.setenv("MELT_KERNELS", "auto")
+        with pytest.warns(UserWarning, match=f"write_rows does not run in Triton: .*{says}"):
+            assert not fuses(**refused)
+        monkeypatch.setenv("MELT_KERNELS", "triton")
+        with pytest.raises(KernelError, match=says):
+            fuses(**refused)
+    monkeypatch.setenv("MELT_KERNELS", "reference")
+    assert not fuses()
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_rows_written_by_the_kernel_are_the_references(tmp_path, fused, mode):
+    model, lengths = save_melt(tmp_path, decode_mode=mode), (1, 33, 100)
+    with engine(tmp_path) as llm:
+        for prompt, output in zip(prompts(*lengths), generate(llm, prompts(*lengths)), strict=True):
+            assert distance(model, prompt, output, loops=4) <= 1e-4
+        leaving = {"extra_args": {"loops": 6, "exit_threshold": 0.5}}
+        for prompt, output in zip(prompts(*lengths), generate(llm, prompts(*lengths), **leaving), strict=True):
+            assert distance(model, prompt, output, loops=6, exit_threshold=0.5) <= 1e-4
+    assert len(fused) % 2 == 0 and sum(fused) > 2 * 4 * sum(lengths)  # layers, loops, tokens of the prompts alone
