@@ -168,7 +168,7 @@ class MeltRows(Cache):
         needed = (self.final_positions >= 0).any(0)
         if not needed.all():
             self.final_positions = self.final_positions[:, needed]
-            keep_columns(self.layers[: self.config.num_hidden_layers], needed)
+            self.keep_columns(self.layers[: self.config.num_hidden_layers], needed)
         return needed
 
     def write(self, layer: int, loop: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,12 @@ class MeltRows(Cache):
         if not needed.any():
             del self.layers[self.config.num_hidden_layers :]  # the next chunk may have other loops
         elif not needed.all():
-            keep_columns(self.layers[self.config.num_hidden_layers :], needed)
+            self.keep_columns(self.layers[self.config.num_hidden_layers :], needed)
+
+    def keep_columns(self, layers: Iterable[DynamicLayer], needed: Tensor) -> None:
+        """Drop all other columns of these rows; needed is [columns]."""
+        for rows in layers:
+            rows.keys, rows.values = rows.keys[:, :, needed], rows.values[:, :, needed]
 
     def final_rows(self, layer: int, sequence: int = 0) -> tuple[Tensor, Tensor]:
         """K and V of one layer and sequence, in order of position: two of [KV heads, tokens, D]."""
@@ -239,9 +244,3 @@ class MeltRows(Cache):
             ValueError: always (assisted generation is what asks for it).
         """
         raise ValueError("MELT rows cannot be taken back, so assisted generation is not supported")
-
-
-def keep_columns(layers: Iterable[DynamicLayer], needed: Tensor) -> None:
-    """Drop all other columns of these rows; needed is [columns]."""
-    for rows in layers:
-        rows.keys, rows.values = rows.keys[:, :, needed], rows.values[:, :, needed]

@@ -3,10 +3,11 @@
 Source: arXiv 2605.07721, the two phases; README.md. Letters as in `melt_serve.modeling`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.gate import KVGate
 from melt_serve.modeling.looplm import rotary_tables
 from melt_serve.modeling.melt import MeltAttention
-from melt_serve.modeling.rows import Chunk, keep_columns
+from melt_serve.modeling.rows import Chunk
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import squared_distance
 
@@ -221,8 +222,16 @@ class TrainingRows(MeltRows):
         """As for MELT's rows, the LoopLM's too."""
         needed = super().forget(begins)
         if not needed.all():
-            keep_columns(self.looplm.values(), needed)
+            self.keep_columns(self.looplm.values(), needed)
         return needed
+
+    def keep_columns(self, layers: Iterable[Any], needed: Tensor) -> None:
+        """As for MELT's rows, also where they are in pieces."""
+        for rows in layers:
+            if isinstance(rows, Pieces):
+                rows.keep(needed)
+            else:
+                super().keep_columns([rows], needed)
 
     def finish(self, chunk: Chunk) -> None:
         """Also drop what is left open in `chunk` mode: a batch is one call, and nothing goes on with it."""
@@ -275,6 +284,15 @@ class Pieces:
         """Add a chunk's rows; give all."""
         self.pieces = (*self.pieces, (keys, values))
         return self.keys, self.values
+
+    def keep(self, needed: Tensor) -> None:
+        """Drop all other columns; needed is [tokens]."""
+        parts = needed.split([keys.shape[-2] for keys, _ in self.pieces])
+        self.pieces = tuple(
+            piece if part.all() else (piece[0][:, :, part], piece[1][:, :, part])
+            for piece, part in zip(self.pieces, parts, strict=True)
+            if part.any()
+        )
 
 
 @torch.no_grad()

@@ -66,8 +66,10 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("mode", ["token", "chunk"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode):
+@pytest.mark.parametrize("run_again", [False, True], ids=["", "chunks-run-again"])
+def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode, run_again):
     teacher, student = models(mode)
+    student.checkpoint_chunks = run_again
     results = []
     for batch in (packed(), unpacked()):
         wanted = ask_teacher(teacher, batch, batch.before_reply, LOOPS, attention=True)
