@@ -52,7 +52,7 @@ examples:
   python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
   python -m melt_serve.train run ./mine.toml --run runs/mine --resume
       an hour of a recipe of your own, and the rest
-  torchrun --nproc-per-node 8 -m melt_serve.train run ./mine.toml
+  torchrun --nproc-per-node 8 -m melt_serve.train run ./mine.toml --run-folder runs/mine
       on eight GPUs, with FSDP; the losses are those of one, up to rounding
   tensorboard --logdir runs
       watch
