@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ examples:
   python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
   python -m melt_serve.train run ./mine.toml --run runs/mine --resume
       an hour of a recipe of your own, and the rest
+  torchrun --nproc-per-node 8 -m melt_serve.train run ./mine.toml --run-folder runs/mine
+      on eight GPUs, with FSDP; the losses are those of one, up to rounding
   tensorboard --logdir runs
       watch
 """
@@ -73,7 +76,7 @@ examples:
   python -m melt_serve.train plan ./mine.toml micro_batch=4 checkpoint_chunks=false
 """
 
-HELP_RUN = "folder for states and logs (default: runs/RECIPE)"
+HELP_RUN = "folder for states and logs (default: runs/RECIPE); torchrun takes --run for its own: say --run-folder there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.set_defaults(run_command=run_recipe)
     add_recipe(run)
-    run.add_argument("--run", type=Path, help=HELP_RUN)
+    run.add_argument("--run", "--run-folder", type=Path, help=HELP_RUN)
     add_sitting(run)
     add_questions(run)
 
@@ -240,14 +243,17 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
         else:
             wrote = make_bundled(recipe, folder, sitting, arguments.questions)
     except Paused:
-        plot_losses(folder)
-        print(f"paused, everything is saved; {again}", file=sys.stderr)
+        if speaks():
+            plot_losses(folder)
+            print(f"paused, everything is saved; {again}", file=sys.stderr)
         return 3 if sitting.signal is None else 128 + sitting.signal
     except KeyboardInterrupt:
         print(f"\nstopped, the training is saved; {again}", file=sys.stderr)
         return 130
     except (OSError, DataError, TrainingError) as error:
         return fail(error)
+    if not speaks():
+        return 0
     plot = plot_losses(folder)
     print(f"wrote {wrote}; losses: {folder / LOG}" + (f" and {plot}" if plot else ""))
     return 0
@@ -263,9 +269,15 @@ def make_bundled(recipe: "Recipe", folder: Path, sitting: "Sitting", questions: 
     return f"{target}/looplm-demo and {target}/melt-demo"
 
 
+def speaks() -> bool:
+    """Whether this process is the one of torchrun's that writes and speaks for all; alone, it is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(error: Exception) -> int:
-    """Say what went wrong in one line; the exit code of a failure."""
-    print("melt_serve.train: error:", " ".join(str(error).split()), file=sys.stderr)
+    """Say what went wrong in one line, once for all processes; the exit code of a failure."""
+    if speaks():
+        print("melt_serve.train: error:", " ".join(str(error).split()), file=sys.stderr)
     return 1
 
 

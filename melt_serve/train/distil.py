@@ -16,6 +16,7 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import distillation
 from melt_serve.train.recipe import Distillation, Stage
+from melt_serve.train.scale import exchange_gradients, gathered, rank, total, world
 from melt_serve.train.student import Student, ask_teacher
 from melt_serve.train.trainer import EVERY_MINUTE, Losses, Saving, Sitting, run_stage
 
@@ -33,7 +34,7 @@ def run_phase(
     """Train the student on what the teacher says.
 
     Args:
-        batches: the micro-batches of step i; their gradients are added up, as if they were one batch.
+        batches: this process's micro-batches of step i; the gradients of all are added up, as if they were one batch.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
@@ -43,19 +44,30 @@ def run_phase(
         micro_batches = batches(step)
         answers = sum(int(wanted_tokens(stage, batch).sum()) for batch in micro_batches)
         tokens = torch.stack([batch.real.sum() for batch in micro_batches]).sum()
+        counts = total(torch.stack([tokens.new_tensor(answers), tokens]))
         done: Losses = {}
-        for number, batch in enumerate(micro_batches):
-            parts = phase_losses(stage, step, number, teacher, student, batch, answers, tokens)
-            if number + 1 < len(micro_batches):
-                parts["loss"].backward()
+        for i, batch in enumerate(micro_batches):
+            last = i + 1 == len(micro_batches)
+            exchange_gradients(student, last)
+            number = rank() + i * world()
+            parts = phase_losses(stage, step, number, teacher, student, batch, int(counts[0]), counts[1])
+            if not last:
+                (world() * parts["loss"]).backward()
             done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
-        return done
+        return done if world() == 1 else of_all_processes(done)
 
     gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
     base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
     run_stage(name, stage, student, [optimizer], losses, folder, sitting, saving)
+
+
+def of_all_processes(losses: Losses) -> Losses:
+    """The values of the whole step; the gradient is this process's share, times as many as FSDP divides it by."""
+    values = dict(zip(losses, total(torch.stack([value.detach() for value in losses.values()])), strict=True))
+    own = world() * losses["loss"]
+    return {**values, "loss": own + (values["loss"] - own).detach()}
 
 
 def phase_losses(
@@ -138,7 +150,7 @@ def melt_config(teacher: LoopLMConfig, **melt: object) -> MeltConfig:
 
 
 def plain(student: Student) -> MeltForCausalLM:
-    """The student as the reference model, to be evaluated and saved."""
+    """The student as the reference model, to be evaluated and saved. All processes must call it."""
     melt = MeltForCausalLM(student.config)
-    melt.load_state_dict(student.state_dict())
+    melt.load_state_dict(gathered(student.state_dict()))
     return melt.eval()

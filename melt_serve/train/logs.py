@@ -4,7 +4,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+from melt_serve.train.scale import rank
 
 LOG = "losses.jsonl"
 PLOT = "losses.svg"
@@ -14,11 +17,11 @@ NOT_LOSSES = ("stage", "step", "seconds")
 @contextmanager
 def board(folder: Path, name: str, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
     """Show numbers of a stage by step in TensorBoard, where it is installed; points from `step` on are drawn anew."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    if rank() > 0 or find_spec("tensorboard") is None:
         yield lambda numbers, step: None
         return
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(folder / "tensorboard" / name), purge_step=step) as writer:
 
         def show(numbers: dict[str, float], step: int) -> None:

@@ -1,5 +1,6 @@
 """The losses of post-training (arXiv 2605.07721; README.md). Letters as in `melt_serve.modeling`."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,5 +36,6 @@ def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Te
         teacher_output, student_output: [B, Q, d], attention outputs after W_O, before the sandwich norm.
         members: [B, Q], true where there is a token.
     """
-    distance = (student_output - teacher_output.detach()).square().sum(-1)
+    wide = torch.promote_types(student_output.dtype, torch.float32)
+    distance = (student_output.to(wide) - teacher_output.detach().to(wide)).square().sum(-1)
     return distance.masked_fill(~members, 0.0).sum()

@@ -18,6 +18,7 @@ from melt_serve.train.distil import melt_config, plain, run_phase, student_of
 from melt_serve.train.export import export, run_card
 from melt_serve.train.logs import LOG
 from melt_serve.train.recipe import PostTraining
+from melt_serve.train.scale import processes, rank, shard, world
 from melt_serve.train.sources import Sequences
 from melt_serve.train.student import Student
 from melt_serve.train.trainer import Saving, Sitting, TrainingError
@@ -42,18 +43,38 @@ def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
     check_output(Path(recipe.output))
     teacher, tokenizer = load_teacher(recipe)
     sequences = Sequences(recipe, tokenizer, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    note_recipe(recipe, folder)
-    warn_about_blocks(recipe.chunk_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = fresh_student(recipe, teacher).to(device)
-    teacher.to(device, DTYPES[recipe.dtype])
-    saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
-    for name, stage in recipe.stages.items():
-        run_phase(name, stage, teacher, student, batches_of(recipe, sequences, first, device), folder, sitting, saving)
-        first += stage.steps * recipe.sequences
-    melt = plain(student).to("cpu", DTYPES[recipe.dtype])
-    export(melt, tokenizer, run_card(melt, recipe, folder / LOG), Path(recipe.output), Path(recipe.teacher))
+    dtype, target = DTYPES[recipe.dtype], Path(recipe.output)
+    with processes(dtype) as device:
+        check_share(recipe)
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            note_recipe(recipe, folder)
+            warn_about_blocks(recipe.chunk_size)
+        student = fresh_student(recipe, teacher).to(device)
+        shard(student, dtype)
+        teacher.to(device, dtype)
+        saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
+        for name, stage in recipe.stages.items():
+            batches = batches_of(recipe, sequences, first, device)
+            run_phase(name, stage, teacher, student, batches, folder, sitting, saving)
+            first += stage.steps * recipe.sequences
+        melt = plain(student).to(dtype)
+        if rank() == 0:
+            export(melt, tokenizer, run_card(melt, recipe, folder / LOG), target, Path(recipe.teacher))
+
+
+def check_share(recipe: PostTraining) -> None:
+    """See that all processes have the same work.
+
+    Raises:
+        TrainingError: a step's micro-batches cannot be shared out evenly.
+    """
+    micro_batches = recipe.sequences // recipe.micro_batch
+    if micro_batches % world():
+        raise TrainingError(
+            f"a step has {micro_batches} micro-batches of micro_batch={recipe.micro_batch} sequences, which {world()} "
+            "processes cannot share evenly; change batch_tokens, micro_batch or the processes"
+        )
 
 
 def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
@@ -148,12 +169,12 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
 def batches_of(
     recipe: PostTraining, sequences: Sequences, first: int, device: torch.device
 ) -> Callable[[int], Sequence[Batch]]:
-    """The micro-batches of a step, of a stage whose first sequence has the number `first`."""
+    """This process's micro-batches of a step, of a stage whose first sequence has the number `first`."""
     size = recipe.micro_batch
 
     def batches(step: int) -> list[Batch]:
         begin = first + step * recipe.sequences
-        starts = range(begin, begin + recipe.sequences, size)
+        starts = range(begin, begin + recipe.sequences, size)[rank() :: world()]
         return [moved(sequences(range(start, start + size)), device) for start in starts]
 
     return batches

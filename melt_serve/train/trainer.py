@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from melt_serve.train.logs import LOG, board, forget_after
 from melt_serve.train.recipe import Stage
+from melt_serve.train.scale import any_of, gathered, load_model, load_optimizer, rank
 
 Losses = dict[str, Tensor]
 """The parts of a loss by name; `loss` is what is minimised."""
@@ -98,14 +99,17 @@ def run_stage(
     """
     state_file = folder / f"{name}.state.pt"
     step = load_state(state_file, stage, model, optimizers)
-    forget_after(folder / LOG, name, step)
+    if rank() == 0:
+        forget_after(folder / LOG, name, step)
     highest = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     saved, saved_step = time.monotonic(), step
     parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     with (
         sitting.listen(),
-        tqdm(total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True) as bar,
-        (folder / LOG).open("a", encoding="utf-8") as log,
+        tqdm(
+            total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True, disable=rank() > 0
+        ) as bar,
+        (folder / LOG if rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8") as log,
         board(folder, name, step) as show,
     ):
         while step < stage.steps:
@@ -117,7 +121,7 @@ def run_stage(
                 optimizer.zero_grad()
             parts = losses(step)
             parts["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, stage.clip)
+            norm = gathered(nn.utils.clip_grad_norm_(parameters, stage.clip))
             numbers = {part: value.item() for part, value in parts.items()}
             if not norm.isfinite():
                 raise TrainingError(
@@ -133,11 +137,12 @@ def run_stage(
             bar.update()
             bar.set_postfix({part: f"{numbers[part]:.4f}" for part in parts}, refresh=False)
             due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
-            if step == stage.steps or sitting.over or due:
+            over, due = any_of([sitting.over, due], parameters[0].device)
+            if step == stage.steps or over or due:
                 log.flush()
                 save_state(state_file, stage, step, model, optimizers)
                 saved, saved_step = time.monotonic(), step
-            if sitting.over:
+            if over:
                 raise Paused
 
 
@@ -148,7 +153,7 @@ def share_of_rate(stage: Stage, step: int) -> float:
 
 
 def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Write the run's state, all of it or nothing.
+    """Write the run's state, all of it or nothing; whole tensors, so that any number of processes can take it up.
 
     Raises:
         TrainingError: the disk is full, or fails.
@@ -157,9 +162,11 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     state = {
         "stage": asdict(stage),
         "step": step,
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "model": gathered(model.state_dict()),
+        "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers],
     }
+    if rank() > 0:
+        return
     try:
         with part.open("wb") as file:
             torch.save(state, file)
@@ -184,11 +191,11 @@ def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[
             group.setdefault("initial_lr", group["lr"])
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["stage"] != asdict(stage):
         changed = sorted(key for key, value in asdict(stage).items() if state["stage"].get(key) != value)
         raise TrainingError(f"{path} was made by another recipe ({', '.join(changed)} differ); use another folder")
-    model.load_state_dict(state["model"])
+    load_model(model, state["model"])
     for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
+        load_optimizer(optimizer, optimizer_state)
     return state["step"]

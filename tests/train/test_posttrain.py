@@ -18,7 +18,7 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.__main__ import main
 from melt_serve.train.tokenizer import build_tokenizer
 from tests.signals import hear_ctrl_c
-from tests.train.tiny_run import logged, prepare
+from tests.train.tiny_run import assert_close, logged, prepare
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,6 @@ def test_a_run_leaves_its_recipe_logs_and_a_plot(unbroken):
     for part in ("loss", "kd", "attention", "gradient_norm"):
         shown = [(event.step, event.value) for event in events.Scalars(part)]
         assert shown == [(entry["step"], pytest.approx(entry[part])) for entry in entries]
-
-
-def assert_close(one, other):
-    for entry, expected in zip(one, other, strict=True):
-        assert entry.keys() == expected.keys()
-        for part, value in expected.items():
-            assert entry[part] == (value if part == "stage" else pytest.approx(value, rel=1e-4)), entry
 
 
 def test_micro_batches_are_one_batch(unbroken):

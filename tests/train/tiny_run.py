@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import torch
 
 from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
@@ -69,3 +70,11 @@ def logged(run: Path) -> list[dict]:
     """Every step's numbers, but the seconds."""
     entries = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_close(one: list[dict], other: list[dict]) -> None:
+    """Two runs' logs are the same but for rounding."""
+    for entry, expected in zip(one, other, strict=True):
+        assert entry.keys() == expected.keys()
+        for part, value in expected.items():
+            assert entry[part] == (value if part == "stage" else pytest.approx(value, rel=1e-4)), entry

@@ -1,0 +1,115 @@
+"""One run on several processes, as torchrun starts them: FSDP2, and what they must agree on.
+
+The whole student is one unit of FSDP: its loops call the parts of a layer one by one, so hooks on layers would not be
+called. Weights, gradients and optimizer states are shared out between steps; a step gathers the weights once.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+Tree = TypeVar("Tree")
+
+
+@contextmanager
+def processes(dtype: torch.dtype) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; gives this one's device.
+
+    Args:
+        dtype: that is computed in; below float32, FSDP keeps the weights in float32, also for a process alone.
+    """
+    cuda = torch.cuda.is_available()
+    backend, device = ("nccl", "cuda") if cuda else ("gloo", "cpu")
+    if dist.is_torchelastic_launched():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    elif dtype != torch.float32:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.device(device, torch.cuda.current_device()) if cuda else torch.device(device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; the one with 0 writes files and speaks."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(model: nn.Module, dtype: torch.dtype) -> None:
+    """Share the weights out among the processes; compute in `dtype`, add gradients up in float32."""
+    if dist.is_initialized():
+        # A warning about in-place operations on the model's answers, of which there are none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+
+
+def exchange_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass adds the processes' gradients up; one a step is enough."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_of(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag as it is in all processes: true where it is in one."""
+    if world() == 1:
+        return flags
+    values = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.bool().tolist()
+
+
+def gathered(tree: Tree) -> Tree:
+    """The same with whole tensors on the CPU for shared ones. All processes must call it."""
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
+
+
+def shared_out(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, that every process has, shared out as another one is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Take up whole weights."""
+    own = model.state_dict()
+    model.load_state_dict({key: shared_out(value, own[key]) for key, value in state.items()})
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take up whole moments."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {
+        number: {
+            key: shared_out(value, weights[number]) if torch.is_tensor(value) and value.ndim else value
+            for key, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
