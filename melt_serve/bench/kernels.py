@@ -454,7 +454,7 @@ def table(measured: Measured) -> str:
         )
     head = (
         f"{rates.device}, shape {measured.shape}, bfloat16: copies {rates.copy / 1e9:,.1f} GB/s, "
-        f"multiplies {rates.matmul / 1e12:,.2f} TFLOP/s"
+        f"multiplies {rates.matmul / 1e9:,.2f} GFLOP/s"
     )
     return "\n\n".join([head, columns(lines), columns(whole)])
 

@@ -37,7 +37,7 @@ from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 from melt_serve.engine.depth import Depth
 from melt_serve.kernels.rows import write_rows
-from melt_serve.kernels.switch import takes_triton
+from melt_serve.kernels.switch import chosen, takes_triton
 
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
@@ -114,15 +114,23 @@ class OpenRows(Attention):
 
 
 def fuses_rows(layer: Attention) -> bool:
-    """Whether `write_rows` stands for vLLM's RoPE and write of rows: on a GPU, where `MELT_KERNELS` lets it."""
-    if not current_platform.is_cuda():
+    """Whether `write_rows` stands for vLLM's RoPE and write of rows: on a GPU, where `MELT_KERNELS=triton` asks for it.
+
+    Not by itself: how one kernel launched from Python compares with two of vLLM's is not yet measured.
+
+    Raises:
+        KernelError: asked for, and this layer's rows cannot be written so.
+    """
+    if not current_platform.is_cuda() or chosen() != "triton":
         return False
-    backend, refusal = layer.attn_backend.get_name(), None
+    backend = layer.attn_backend.get_name()
     if backend not in FUSED_BACKENDS:
         refusal = f"vLLM's attention backend is {backend}, not one of {', '.join(FUSED_BACKENDS)}"
     elif layer.kv_cache_dtype not in FUSED_ROWS:
         refusal = f"--kv-cache-dtype is {layer.kv_cache_dtype}, not one of {', '.join(FUSED_ROWS)}"
-    return takes_triton("write_rows", torch.device("cuda"), refusal)
+    else:
+        refusal = None
+    return takes_triton("write_rows", torch.device("cuda"), lambda: refusal)
 
 
 def rotate_and_write(

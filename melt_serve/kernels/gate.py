@@ -36,7 +36,7 @@ def gate_blend(
     Raises:
         KernelError: `MELT_KERNELS=triton` for tensors that it does not take.
     """
-    if not takes_triton("gate_blend", n.device, refusal(from_input, from_state, bias, h, n, out)):
+    if not takes_triton("gate_blend", n.device, lambda: refusal(from_input, from_state, bias, h, n, out)):
         return reference(from_input, from_state, bias, h, n, out)
     inputs: tuple[Tensor, ...] = (*flat(from_input, from_state), bias, *flat(h, n))
     if out is None:

@@ -50,7 +50,7 @@ def write_rows(
     if k_cache.dtype == torch.uint8:
         k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
     refuse(q, k, v, table, k_cache, v_cache, slots, k_scale, v_scale)
-    if takes_triton("write_rows", q.device, refusal(q, k, v, table, k_cache, v_cache)):
+    if takes_triton("write_rows", q.device, lambda: refusal(q, k, v, table, k_cache, v_cache)):
         launch(q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale)
     else:
         reference(q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale)

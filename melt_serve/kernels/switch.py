@@ -18,6 +18,7 @@ INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, as `TRITON_INTERPRET=1` said when this was imported."""
 
 Kernels = Literal["auto", "triton", "reference"]
+WORDS = get_args(Kernels)
 VARIABLE = "MELT_KERNELS"
 
 
@@ -34,18 +35,18 @@ def chosen() -> Kernels:
         KernelError: it is none of the words it may be.
     """
     word = os.environ.get(VARIABLE, "auto")
-    if word not in get_args(Kernels):
-        raise KernelError(f"{VARIABLE}={word!r} is none of {', '.join(get_args(Kernels))}")
+    if word not in WORDS:
+        raise KernelError(f"{VARIABLE}={word!r} is none of {', '.join(WORDS)}")
     return cast(Kernels, word)
 
 
-def takes_triton(kernel: str, device: torch.device, refusal: str | None = None) -> bool:
+def takes_triton(kernel: str, device: torch.device, refuse: Callable[[], str | None] = lambda: None) -> bool:
     """Whether the Triton version of `kernel` runs on tensors of this device.
 
     Where it does not on a GPU though nobody has said so, a warning tells why, once.
 
     Args:
-        refusal: what is the matter with these tensors, in words; None if the kernel takes them.
+        refuse: asked where Triton could run; what is the matter with these tensors, None if the kernel takes them.
 
     Raises:
         KernelError: `MELT_KERNELS=triton`, and it cannot be.
@@ -54,9 +55,11 @@ def takes_triton(kernel: str, device: torch.device, refusal: str | None = None) 
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
         return False
     if triton is None:
-        refusal = "Triton is not installed"
+        refusal: str | None = "Triton is not installed"
     elif device.type != "cuda" and not INTERPRETED:
         refusal = f"its tensors are on {device}; there only Triton's interpreter runs (TRITON_INTERPRET=1)"
+    else:
+        refusal = refuse()
     if refusal is None:
         return True
     if choice == "triton":

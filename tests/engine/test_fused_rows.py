@@ -56,24 +56,21 @@ def fused(monkeypatch):
     return written
 
 
-def test_only_on_a_gpu_and_where_vllms_backend_and_rows_allow_it(monkeypatch):
+def test_only_on_a_gpu_and_if_asked_for_and_never_where_it_cannot_be(monkeypatch):
     def fuses(backend="FLASH_ATTN", dtype="auto"):
         layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend), kv_cache_dtype=dtype)
         return attention.fuses_rows(layer)
 
-    monkeypatch.delenv("MELT_KERNELS", raising=False)
+    monkeypatch.setenv("MELT_KERNELS", "triton")
     assert not fuses()
     monkeypatch.setattr(type(attention.current_platform), "is_cuda", lambda self: True)
     assert fuses() and fuses(dtype="fp8") and fuses("TRITON_ATTN")
     for refused, says in (({"backend": "FLASHINFER"}, "FLASHINFER"), ({"dtype": "fp8_e5m2"}, "fp8_e5m2")):
-        monkeypatch.setenv("MELT_KERNELS", "auto")
-        with pytest.warns(UserWarning, match=f"write_rows does not run in Triton: .*{says}"):
-            assert not fuses(**refused)
-        monkeypatch.setenv("MELT_KERNELS", "triton")
-        with pytest.raises(KernelError, match=says):
+        with pytest.raises(KernelError, match=f"cannot run write_rows: .*{says}"):
             fuses(**refused)
-    monkeypatch.setenv("MELT_KERNELS", "reference")
-    assert not fuses()
+    for unasked in ("auto", "reference"):
+        monkeypatch.setenv("MELT_KERNELS", unasked)
+        assert not fuses() and not fuses("FLASHINFER")
 
 
 @pytest.mark.parametrize("mode", ["token", "chunk"])

@@ -42,10 +42,10 @@ def test_any_other_word_is_an_error_that_lists_them(monkeypatch, word):
 def test_tensors_a_kernel_does_not_take_are_never_passed_over_in_silence(monkeypatch):
     monkeypatch.setenv("MELT_KERNELS", "auto")
     with pytest.warns(UserWarning, match="a kernel does not run in Triton: its tensors are round"):
-        assert not takes_triton("a kernel", GPU, refusal="its tensors are round")
+        assert not takes_triton("a kernel", GPU, lambda: "its tensors are round")
     monkeypatch.setenv("MELT_KERNELS", "triton")
     with pytest.raises(KernelError, match="MELT_KERNELS=triton cannot run a kernel: its tensors are round"):
-        takes_triton("a kernel", GPU, refusal="its tensors are round")
+        takes_triton("a kernel", GPU, lambda: "its tensors are round")
 
 
 WITHOUT_TRITON = """
