@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from melt_serve.bundled import CHECKPOINTS
+from melt_serve.train.ablate import add_command as add_ablate
 
 DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
@@ -36,6 +37,7 @@ def main() -> int:
         epilog=EXAMPLES,
         formatter_class=raw,
     )
+    demo.set_defaults(run_command=run)
     add = demo.add_argument
     add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
     add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
@@ -43,12 +45,13 @@ def main() -> int:
     add("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
     add("--questions", type=int, default=1000, metavar="N", help="held-out questions to measure on (default: 1000)")
+    add_ablate(commands)
     arguments = parser.parse_args()
-    if arguments.questions < 1:
+    if getattr(arguments, "questions", 1) < 1:
         demo.error(f"--questions must be at least 1, not {arguments.questions}")
     if arguments.minutes < 0:
         demo.error(f"--minutes must not be negative, but is {arguments.minutes}")
-    return run(arguments)
+    return arguments.run_command(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

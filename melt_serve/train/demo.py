@@ -115,7 +115,8 @@ def distil(
             decode_aware=runs_as_decoded(stage, step),
             thresholds=drawn_thresholds(stage, step, batch),
         )
-        parts = {"kd": distillation(wanted.logits, given.logits)}
+        compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
+        parts = {"kd": distillation(wanted.logits[compared], given.logits[compared])}
         loss = parts["kd"]
         if stage.alignment:
             parts["attention"] = given.distance / batch.real.sum() / (layers * loops)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Tokens = Literal["reply", "all"]
+Loops = Literal["all", "last"]
 
 DEPTHS = (1, 2, 3, 4, 4, 4, 6, 8)
 """Loops that the bundled MELT is post-trained at."""
@@ -75,6 +76,7 @@ class Distillation(Stage):
     Attributes:
         gate_learning_rate: AdamW's for the gate, which starts fresh.
         loss_on: the tokens whose answers are compared with the teacher's.
+        kd_at: the loops whose answers are compared.
         interpolate: phase 1: rows go from the LoopLM's (alpha 0) to MELT's (alpha 1) over the steps.
         alignment: beta, the weight of the attention outputs' squared distance; 0 leaves it out.
         decode_aware_from: the share of the steps after which batches may run the reply token by token,
@@ -90,6 +92,7 @@ class Distillation(Stage):
 
     gate_learning_rate: float = 3e-3
     loss_on: Tokens = "reply"
+    kd_at: Loops = "all"
     interpolate: bool = False
     alignment: float = 0.0
     decode_aware_from: float = 1.0
