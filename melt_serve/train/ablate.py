@@ -1,6 +1,7 @@
 """`python -m melt_serve.train ablate`: which part of the recipe, and of the gate, is worth its price."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -175,17 +176,22 @@ def run_all(
         made = settings(variant, size, seed)
         if made not in done:
             done.append(made)
-            todo.append((variant, seed))
+            todo.append((variant, seed, path.parent / fingerprint(made)))
     if not todo:
         print(f"all {len(planned)} runs are in {path}", file=sys.stderr)
         return
     laboratory = Laboratory()
     with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
-        for variant, seed in todo:
+        for variant, seed, folder in todo:
             bar.set_description(f"{variant.name}, seed {seed}")
-            row = laboratory.run(variant, size, seed, path.parent / f"{size.name}-{variant.name}-{seed}", sitting)
+            row = laboratory.run(variant, size, seed, folder, sitting)
             append_row(path, row)
             bar.update()
+
+
+def fingerprint(made: "Row") -> str:
+    """A folder's name for the states of a run with these settings."""
+    return f"run-{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def listing(

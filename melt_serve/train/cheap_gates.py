@@ -39,7 +39,7 @@ class CheapGate:
     def multiply_adds(self, size: int, loops: int) -> int:
         """What z costs a token over T = `loops`: those of the matrices, in every loop that computes a z."""
         matrix = 2 * size * self.rank if self.rank is not None else size * size // self.blocks
-        computing = loops - 1 - (last_sharing(loops) - 2 if self.shared else 0)
+        computing = loops - 1 - (max(0, last_sharing(loops) - 2) if self.shared else 0)
         return 2 * matrix * computing
 
     def projection(self, size: int, bias: bool) -> nn.Module:

@@ -1,4 +1,17 @@
-"""The ablations: which recipes are compared, at which size, and what the paper says of them (arXiv 2605.07721)."""
+"""The ablations: which recipes are compared, at which size, and what the paper says of them (arXiv 2605.07721).
+
+The paper names its ablations in a few words; what they are here:
+
+- *without attention alignment*: beta = 0; phase 2 goes on with L_KD alone.
+- *without interpolation*: alpha = 1 from the first step; as many steps.
+- *without distillation at all loops*: L_KD compares the last loop's answers only, in both phases.
+- *without chunks*: C is the whole sequence in training, so that no token ever reads another's final row before its own
+  last loop, and no batch is decode-aware. It is served in both decode modes with the size's C, and in one chunk, where `token` mode still decodes
+  from final rows; `chunk` mode in one chunk would keep every loop's rows of everything, as a LoopLM does.
+- *conversion only*: the teacher with a fresh gate.
+
+Gates are compared without attention alignment, as the paper compares them before it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +35,7 @@ class Size:
         loops: each batch runs one of these.
         chunk_size: C, where a variant does not say otherwise.
         questions: held out, to measure on.
-        minutes: a run took with one thread of 2 shared CPU cores.
+        minutes: that a run took with one thread on 2 CPU cores, for `--list` before there are rows.
     """
 
     name: str

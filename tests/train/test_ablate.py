@@ -93,7 +93,7 @@ def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
 
 @torch.no_grad()
 def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(laboratory):
-    """With a student that is right sometimes: the teacher's weights in one large chunk, at half the depth."""
+    """With a student that is right sometimes: the teacher's weights in one large chunk, a loop short."""
     student = laboratory.student(Variant("whole", "", "last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
     asked, tokenizer = heldout(12), laboratory.tokenizer
     batch = encode(asked, tokenizer)
@@ -103,11 +103,11 @@ def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(lab
         for question in asked:
             prompt = torch.tensor([prompt_ids(question, tokenizer)])
             expected = tokenizer.encode(question.reply + tokenizer.eos_token)
-            output = student.generate(prompt, loops=2, max_new_tokens=len(expected), do_sample=False)
+            output = student.generate(prompt, loops=3, max_new_tokens=len(expected), do_sample=False)
             greedy += output[0, prompt.shape[1] :].tolist() == expected
-        given = student.study(batch, batch.before_reply, 2, decode_aware=mode == "token").logits[-1]
+        given = student.study(batch, batch.before_reply, 3, decode_aware=mode == "token").logits[-1]
         assert right_share([batch], [given]) == greedy / 12
-        assert 0 < greedy < 12
+    assert 0 < greedy < 12
 
 
 @torch.no_grad()
@@ -206,13 +206,12 @@ def test_the_list_says_what_is_done(done, capsys, monkeypatch):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
-    state = tmp_path / "small-elementwise-0"
 
     def interrupt():
-        while not (state / "losses.jsonl").exists():
+        while not any(tmp_path.glob("*/losses.jsonl")):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     assert command("gates", "--seeds", "0", "--rows", str(tmp_path / "rows.jsonl")) == 130
-    assert "goes on" in capsys.readouterr().err and (state / "transition.state.pt").exists()
+    assert "goes on" in capsys.readouterr().err and len(list(tmp_path.glob("*/transition.state.pt"))) == 1
