@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Studies = Mapping[str, Sequence[Variant]]
 Found = Mapping[str, Sequence["Measured"]]
-GATE_STUDIES = ("gates", "paper-gates")
+GATE_STUDIES = ("gates", "compressed", "paper-gates")
 OUTCOME_HEADS = [f"{what}, `{mode}`" for what in ("KL", "right") for mode in DECODE_MODES]
 
 INTRODUCTION = """\

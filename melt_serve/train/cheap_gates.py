@@ -36,13 +36,20 @@ class CheapGate:
         gate.state_proj = self.projection(config.hidden_size, bias=False)
         return gate
 
+    def approximate(self, trained: KVGate, config: MeltConfig) -> KVGate:
+        """The gate of this kind that is nearest to a trained element-wise one, matrix by matrix."""
+        gate = self.build(config)
+        gate.input_proj.approximate(trained.input_proj)
+        gate.state_proj.approximate(trained.state_proj)
+        return gate
+
     def multiply_adds(self, size: int, loops: int) -> int:
         """What z costs a token over T = `loops`: those of the matrices, in every loop that computes a z."""
         matrix = 2 * size * self.rank if self.rank is not None else size * size // self.blocks
         computing = loops - 1 - (max(0, last_sharing(loops) - 2) if self.shared else 0)
         return 2 * matrix * computing
 
-    def projection(self, size: int, bias: bool) -> nn.Module:
+    def projection(self, size: int, bias: bool) -> "LowRank | BlockDiagonal":
         """What stands for W_z with b_z, or for U_z."""
         return LowRank(size, self.rank, bias) if self.rank is not None else BlockDiagonal(size, self.blocks, bias)
 
@@ -80,6 +87,16 @@ class LowRank(nn.Module):
         """[..., d] -> [..., d]."""
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
 
+    @torch.no_grad()
+    def approximate(self, linear: nn.Linear) -> None:
+        """The nearest of this rank (Eckart and Young): the largest singular values."""
+        left, values, right = torch.linalg.svd(linear.weight)
+        rank, roots = len(self.down), values.sqrt()
+        self.up.copy_(left[:, :rank] * roots[:rank])
+        self.down.copy_(roots[:rank, None] * right[:rank])
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+
 
 class BlockDiagonal(nn.Module):
     """x -> W x + b, where W has square blocks on its diagonal and nothing beside them."""
@@ -95,3 +112,11 @@ class BlockDiagonal(nn.Module):
         blocks, width, _ = self.blocks.shape
         y = torch.einsum("...bi,boi->...bo", x.unflatten(-1, (blocks, width)), self.blocks).flatten(-2)
         return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def approximate(self, linear: nn.Linear) -> None:
+        """The nearest of this form: the blocks on the diagonal."""
+        blocks, width, _ = self.blocks.shape
+        self.blocks.copy_(linear.weight.view(blocks, width, blocks, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from melt_serve.bundled import LOOPLM
+from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.config import DECODE_MODES, DecodeMode
 from melt_serve.train.data import Batch, encode
 from melt_serve.train.demo import distil, fresh_student
@@ -49,7 +49,10 @@ class Outcome:
 
 def settings(variant: Variant, size: Size, seed: int) -> Row:
     """What makes a run the run it is: of rows with the same settings one is enough."""
-    changes = {key: value for key, value in asdict(variant).items() if key not in ("name", "what", "paper")}
+    usual = asdict(Variant("", ""))
+    changes = {key: value for key, value in asdict(variant).items() if value != usual[key]}
+    for words in ("name", "what", "paper"):
+        changes.pop(words, None)
     facts = {"seed": seed, "size": asdict(replace(size, minutes=0)), **changes}
     return json.loads(json.dumps(facts))  # as it will be read from the file
 
@@ -60,6 +63,7 @@ class Laboratory:
     def __init__(self) -> None:
         self.tokenizer = build_tokenizer()
         self.teacher = AutoModelForCausalLM.from_pretrained(LOOPLM, dtype=torch.float32).eval().requires_grad_(False)
+        self.asked: dict[int, tuple[list[Batch], list[Tensor]]] = {}
 
     def run(self, variant: Variant, size: Size, seed: int, folder: Path, sitting: Sitting) -> Row:
         """Train and measure; `folder` holds the run's states until it is done, and goes with it.
@@ -91,18 +95,23 @@ class Laboratory:
         }
 
     def student(self, variant: Variant, size: Size, seed: int) -> Student:
-        """The teacher's weights with the variant's fresh gate."""
+        """The variant before its first step."""
         student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
+        if variant.start == "melt":
+            student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
-                layer.self_attn.kv_gate = variant.cheap_gate.build(student.config)
+                attention, cheap = layer.self_attn, variant.cheap_gate
+                trained = variant.start == "melt"
+                attention.kv_gate = (
+                    cheap.approximate(attention.kv_gate, student.config) if trained else cheap.build(student.config)
+                )
         return student
 
     def measure(self, student: Student, size: Size, chunk_sizes: Sequence[int]) -> list[Outcome]:
         """Both decode modes at every chunk size, on the same held-out questions."""
-        questions, outcomes = heldout(size.questions), []
-        batches = [encode(questions[i : i + BATCH], self.tokenizer) for i in range(0, len(questions), BATCH)]
-        wanted = [self.wanted(batch) for batch in batches]
+        outcomes = []
+        batches, wanted = self.heldout(size.questions)
         teacher_right = right_share(batches, wanted)
         for chunk_size in chunk_sizes:
             student.config.chunk_size = chunk_size
@@ -111,6 +120,14 @@ class Laboratory:
                 kd, right = divergence(wanted, given), right_share(batches, given)
                 outcomes.append(Outcome(mode, MEASURED_LOOPS, chunk_size, kd, right, teacher_right))
         return outcomes
+
+    def heldout(self, count: int) -> tuple[list[Batch], list[Tensor]]:
+        """So many questions in batches, and what is wanted of each, asked once."""
+        if count not in self.asked:
+            questions = heldout(count)
+            batches = [encode(questions[i : i + BATCH], self.tokenizer) for i in range(0, count, BATCH)]
+            self.asked[count] = batches, [self.wanted(batch) for batch in batches]
+        return self.asked[count]
 
     def wanted(self, batch: Batch) -> Tensor:
         """The teacher's last logits before every token of the replies, [tokens, V]."""

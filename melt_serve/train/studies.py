@@ -6,8 +6,8 @@ The paper names its ablations in a few words; what they are here:
 - *without interpolation*: alpha = 1 from the first step; as many steps.
 - *without distillation at all loops*: L_KD compares the last loop's answers only, in both phases.
 - *without chunks*: C is the whole sequence in training, so that no token ever reads another's final row before its own
-  last loop, and no batch is decode-aware. It is served in both decode modes with the size's C, and in one chunk, where `token` mode still decodes
-  from final rows; `chunk` mode in one chunk would keep every loop's rows of everything, as a LoopLM does.
+  last loop, and no batch is decode-aware. It is served in both decode modes with the size's C, and in one chunk, where
+  `token` mode still decodes from final rows; `chunk` mode in one chunk would keep every loop's rows, as a LoopLM does.
 - *conversion only*: the teacher with a fresh gate.
 
 Gates are compared without attention alignment, as the paper compares them before it.
@@ -15,7 +15,7 @@ Gates are compared without attention alignment, as the paper compares them befor
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from melt_serve.config import GateType
 from melt_serve.train.cheap_gates import CheapGate
@@ -63,6 +63,8 @@ class Variant:
 
     Attributes:
         what: in words.
+        start: the bundled checkpoint it begins with: the LoopLM with a fresh gate, or the MELT, whose trained gate is
+            made as cheap as `cheap_gate` says.
         gate_type, cheap_gate: the gate.
         chunk_size: C in training; None for the size's.
         transition, alignment: changed fields of phases 1 and 2.
@@ -71,6 +73,7 @@ class Variant:
 
     name: str
     what: str
+    start: Literal["looplm", "melt"] = "looplm"
     gate_type: GateType = "elementwise"
     cheap_gate: CheapGate | None = None
     chunk_size: int | None = None
@@ -106,13 +109,14 @@ class Variant:
 
 GRID_ONLY = {"decode_aware_from": 1.0}
 NO_ALIGNMENT = {"alignment": 0.0}
+UNTRAINED = {"steps": 0}
 
 FULL = Variant("full", "the recipe of the bundled MELT")
 
 RECIPE = (
     FULL,
     Variant("no-alignment", "beta = 0", alignment=NO_ALIGNMENT, paper="2 to 3 points less"),
-    Variant("converted", "a fresh gate, no step of training", transition={"steps": 0}, alignment={"steps": 0}),
+    Variant("converted", "a fresh gate, no step of training", transition=UNTRAINED, alignment=UNTRAINED),
     Variant("no-interpolation", "alpha = 1 from the start", transition={"interpolate": False}, paper="about 10 less"),
     Variant(
         "last-loop-kd",
@@ -154,6 +158,21 @@ GATES = (
     SCALAR,
 )
 
+
+def compressed(name: str, what: str, cheap_gate: CheapGate | None) -> Variant:
+    """The bundled MELT with its trained gate replaced by the nearest cheap one, and no step of training after that."""
+    of_demo: dict[str, Any] = {"chunk_size": Recipe().shape.chunk_size, "transition": UNTRAINED, "alignment": UNTRAINED}
+    return Variant(name, what, start="melt", cheap_gate=cheap_gate, **of_demo)
+
+
+COMPRESSED = (
+    compressed("as-trained", "the bundled MELT", None),
+    *(compressed(f"to-rank-{rank}", f"rank {rank} of 192", CheapGate(rank=rank)) for rank in (96, 48, 24, 12, 6)),
+    *(compressed(f"to-blocks-{blocks}", f"{blocks} blocks", CheapGate(blocks=blocks)) for blocks in (2, 8, 192)),
+    compressed("to-bias", "z = sigmoid(b_z)", CheapGate(rank=0)),
+    compressed("to-shared-half", "loop 3 uses the z of loop 2", CheapGate(shared=True)),
+)
+
 PAPER_GATES = (
     ELEMENTWISE,
     LAST,
@@ -169,6 +188,7 @@ CHUNKS = (
 
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "gates": GATES,
+    "compressed": COMPRESSED,
     "recipe": RECIPE,
     "paper-gates": PAPER_GATES,
     "chunks": CHUNKS,

@@ -21,7 +21,17 @@ from melt_serve.train.cheap_gates import CheapGate, LowRank
 from melt_serve.train.data import encode, prompt_ids
 from melt_serve.train.evaluate import heldout
 from melt_serve.train.experiment import Laboratory, answers, divergence, right_share
-from melt_serve.train.studies import ELEMENTWISE, GATES, LAST, RECIPE, SIZES, STUDIES, WHOLE_SEQUENCE, Variant
+from melt_serve.train.studies import (
+    COMPRESSED,
+    ELEMENTWISE,
+    GATES,
+    LAST,
+    RECIPE,
+    SIZES,
+    STUDIES,
+    WHOLE_SEQUENCE,
+    Variant,
+)
 from melt_serve.train.trainer import Paused, Sitting
 
 SIZE = replace(SIZES["small"], steps=(2, 2), batch=2, questions=4)
@@ -144,6 +154,24 @@ def test_a_cheap_gate_is_the_full_gate_with_its_matrices_written_out(cheap):
     assert torch.equal(gate(n, None, 1), n)
 
 
+@pytest.mark.parametrize("cheap", [CheapGate(rank=24), CheapGate(blocks=1)])
+@torch.no_grad()
+def test_a_cheap_gate_that_leaves_nothing_out_is_the_trained_one(cheap):
+    trained, (n, h) = KVGate(SQUARE), torch.randn(2, 7, 24)
+    torch.testing.assert_close(cheap.approximate(trained, SQUARE)(n, h, 2), trained(n, h, 2))
+
+
+@torch.no_grad()
+def test_a_trained_gate_is_approximated_by_the_nearest_one():
+    trained = KVGate(SQUARE)
+    weight = trained.state_proj.weight
+    low = CheapGate(rank=5).approximate(trained, SQUARE).state_proj
+    missed = (low.up @ low.down - weight).square().sum()
+    torch.testing.assert_close(missed, torch.linalg.svdvals(weight)[5:].square().sum())
+    blocks = CheapGate(blocks=3).approximate(trained, SQUARE).state_proj(torch.eye(24)).T
+    torch.testing.assert_close(blocks, torch.block_diag(*(weight[i : i + 8, i : i + 8] for i in (0, 8, 16))))
+
+
 @pytest.mark.parametrize(("loops", "sharing"), [(1, []), (2, []), (3, []), (4, [3]), (8, [3, 4, 5])])
 def test_the_first_half_of_the_gated_loops_shares_the_z_of_loop_two(loops, sharing):
     config = MeltConfig(hidden_size=24, num_attention_heads=2, total_ut_steps=loops)
@@ -154,11 +182,11 @@ def test_the_first_half_of_the_gated_loops_shares_the_z_of_loop_two(loops, shari
     assert [loop for loop in range(3, loops + 1) if z[loop] is z[2]] == sharing
 
 
-@pytest.mark.parametrize("variant", GATES, ids=lambda each: each.name)
+@pytest.mark.parametrize("variant", GATES + COMPRESSED, ids=lambda each: each.name)
 def test_a_gates_multiply_adds_are_its_matrices_weights_in_every_loop_that_computes_z(laboratory, variant):
     gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
     matrices = sum(weight.numel() for key, weight in gate.named_parameters() if not key.endswith("bias"))
-    computing = 2 if variant.name == "shared-half" else 3
+    computing = 2 if "shared-half" in variant.name else 3
     assert variant.gate_multiply_adds(192, 4) == matrices * computing
 
 
