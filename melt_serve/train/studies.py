@@ -167,7 +167,7 @@ def compressed(name: str, what: str, cheap_gate: CheapGate | None) -> Variant:
 
 COMPRESSED = (
     compressed("as-trained", "the bundled MELT", None),
-    *(compressed(f"to-rank-{rank}", f"rank {rank} of 192", CheapGate(rank=rank)) for rank in (96, 48, 24, 12, 6)),
+    *(compressed(f"to-rank-{rank}", f"rank {rank} of 192", CheapGate(rank=rank)) for rank in (96, 48, 24, 12, 6, 3, 1)),
     *(compressed(f"to-blocks-{blocks}", f"{blocks} blocks", CheapGate(blocks=blocks)) for blocks in (2, 8, 192)),
     compressed("to-bias", "z = sigmoid(b_z)", CheapGate(rank=0)),
     compressed("to-shared-half", "loop 3 uses the z of loop 2", CheapGate(shared=True)),
