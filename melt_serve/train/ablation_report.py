@@ -150,7 +150,7 @@ def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
     """KL in both decode modes, right replies in both."""
     return [
         spread(each.outcomes(mode, what, chunk_size), form)
-        for what, form in (("kd", ".3f"), ("right", ".1%"))
+        for what, form in (("kd", ".4f"), ("right", ".1%"))
         for mode in DECODE_MODES
     ]
 

@@ -97,7 +97,7 @@ def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
     lines = {line.split("|")[1].strip(): line.split("|") for line in markdown.read_text().splitlines() if "|" in line}
     kd = [row["outcomes"][1]["kd"] for row in rows if row["variant"] == "last"]
     assert all(path.parent == tmp_path for path in (markdown, plot, numbers))
-    assert f"{sum(kd) / 2:.3f} ({min(kd):.3f} to {max(kd):.3f})" in "|".join(lines["`last`"])
+    assert f"{sum(kd) / 2:.4f} ({min(kd):.4f} to {max(kd):.4f})" in "|".join(lines["`last`"])
     assert "`scalar`" not in lines
 
 
