@@ -28,7 +28,8 @@ Written by `python -m melt_serve.train ablate --report`; read in README.md, "Abl
 bundled `looplm-demo` (one teacher for all), at size `{size.name}`: {size.steps[0]} + {size.steps[1]} steps of phases 1
 and 2 with {size.batch} questions each at T = {loops}, C = {size.chunk_size} where nothing else is said, float32.
 Those of `compressed` train nothing: they are the bundled `melt-demo` with a cheaper gate, served with its own C. {runs}
-runs, {threads} thread(s) on {cores} CPU cores, {cpu:.0f} s of CPU time each in the mean, torch {torch}. A seed is that of the
+runs, {threads} thread(s) on {cores} CPU cores, {cpu:.0f} s of CPU time each in the mean, torch {torch}.
+A seed is that of the
 data's order and of the fresh gate; variants of a seed see the same questions in the same order.
 
 - **KL**: of the teacher's and the student's answer at the last loop, T = {measured}, in nats a token of the reply, the
