@@ -98,7 +98,8 @@ def phase_losses(
         decode_aware=runs_as_decoded(stage, step),
         thresholds=drawn_thresholds(stage, step, batch, number),
     )
-    parts = {"kd": distillation(wanted.logits, given.logits, answers)}
+    compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
+    parts = {"kd": distillation(wanted.logits[compared], given.logits[compared], answers)}
     loss = parts["kd"]
     if stage.alignment:
         parts["attention"] = given.distance / tokens / (student.config.num_hidden_layers * loops)

@@ -20,6 +20,7 @@ Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one), Field(min_length=1)
 ]
 FORBID: ConfigDict = {"extra": "forbid"}
+Loops = Literal["all", "last"]
 
 DEPTHS = (1, 2, 3, 4, 4, 4, 6, 8)
 """Loops that the bundled MELT is post-trained at."""
@@ -95,6 +96,7 @@ class Distillation(Stage):
     Attributes:
         gate_learning_rate: AdamW's for the gate, which starts fresh.
         loss_on: the tokens whose answers are compared with the teacher's.
+        kd_at: the loops whose answers are compared.
         interpolate: phase 1: rows go from the LoopLM's (alpha 0) to MELT's (alpha 1) over the steps.
         alignment: beta, the weight of the attention outputs' squared distance; 0 leaves it out.
         decode_aware_from: the share of the steps after which batches may run the reply token by token,
@@ -110,6 +112,7 @@ class Distillation(Stage):
 
     gate_learning_rate: Rate = 3e-3
     loss_on: Tokens = "reply"
+    kd_at: Loops = "all"
     interpolate: bool = False
     alignment: Rate = 0.0
     decode_aware_from: Share = 1.0

@@ -1,0 +1,213 @@
+"""`python -m melt_serve.train ablate`: which part of the recipe, and of the gate, is worth its price."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from melt_serve.train.experiment import Row
+    from melt_serve.train.studies import Size, Variant
+    from melt_serve.train.trainer import Sitting
+
+ROWS = Path("runs/ablate/rows.jsonl")
+
+DESCRIPTION = """\
+Post-train the bundled LoopLM in many ways and hold the outcomes side by side: the paper's ablations of the recipe and
+of the gate, chunk sizes, and cheaper gates. --list shows the studies with their variants.
+
+Every run is appended to --rows as one line of JSON when it is measured, and a run that is there is not repeated: a
+study may take many sittings. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
+command goes on with it.
+
+Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
+
+EXAMPLES = """\
+examples:
+  python -m melt_serve.train ablate --list                       what there is, what is done, how long it takes
+  python -m melt_serve.train ablate gates --seeds 0 --minutes 60 an hour of one study with one seed
+  python -m melt_serve.train ablate recipe --variants full,no-chunks
+  python -m melt_serve.train ablate --report ablations.md        tables, plot and JSON of all that is done
+"""
+
+
+class AblationError(ValueError):
+    """There is no such study, variant or size, or the rows cannot be read; the message says which."""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `ablate` to the commands of `python -m melt_serve.train`."""
+    command = commands.add_parser(
+        "ablate",
+        help="measure what each part of the recipe and of the gate is worth",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run_command=ablate)
+    add = command.add_argument
+    add("studies", metavar="STUDY", nargs="*", help="studies to run, in this order (default: all)")
+    add("--list", action="store_true", help="show studies, variants, rows there are and estimated minutes; run nothing")
+    add("--report", type=Path, metavar="FILE.md", help="write FILE.md, FILE.svg and FILE.json of the rows; run nothing")
+    add("--size", default="small", help="small, or demo: that of the bundled recipe (default: small)")
+    add("--seeds", type=seeds, default=(0, 1, 2), metavar="S,...", help="one run each (default: 0,1,2)")
+    add("--variants", type=words, metavar="V,...", help="only these of the studies")
+    add("--rows", type=Path, default=ROWS, help=f"file of results (default: {ROWS})")
+    add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`a,b` as it was meant."""
+    return tuple(text.split(","))
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """`0,1` as numbers."""
+    return tuple(int(each) for each in text.split(","))
+
+
+def minutes(text: str) -> float:
+    """A time that can be waited for."""
+    if (value := float(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {text}")
+    return value
+
+
+def ablate(arguments: argparse.Namespace) -> int:
+    """Run, list or report what the command line asks for; the exit code."""
+    from melt_serve.train.trainer import Paused, Sitting, TrainingError
+
+    sitting = Sitting(arguments.minutes)
+    again = "the same command goes on"
+    try:
+        size, chosen = choose(arguments.studies, arguments.variants, arguments.size)
+        rows = read_rows(arguments.rows)
+        if arguments.list:
+            print(listing(chosen, size, arguments.seeds, rows))
+        elif arguments.report:
+            from melt_serve.train.ablation_report import write_report
+
+            for path in write_report(arguments.report, chosen, size, rows):
+                print(f"wrote {path}")
+        else:
+            run_all(chosen, size, arguments.seeds, arguments.rows, sitting)
+    except Paused:
+        print(f"paused, everything is saved; {again}", file=sys.stderr)
+        return 3 if sitting.signal is None else 128 + sitting.signal
+    except KeyboardInterrupt:
+        print(f"\nstopped, finished runs are saved; {again}", file=sys.stderr)
+        return 130
+    except (AblationError, OSError, TrainingError) as error:
+        print(f"melt_serve.train: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def choose(
+    names: Sequence[str], variants: Sequence[str] | None, size: str
+) -> tuple["Size", dict[str, tuple["Variant", ...]]]:
+    """The size, and the studies by name, each with the variants asked for.
+
+    Raises:
+        AblationError: one of them does not exist.
+    """
+    from melt_serve.train.studies import SIZES, STUDIES
+
+    known = {variant.name for study in STUDIES.values() for variant in study}
+    for kind, given, right in (
+        ("study", names, STUDIES),
+        ("variant", variants or (), known),
+        ("size", (size,), SIZES),
+    ):
+        if wrong := [each for each in given if each not in right]:
+            raise AblationError(f"there is no {kind} {wrong[0]!r}, only {', '.join(right)}")
+    chosen = {name: STUDIES[name] for name in (names or STUDIES)}
+    if variants:
+        chosen = {name: tuple(each for each in study if each.name in variants) for name, study in chosen.items()}
+    return SIZES[size], {name: study for name, study in chosen.items() if study}
+
+
+def read_rows(path: Path) -> list["Row"]:
+    """The runs that are done.
+
+    Raises:
+        AblationError: a line is broken.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise AblationError(f"{path}, line {number}, is not JSON; mend or remove it") from None
+    return rows
+
+
+def append_row(path: Path, row: "Row") -> None:
+    """Add one run; the file is replaced whole, so that no crash leaves half a line."""
+    part = path.with_name(f".{path.name}.partial")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    part.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def run_all(
+    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], path: Path, sitting: "Sitting"
+) -> None:
+    """Run what is not in the file yet: all variants with the first seed, then with the next.
+
+    Raises:
+        Paused, TrainingError: see `run_stage`.
+    """
+    from tqdm import tqdm
+
+    from melt_serve.train.experiment import Laboratory, settings
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [row["settings"] for row in read_rows(path)]
+    planned = [(variant, seed) for seed in seeds for study in studies.values() for variant in study]
+    todo = []
+    for variant, seed in planned:
+        made = settings(variant, size, seed)
+        if made not in done:
+            done.append(made)
+            todo.append((variant, seed, path.parent / fingerprint(made)))
+    if not todo:
+        print(f"all {len(planned)} runs are in {path}", file=sys.stderr)
+        return
+    laboratory = Laboratory()
+    with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
+        for variant, seed, folder in todo:
+            bar.set_description(f"{variant.name}, seed {seed}")
+            row = laboratory.run(variant, size, seed, folder, sitting)
+            append_row(path, row)
+            bar.update()
+
+
+def fingerprint(made: "Row") -> str:
+    """A folder's name for the states of a run with these settings."""
+    return f"run-{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def listing(
+    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], rows: Sequence["Row"]
+) -> str:
+    """Studies and variants in columns, with the runs that are done and the minutes that are left."""
+    from melt_serve.columns import columns
+    from melt_serve.train.experiment import settings
+
+    taken = [row["seconds"] / 60 for row in rows if row["size"] == size.name]
+    each = sum(taken) / len(taken) if taken else size.minutes
+    done = [row["settings"] for row in rows]
+    lines, left = [("study", "variant", "done", "what")], 0
+    for name, study in studies.items():
+        for variant in study:
+            ran = sum(settings(variant, size, seed) in done for seed in seeds)
+            left += len(seeds) - ran
+            lines.append((name, variant.name, f"{ran} of {len(seeds)}", variant.what))
+    return f"{columns(lines)}\n\nsize {size.name}: about {each:.1f} minutes a run, {left * each:.0f} minutes to go"
