@@ -104,7 +104,7 @@ def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
 @torch.no_grad()
 def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(laboratory):
     """With a student that is right sometimes: the teacher's weights in one large chunk, a loop short."""
-    student = laboratory.student(Variant("whole", "", "last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+    student = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
     asked, tokenizer = heldout(12), laboratory.tokenizer
     batch = encode(asked, tokenizer)
     for mode in ("token", "chunk"):
@@ -124,7 +124,7 @@ def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(lab
 def test_the_divergence_is_none_from_the_teacher_itself(laboratory):
     batch = encode(heldout(3), laboratory.tokenizer)
     wanted = laboratory.wanted(batch)
-    whole = laboratory.student(Variant("whole", "", "last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+    whole = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
     given = answers(whole, batch, "chunk")  # one chunk of the last loops' rows is the LoopLM
     assert abs(divergence([wanted], [given])) < 1e-6 < 1e-2 < divergence([wanted], [given.roll(1, -1)])
 
