@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train import ablate, show_data
+from melt_serve.train.recipes import bundled_recipes
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import PostTraining, Recipe
@@ -85,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `python -m melt_serve.train`, by default the process's own.
     """
-    from melt_serve.train.recipe_files import bundled_recipes
-
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m melt_serve.train", description="Train MELT checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -12,8 +12,8 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from melt_serve.train.recipe import STAGES, PostTraining, Recipe
+from melt_serve.train.recipes import RECIPES, bundled_recipes
 
-RECIPES = Path(__file__).parent / "recipes"
 KINDS: dict[str, type[Recipe] | type[PostTraining]] = {"bundled": Recipe, "post-training": PostTraining}
 
 
@@ -56,11 +56,6 @@ def load_recipe(
         said = "; ".join(complaint(kind, each) for each in error.errors(include_url=False))
         raise RecipeError(f"{path.name}: {said}") from None
     return recipe.seeded(recipe.seed) if isinstance(recipe, Recipe) else recipe
-
-
-def bundled_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def find_recipe(name: str) -> Path:

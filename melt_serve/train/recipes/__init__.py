@@ -1,0 +1,10 @@
+"""The recipes that come with the package, as TOML files; `melt_serve.train.recipe_files` reads them."""
+
+from pathlib import Path
+
+RECIPES = Path(__file__).parent
+
+
+def bundled_recipes() -> list[str]:
+    """Their names."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
