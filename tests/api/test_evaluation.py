@@ -128,7 +128,7 @@ def test_lm_eval_counts_the_same_right_answers(server, right, tmp_path, kind):
     """Chats are rendered by the server; completions by lm-eval, with the checkpoint's own tokenizer and template."""
     route, tokenizer = {
         "local-chat-completions": ("chat/completions", "tokenizer_backend=None"),
-        "local-completions": ("completions", f"tokenizer={MELT},tokenized_requests=False"),
+        "local-completions": ("completions", f"tokenizer={MELT}"),
     }[kind]
     model = f"model=melt-demo,base_url={server}/v1/{route},num_concurrent=4,{tokenizer}"
     results, samples = lm_eval(
