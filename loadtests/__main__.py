@@ -131,7 +131,15 @@ def run_all(scenario: Scenario, plan: Options, options: argparse.Namespace, runs
     for step in steps:
         (loops,) = step.loops
         say(f"a LoopLM ({LOOPLM.name}) of {loops} loops starts")
-        words = [str(LOOPLM), *room, "--served-model-name", LOOPLM.name, "--enforce-eager"]
+        words = [
+            str(LOOPLM),
+            *room,
+            "--served-model-name",
+            LOOPLM.name,
+            "--enforce-eager",
+            "--reasoning-parser",
+            "qwen3",
+        ]
         words += ["--hf-overrides.total_ut_steps", str(loops)]
         with started(words, options.out / f"looplm-{loops}.log") as (url, server):
             run_on(url, server, LOOPLM.name, "none", [step], loops, runs)
