@@ -18,8 +18,8 @@ from loadtests.seen import Asked, Sample
 FLAT = 0.02
 """How much memory may differ between depths."""
 ALIKE = 0.10
-"""The same of what a request holds, which is read once a second: it differs by how far the requests have come just then.
-A LoopLM's would double from depth to depth."""
+"""The same of what a request holds, which is read once a second: it differs by how far requests have come just then. A
+LoopLM's would double from depth to depth."""
 LEAK = 0.01
 """The share of its memory that a server may grow by in an hour, from the second half of a soak on."""
 SOAK_SECONDS = 600
