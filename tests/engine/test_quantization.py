@@ -19,6 +19,9 @@ from tests.engine.engines import (
 )
 
 GROUP = 32
+pytestmark = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2", reason="vLLM has no 4-bit matmul for processors without AVX-512"
+)
 
 
 def quantize(path, model, ignore):
