@@ -12,6 +12,7 @@ import pytest
 from melt_serve import cli
 from melt_serve.bench.shapes import shape
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
+from tests.processor import needs_fp8_rows
 from tests.signals import hear_ctrl_c
 
 LAYERS, HIDDEN = 1, 192
@@ -43,11 +44,13 @@ def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant
     assert "MELT, chunk mode  4" in table
 
 
-def test_a_looplms_rows_grow_with_the_loops_and_a_plot_is_written(capsys, tmp_path):
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), pytest.param("fp8", 1, marks=needs_fp8_rows)])
+def test_a_looplms_rows_grow_with_the_loops_and_a_plot_is_written(dtype, size, capsys, tmp_path):
     plot = tmp_path / "memory.png"
-    (row,), _ = bench(capsys, "--models", "looplm", "--loops", "4", "--kv-dtype", "fp8", "--plot", str(plot))
-    assert row["kv_bytes_per_token"] == kv_bytes_per_token(LoopLMConfig(**shape("demo")), 1, loops=4) == 2 * MELT_ROW
-    assert row["token_capacity"] == pytest.approx((64 << 20) / (2 * MELT_ROW), rel=0.01)
+    (row,), _ = bench(capsys, "--models", "looplm", "--loops", "4", "--kv-dtype", dtype, "--plot", str(plot))
+    expected = kv_bytes_per_token(LoopLMConfig(**shape("demo")), size, loops=4)
+    assert row["kv_bytes_per_token"] == expected == 2 * size * MELT_ROW
+    assert row["token_capacity"] == pytest.approx((64 << 20) / expected, rel=0.01)
     assert (row["decode_mode"], row["open_chunk_bytes"], row["transient_bytes"]) == (None, 0, 0)
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -8,6 +8,7 @@ from melt_serve.bundled import MELT
 from melt_serve.train.data import prompt_ids
 from melt_serve.train.evaluate import answers, heldout, longest_reply
 from tests.engine.engines import engine
+from tests.processor import needs_fp8_rows
 
 TOKENIZER = AutoTokenizer.from_pretrained(MELT)
 
@@ -35,6 +36,7 @@ def test_engine_and_reference_answer_alike(mode):
     assert right(asked, replies) >= 54
 
 
+@needs_fp8_rows
 @pytest.mark.parametrize("mode", ["token", "chunk"])
 def test_fp8_rows_cost_no_more_than_one_point_of_a_hundred(mode):
     asked, options = heldout(200), {"dtype": "bfloat16", "hf_overrides": {"decode_mode": mode}}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.engine.engines import engine, engine_logprobs, generate, reference_logprobs, save_melt
 from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
+from tests.processor import needs_fp8_rows
 
 FLOAT32 = 1e-4
 LOOPS, MAX_LOOPS = 4, 6
@@ -121,6 +122,7 @@ def test_no_scene_changes_an_answer(server, scene):
     assert server.furthest(scene) <= FLOAT32
 
 
+@needs_fp8_rows
 @pytest.mark.parametrize("mode", ["token", "chunk"])
 def test_with_fp8_rows_an_answer_is_what_it_is_alone(tmp_path, mode):
     """The reference has no FP8 rows; the same engine, cold and with one prompt at a time, stands in for it."""

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import vllm._custom_ops  # noqa: F401 (loads what vLLM has for this processor)
 from safetensors.torch import load_file, save_file
 
 from tests.engine.engines import (
@@ -18,11 +17,9 @@ from tests.engine.engines import (
     save_looplm,
     save_melt,
 )
+from tests.processor import needs_four_bits
 
 GROUP = 32
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops._C, "cpu_gemm_wna16"), reason="vLLM has no 4-bit matmul for processors without AVX-512"
-)
 
 
 def quantize(path, model, ignore):
@@ -55,6 +52,7 @@ def quantize(path, model, ignore):
     (path / "config.json").write_text(json.dumps(config))
 
 
+@needs_four_bits
 @pytest.mark.parametrize("save", [save_melt, save_looplm])
 @pytest.mark.parametrize("ignore", [(), ("input_proj", "state_proj")], ids=["all", "not-the-gate"])
 def test_four_bits_equal_the_weights_they_stand_for(tmp_path, save, ignore):
