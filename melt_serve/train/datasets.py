@@ -211,7 +211,7 @@ class Table:
         try:
             import datasets
         except ModuleNotFoundError:
-            raise DataError(f"{path} needs the `datasets` package: pip install 'melt_serve[train]'") from None
+            raise DataError(f"{path} needs the `datasets` package: pip install datasets") from None
         try:
             if path.is_dir():
                 self.rows = datasets.load_from_disk(str(path))
