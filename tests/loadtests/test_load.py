@@ -29,7 +29,7 @@ def test_depths_of_a_running_server_are_measured_and_reported(server, tmp_path):
     (run,) = json.loads((tmp_path / "deep_loops.json").read_text())
     assert {asked["loops"] for asked in run["asked"]} == {1, 4}
     cut = [asked for asked in run["asked"] if asked["tokens"] != 64]
-    assert len(cut) <= 1, cut  # CI once saw an answer of another length; why is not known
+    assert not cut, cut
     deep = [asked["right"] for asked in run["asked"] if asked["loops"] == 4]
     assert sum(deep) > 0.8 * len(deep) > 0
     assert max(sample["running"] for sample in run["samples"]) == 3
