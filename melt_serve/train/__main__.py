@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
-from melt_serve.train import ablate, show_data
+from melt_serve.train import ablate, lengths, show_data
 from melt_serve.train.recipes import bundled_recipes
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     show_data.add_command(commands)
     ablate.add_command(commands)
+    lengths.add_command(commands)
 
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]:

@@ -1,17 +1,15 @@
 """`python -m melt_serve.train ablate`: which part of the recipe, and of the gate, is worth its price."""
 
 import argparse
-import hashlib
-import json
 import math
-import os
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from melt_serve.train.results import Planned, Row, StudyError, exit_code, minutes, read_rows, run_missing, seeds, words
+
 if TYPE_CHECKING:
-    from melt_serve.train.experiment import Row
     from melt_serve.train.studies import Size, Variant
     from melt_serve.train.trainer import Sitting
 
@@ -36,10 +34,6 @@ examples:
 """
 
 
-class AblationError(ValueError):
-    """There is no such study, variant or size, or the rows cannot be read; the message says which."""
-
-
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `ablate` to the commands of `python -m melt_serve.train`."""
     command = commands.add_parser(
@@ -61,51 +55,29 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`a,b` as it was meant."""
-    return tuple(text.split(","))
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """`0,1` as numbers."""
-    return tuple(int(each) for each in text.split(","))
-
-
-def minutes(text: str) -> float:
-    """A time that can be waited for."""
-    if (value := float(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {text}")
-    return value
-
-
 def ablate(arguments: argparse.Namespace) -> int:
     """Run, list or report what the command line asks for; the exit code."""
-    from melt_serve.train.trainer import Paused, Sitting, TrainingError
+    return exit_code(lambda sitting: carry_out(arguments, sitting), arguments.minutes)
 
-    sitting = Sitting(arguments.minutes)
-    again = "the same command goes on"
-    try:
-        size, chosen = choose(arguments.studies, arguments.variants, arguments.size)
-        rows = read_rows(arguments.rows)
-        if arguments.list:
-            print(listing(chosen, size, arguments.seeds, rows))
-        elif arguments.report:
-            from melt_serve.train.ablation_report import write_report
 
-            for path in write_report(arguments.report, chosen, size, rows):
-                print(f"wrote {path}")
-        else:
-            run_all(chosen, size, arguments.seeds, arguments.rows, sitting)
-    except Paused:
-        print(f"paused, everything is saved; {again}", file=sys.stderr)
-        return 3 if sitting.signal is None else 128 + sitting.signal
-    except KeyboardInterrupt:
-        print(f"\nstopped, finished runs are saved; {again}", file=sys.stderr)
-        return 130
-    except (AblationError, OSError, TrainingError) as error:
-        print(f"melt_serve.train: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def carry_out(arguments: argparse.Namespace, sitting: "Sitting") -> None:
+    """What is asked for, in one sitting.
+
+    Raises:
+        StudyError: see `choose`, `read_rows` and `write_report`.
+        Paused, TrainingError: see `run_stage`.
+    """
+    size, chosen = choose(arguments.studies, arguments.variants, arguments.size)
+    rows = read_rows(arguments.rows)
+    if arguments.list:
+        print(listing(chosen, size, arguments.seeds, rows))
+    elif arguments.report:
+        from melt_serve.train.ablation_report import write_report
+
+        for path in write_report(arguments.report, chosen, size, rows):
+            print(f"wrote {path}")
+    else:
+        run_all(chosen, size, arguments.seeds, arguments.rows, sitting)
 
 
 def choose(
@@ -114,7 +86,7 @@ def choose(
     """The size, and the studies by name, each with the variants asked for.
 
     Raises:
-        AblationError: one of them does not exist.
+        StudyError: one of them does not exist.
     """
     from melt_serve.train.studies import SIZES, STUDIES
 
@@ -125,35 +97,11 @@ def choose(
         ("size", (size,), SIZES),
     ):
         if wrong := [each for each in given if each not in right]:
-            raise AblationError(f"there is no {kind} {wrong[0]!r}, only {', '.join(right)}")
+            raise StudyError(f"there is no {kind} {wrong[0]!r}, only {', '.join(right)}")
     chosen = {name: STUDIES[name] for name in (names or STUDIES)}
     if variants:
         chosen = {name: tuple(each for each in study if each.name in variants) for name, study in chosen.items()}
     return SIZES[size], {name: study for name, study in chosen.items() if study}
-
-
-def read_rows(path: Path) -> list["Row"]:
-    """The runs that are done.
-
-    Raises:
-        AblationError: a line is broken.
-    """
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise AblationError(f"{path}, line {number}, is not JSON; mend or remove it") from None
-    return rows
-
-
-def append_row(path: Path, row: "Row") -> None:
-    """Add one run; the file is replaced whole, so that no crash leaves half a line."""
-    part = path.with_name(f".{path.name}.partial")
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    part.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def run_all(
@@ -164,39 +112,23 @@ def run_all(
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
-    from tqdm import tqdm
-
     from melt_serve.train.experiment import Laboratory, settings
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = [row["settings"] for row in read_rows(path)]
-    planned = [(variant, seed) for seed in seeds for study in studies.values() for variant in study]
-    todo = []
-    for variant, seed in planned:
-        made = settings(variant, size, seed)
-        if made not in done:
-            done.append(made)
-            todo.append((variant, seed, path.parent / fingerprint(made)))
-    if not todo:
-        print(f"all {len(planned)} runs are in {path}", file=sys.stderr)
-        return
     laboratory = Laboratory()
-    with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
-        for variant, seed, folder in todo:
-            bar.set_description(f"{variant.name}, seed {seed}")
-            row = laboratory.run(variant, size, seed, folder, sitting)
-            append_row(path, row)
-            bar.update()
+    planned = [
+        Planned(
+            f"{variant.name}, seed {seed}",
+            settings(variant, size, seed),
+            partial(laboratory.run, variant, size, seed, sitting=sitting),
+        )
+        for seed in seeds
+        for study in studies.values()
+        for variant in study
+    ]
+    run_missing(planned, path)
 
 
-def fingerprint(made: "Row") -> str:
-    """A folder's name for the states of a run with these settings."""
-    return f"run-{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def listing(
-    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], rows: Sequence["Row"]
-) -> str:
+def listing(studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], rows: Sequence[Row]) -> str:
     """Studies and variants in columns, with the runs that are done and the minutes that are left."""
     from melt_serve.columns import columns
     from melt_serve.train.experiment import settings

@@ -1,6 +1,5 @@
 """The ablations as Markdown, plot and JSON: means over seeds with their spread, beside the paper's numbers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from melt_serve.config import DECODE_MODES, DecodeMode
-from melt_serve.train.ablate import AblationError
-from melt_serve.train.experiment import MEASURED_LOOPS, Row, settings
+from melt_serve.train.experiment import MEASURED_LOOPS, settings
 from melt_serve.train.recipe import Shape
+from melt_serve.train.results import Row, StudyError, markdown_table, spread, write_json
 from melt_serve.train.studies import WHOLE_SEQUENCE, Size, Variant
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def write_report(path: Path, studies: Studies, size: Size, rows: Sequence[Row]) 
     """Write `path`, and a plot and JSON beside it; gives all three.
 
     Raises:
-        AblationError: no run of these studies is done, or matplotlib is missing.
+        StudyError: no run of these studies is done, or matplotlib is missing.
     """
     found = {}
     for name, study in studies.items():
@@ -82,17 +81,16 @@ def write_report(path: Path, studies: Studies, size: Size, rows: Sequence[Row]) 
         found[name] = [Measured(variant, each, runs[0][1]) for variant, each in runs if each]
     found = {name: study for name, study in found.items() if study}
     if not found:
-        raise AblationError(f"no run of size {size.name} is done yet: run the same command without --report")
+        raise StudyError(f"no run of size {size.name} is done yet: run the same command without --report")
     used = [row for row in rows if any(row in each.rows for study in found.values() for each in study)]
     try:
         figure = plot(found)
     except ImportError:
-        raise AblationError("--report needs matplotlib: pip install 'melt_serve[bench]'") from None
+        raise StudyError("--report needs matplotlib: pip install 'melt_serve[bench]'") from None
     files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
     path.write_text(markdown(found, size, used, files[1].name), encoding="utf-8")
     figure.savefig(files[1])
-    lines = ",\n".join(json.dumps(row) for row in used)
-    files[2].write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_json(files[2], used)
     return files
 
 
@@ -134,7 +132,7 @@ def recipe_table(study: Sequence[Measured]) -> str:
                 spread(each.ratios, ".2f") if chunk_size == chunk_sizes[0] else "",
             )
             lines.append((f"`{each.variant.name}`", each.variant.what, *facts, *shown, each.variant.paper))
-    return table(lines)
+    return markdown_table(lines)
 
 
 def gate_table(study: Sequence[Measured]) -> str:
@@ -145,7 +143,7 @@ def gate_table(study: Sequence[Measured]) -> str:
         facts = (f"{each.rows[0]['gate_weights']:,}", f"{multiply_adds:,}", str(len(each.rows)))
         shown = (*outcome_cells(each), spread(each.ratios, ".2f"))
         lines.append((f"`{each.variant.name}`", each.variant.what, *facts, *shown, each.variant.paper))
-    return table(lines)
+    return markdown_table(lines)
 
 
 def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
@@ -155,22 +153,6 @@ def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
         for what, form in (("kd", ".4f"), ("right", ".1%"))
         for mode in DECODE_MODES
     ]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the lowest and the highest where there are several."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as Markdown, the first the head."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    rows.insert(1, "|---" * len(lines[0]) + "|")
-    return "\n".join(rows)
 
 
 def plot(found: Found) -> "Figure":

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from melt_serve.config import DECODE_MODES, DecodeMode
 from melt_serve.train.data import Batch, encode
 from melt_serve.train.demo import distil, fresh_student
 from melt_serve.train.evaluate import heldout
+from melt_serve.train.results import Row
 from melt_serve.train.student import Student, ask_teacher
 from melt_serve.train.studies import Size, Variant
 from melt_serve.train.tokenizer import build_tokenizer
@@ -25,7 +25,6 @@ from melt_serve.train.trainer import Sitting
 
 MEASURED_LOOPS = 4
 BATCH = 80
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

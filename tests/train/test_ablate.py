@@ -15,12 +15,13 @@ import torch
 
 from melt_serve.modeling import MeltConfig
 from melt_serve.modeling.gate import GATE_WEIGHT_STD, KVGate
-from melt_serve.train.ablate import add_command, append_row, read_rows, run_all
+from melt_serve.train.ablate import add_command, run_all
 from melt_serve.train.ablation_report import write_report
 from melt_serve.train.cheap_gates import CheapGate, LowRank
 from melt_serve.train.data import encode, prompt_ids
 from melt_serve.train.evaluate import heldout
 from melt_serve.train.experiment import Laboratory, answers, divergence, right_share
+from melt_serve.train.results import append_row, read_rows
 from melt_serve.train.studies import (
     COMPRESSED,
     ELEMENTWISE,
