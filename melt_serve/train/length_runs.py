@@ -132,8 +132,10 @@ CONTENDERS: dict[str, Contender] = {
 def settings(contender: Contender, task: str, course: Course, seed: int) -> Row:
     """What makes a run the run it is: of rows with the same settings one is enough."""
     model = {key: value for key, value in asdict(contender).items() if key not in ("name", "what")}
-    facts = {"task": task, "seed": seed, "model": model, "course": asdict(course), "words": MEASURED_WORDS}
-    return json.loads(json.dumps({**facts, "longer": LONGER}))  # as it will be read from the file
+    problem = {key: value for key, value in asdict(PROBLEMS[task]).items() if key != "what"}
+    facts = {"problem": problem, "seed": seed, "model": model, "course": asdict(course)}
+    asked = {"words": MEASURED_WORDS, "longer": LONGER}
+    return json.loads(json.dumps({**facts, **asked}))  # as it will be read from the file
 
 
 def run(contender: Contender, task: str, course: Course, seed: int, folder: Path, sitting: Sitting) -> Row:

@@ -5,9 +5,9 @@
 - *s5*: a letter is a swap of two neighbours of five, or the turn of all five. S5 is not solvable: its word problem is
   complete for NC1, so (unless TC0 = NC1) every transformer of a fixed depth fails from some length on, and a model that
   is recurrent along the sequence need not (Merrill et al., arXiv 2404.08819).
-- *chains*: a letter is a sentence. `Ann is in Rome.` for five people; from then on `Bob is with Ann.`, where Ann is the
-  last of one of five chains, drawn at random, and Bob becomes the last of it. The answer is the place of who has come.
-  Chains never merge, so the word's length is that of five chains together.
+- *chains*: a letter is a sentence. `Ann is in Rome.` for three people; from then on `Bob is with Ann.`, where Ann is
+  the last of one of three chains, drawn at random, and Bob, of three who are last of none, becomes it. The answer is
+  the place of who has come. Chains never merge, and the word is as long as the three together.
 
 Words are endless, a function of split and seed. The first letters of a word decide on its split, so that a held-out
 word's answers from then on are those of words that no training batch began with.
@@ -19,7 +19,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from melt_serve.train.tasks import HELDOUT_SHARE, NAMES, PLACES, Split
 
@@ -35,29 +34,6 @@ class Word:
 
     letters: tuple[int, ...]
     answers: tuple[int, ...]
-
-
-class WordProblem(Protocol):
-    """A task of one answer a letter."""
-
-    @property
-    def name(self) -> str:
-        """Short."""
-
-    @property
-    def what(self) -> str:
-        """In words."""
-
-    @property
-    def letters(self) -> int:
-        """How many letters there are."""
-
-    @property
-    def answers(self) -> int:
-        """How many answers there are."""
-
-    def draw(self, draw: random.Random, length: int) -> Word:
-        """A random word."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +132,14 @@ class Chains:
 
 SWAPS = tuple(tuple({i: i + 1, i + 1: i}.get(j, j) for j in range(5)) for i in range(4))
 
+WordProblem = Permutations | Chains
+
 PROBLEMS: dict[str, WordProblem] = {
     problem.name: problem
     for problem in (
         Permutations("s3", "product of permutations of 3", tuple(itertools.permutations(range(3)))),
         Permutations("s5", "product of swaps and turns of 5", (*SWAPS, (1, 2, 3, 4, 0))),
-        Chains("chains", "where a chain of people began", NAMES[:10], PLACES[:5]),
+        Chains("chains", "where a chain of people began", NAMES[:6], PLACES[:3]),
     )
 }
 
