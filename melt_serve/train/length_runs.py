@@ -66,6 +66,8 @@ class Contender:
         what: in words.
         layers: N. loops: T.
         chunk_size: C of a MELT; None for a LoopLM.
+        start: words are given with one more letter before the first, of its own kind. Without it a transformer cannot
+            tell a word of one letter from that letter twice: what it attends to is alike.
         patience: it takes this many times the course's steps.
     """
 
@@ -74,6 +76,7 @@ class Contender:
     layers: int = 1
     loops: int = 4
     chunk_size: int | None = None
+    start: bool = False
     patience: int = 1
 
     def config(self, vocabulary: int) -> LoopLMConfig:
@@ -123,6 +126,8 @@ CONTENDERS: dict[str, Contender] = {
         LOOPLM,
         Contender("melt-whole", "MELT, C = the whole word", chunk_size=WHOLE_WORD),
         *(Contender(f"melt-{size}", f"MELT, C = {size}", chunk_size=size) for size in (8, 4, 1)),
+        replace(PLAIN, name="plain-start", what="`plain`, with a start letter", start=True),
+        replace(LOOPLM, name="looplm-start", what="`looplm`, with a start letter", start=True),
         replace(PLAIN, name="plain-4x", what="`plain`, four times the steps", patience=4),
         replace(LOOPLM, name="looplm-4x", what="`looplm`, four times the steps", patience=4),
     )
@@ -145,7 +150,7 @@ def run(contender: Contender, task: str, course: Course, seed: int, folder: Path
         Paused, TrainingError: see `run_stage`.
     """
     problem = PROBLEMS[task]
-    vocabulary = max(problem.letters, problem.answers)
+    vocabulary = start_letter(problem) + contender.start
     model = contender.model(vocabulary, seed)
     own = replace(course, steps=contender.patience * course.steps, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,7 @@ def learn(
         before, clock = clock, time.process_time()
         batch = islice(words(problem, "train", f"{course.seed} {step}", course.length_at(step)), course.batch)
         letters, answers = tensors(batch)
-        loss = F.cross_entropy(model(letters).logits.flatten(0, 1), answers.flatten())
+        loss = F.cross_entropy(ask(model, problem, letters).flatten(0, 1), answers.flatten())
         return {"loss": loss, "cpu_seconds": torch.tensor(clock - before)}
 
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
@@ -208,8 +213,20 @@ def measure(model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, leng
     right = torch.zeros(length)
     for _ in range(MEASURED_WORDS // MEASURED_BATCH):
         letters, answers = tensors(islice(asked, MEASURED_BATCH))
-        right += (model(letters).logits.argmax(-1) == answers).sum(0)
+        right += (ask(model, problem, letters).argmax(-1) == answers).sum(0)
     return (right / MEASURED_WORDS).tolist()
+
+
+def ask(model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, letters: Tensor) -> Tensor:
+    """The logits after each letter, [words, length, V], with a start letter where the model has one."""
+    start = start_letter(problem)
+    given = F.pad(letters, (1, 0), value=start) if model.config.vocab_size > start else letters
+    return model(given).logits[:, -letters.shape[1] :]
+
+
+def start_letter(problem: WordProblem) -> int:
+    """The number after all letters and answers."""
+    return max(problem.letters, problem.answers)
 
 
 def tensors(batch: Iterator[Word]) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,15 @@ def test_the_plain_transformer_computes_as_much_as_a_looplm_with_four_times_the_
 
 
 @torch.no_grad()
+def test_only_a_start_letter_tells_a_letter_from_itself_twice():
+    problem, letters = PROBLEMS["s3"], torch.tensor([[4, 4]])
+    for name, alike in (("looplm", True), ("plain", True), ("looplm-start", False), ("melt-1", False)):
+        contender = CONTENDERS[name]
+        once, twice = length_runs.ask(contender.model(6 + contender.start, seed=0), problem, letters)[0]
+        assert torch.allclose(once, twice, atol=1e-5) == alike
+
+
+@torch.no_grad()
 def test_a_melt_of_single_letters_is_asked_as_the_exact_model():
     model = CONTENDERS["melt-1"].model(6, seed=0).eval()
     right = torch.zeros(12)
