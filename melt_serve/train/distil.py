@@ -97,6 +97,7 @@ def phase_losses(
         teacher_attention=wanted.attention,
         decode_aware=runs_as_decoded(stage, step),
         thresholds=drawn_thresholds(stage, step, batch, number),
+        detach_rows=stage.detach_rows,
     )
     compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
     parts = {"kd": distillation(wanted.logits[compared], given.logits[compared], answers)}

@@ -99,6 +99,8 @@ class Distillation(Stage):
         kd_at: the loops whose answers are compared.
         interpolate: phase 1: rows go from the LoopLM's (alpha 0) to MELT's (alpha 1) over the steps.
         alignment: beta, the weight of the attention outputs' squared distance; 0 leaves it out.
+        detach_rows: let no gradient flow from a chunk into the rows of earlier ones: less to compute, but no row learns
+            what later chunks need of it.
         decode_aware_from: the share of the steps after which batches may run the reply token by token,
             as `token` mode decodes it; 1 never does.
         decode_aware_share: the share of those batches that do.
@@ -115,6 +117,7 @@ class Distillation(Stage):
     kd_at: Loops = "all"
     interpolate: bool = False
     alignment: Rate = 0.0
+    detach_rows: bool = False
     decode_aware_from: Share = 1.0
     decode_aware_share: Share = 0.5
     loop_price: Rate = 0.0

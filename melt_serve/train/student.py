@@ -105,6 +105,7 @@ class Student(MeltForCausalLM):
         teacher_attention: list[Tensor] | None = None,
         decode_aware: bool = False,
         thresholds: Tensor | None = None,
+        detach_rows: bool = False,
     ) -> Answers:
         """Run a batch chunk by chunk.
 
@@ -116,13 +117,16 @@ class Student(MeltForCausalLM):
             teacher_attention: see `Answers.attention`; to measure the distance from.
             decode_aware: run the reply token by token, as `token` mode decodes it; not in packs.
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
+            detach_rows: let no gradient flow from a chunk into the rows of earlier ones.
 
         Raises:
             ValueError: packs run on the grid only, so they cannot be `decode_aware`.
         """
         if decode_aware and batch.prompt_lengths is None:
             raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
-        rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds, self.checkpoint_chunks)
+        rows = TrainingRows(
+            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, in_pieces=self.checkpoint_chunks
+        )
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -191,9 +195,15 @@ class TrainingRows(MeltRows):
         alpha: float,
         teacher_attention: list[Tensor] | None,
         thresholds: Tensor | None,
-        in_pieces: bool = False,
+        detached: bool,
+        in_pieces: bool,
     ):
-        """Before the first chunk; `in_pieces` if many copies of the rows are to share their memory."""
+        """Before the first chunk.
+
+        Args:
+            detached: a chunk's rows take no gradient from later ones.
+            in_pieces: many copies of the rows share their memory.
+        """
         device = batch.input_ids.device
         super().__init__(config, len(batch.input_ids), device)
         self.alpha = alpha
@@ -202,6 +212,7 @@ class TrainingRows(MeltRows):
         self.layers: list[DynamicLayer | Pieces] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
         self.thresholds = thresholds
+        self.detached = detached
         self.distance = torch.zeros((), device=device)
         self.loops_run = torch.zeros((), device=device)
 
@@ -238,6 +249,12 @@ class TrainingRows(MeltRows):
         super().finish(chunk)
         self.open_positions = self.open_positions[:, :0]
         del self.layers[self.config.num_hidden_layers :]
+        if self.detached:
+            for rows in (*self.layers, *self.looplm.values()):
+                if isinstance(rows, Pieces):
+                    rows.pieces = tuple((keys.detach(), values.detach()) for keys, values in rows.pieces)
+                else:
+                    rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
 
     def copied(self) -> "TrainingRows":
         """These rows, to be written to without a change to these."""

@@ -132,6 +132,12 @@ RECIPE = (
         alignment=GRID_ONLY,
         paper="0.0",
     ),
+    Variant(
+        "detached",
+        "no gradient through the rows of earlier chunks, both phases",
+        transition={"detach_rows": True},
+        alignment={"detach_rows": True},
+    ),
     Variant("grid-only", "no decode-aware batches: the paper's own recipe", alignment=GRID_ONLY),
     Variant("small-beta", "beta = 0.0001: both parts of the loss weigh alike", alignment={"alignment": 1e-4}),
 )
