@@ -343,6 +343,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add("--fit", type=positive, default=6, metavar="N", help="LoopLM requests a scarce cache holds (default: 6)")
     add("--decode-mode", choices=("token", "chunk"), default="token", help="the MELT's (default: token)")
     add("--chunk-size", type=positive, default=32, metavar="C", help="the MELT's (default: 32)")
+    add("--gate-rank", type=positive, metavar="R", help="of the MELT's gate, cut as by gate_rank (default: whole)")
     add("--requests", type=positive, default=32, metavar="N", help="all there from the start (default: 32)")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of a prompt (default: 128)")
     add("--generated", type=positive, default=128, metavar="N", help="tokens of an answer (default: 128)")
@@ -608,6 +609,7 @@ def run_bench_throughput(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         fit=arguments.fit,
         profile=arguments.profile,
+        gate_rank=arguments.gate_rank,
     )
     return run_bench(
         arguments,

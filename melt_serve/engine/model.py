@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
@@ -50,18 +51,8 @@ class KVGate(nn.Module):
         self.learned = gate_width(config) > 0
         if width := gate_width(config):
             quant = vllm_config.quant_config
-            # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
-            self.input_proj = ReplicatedLinear(
-                config.hidden_size,
-                width,
-                bias=True,
-                skip_bias_add=True,
-                quant_config=quant,
-                prefix=f"{prefix}.input_proj",
-            )
-            self.state_proj = ReplicatedLinear(
-                config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.state_proj"
-            )
+            self.input_down, self.input_proj = gate_projection(config, width, True, quant, f"{prefix}.input")
+            self.state_down, self.state_proj = gate_projection(config, width, False, quant, f"{prefix}.state")
 
     def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
         """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1.
@@ -79,14 +70,27 @@ class KVGate(nn.Module):
                 return torch.lerp(n.float(), h.float(), (loop - 1) / loop).to(n.dtype)
             case "ema":
                 return torch.lerp(n, h, EMA_KEEP)
-        from_input, bias = self.input_proj(n)
-        from_state, _ = self.state_proj(h)
+        from_input, bias = self.input_proj(n if self.input_down is None else self.input_down(n)[0])
+        from_state, _ = self.state_proj(h if self.state_down is None else self.state_down(h)[0])
         return gate_blend(from_input, from_state, bias, h, n, out=h if self.overwrites else None)
 
     @property
     def overwrites(self) -> bool:
         """Whether h_t takes the place of h_{t-1}. A compiler does that by itself, better if we do not."""
         return self.learned and not torch.compiler.is_compiling()
+
+
+def gate_projection(
+    config: MeltConfig, width: int, bias: bool, quant: QuantizationConfig | None, prefix: str
+) -> tuple[ReplicatedLinear | None, ReplicatedLinear]:
+    """W_z with b_z, or U_z: the factor that reads d, where the gate has a rank, and the one that gives z."""
+    read, down = config.hidden_size, None
+    if config.kv_gate_rank:
+        read = config.kv_gate_rank
+        down = ReplicatedLinear(config.hidden_size, read, bias=False, quant_config=quant, prefix=f"{prefix}_down")
+    # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
+    proj = ReplicatedLinear(read, width, bias=bias, skip_bias_add=bias, quant_config=quant, prefix=f"{prefix}_proj")
+    return down, proj
 
 
 class MeltAttention(nn.Module):

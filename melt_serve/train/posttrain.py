@@ -16,6 +16,7 @@ from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data import Batch
 from melt_serve.train.distil import melt_config, plain, run_phase, student_of
 from melt_serve.train.export import export, run_card
+from melt_serve.train.gate_rank import cut_gate
 from melt_serve.train.logs import LOG
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.scale import processes, rank, shard, world
@@ -25,8 +26,8 @@ from melt_serve.train.trainer import Saving, Sitting, TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPE = "recipe.json"
-MAY_CHANGE = ("output", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks")
-"""Fields that a run may be resumed with other values of; the loss stays the same, up to rounding."""
+MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks")
+"""Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
 
 
 def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
@@ -58,8 +59,11 @@ def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
             batches = batches_of(recipe, sequences, first, device)
             run_phase(name, stage, teacher, student, batches, folder, sitting, saving)
             first += stage.steps * recipe.sequences
-        melt = plain(student).to(dtype)
+        melt = plain(student)
         if rank() == 0:
+            if recipe.gate_rank is not None:
+                melt = cut_gate(melt, recipe.gate_rank)
+            melt.to(dtype)
             export(melt, tokenizer, run_card(melt, recipe, folder / LOG), target, Path(recipe.teacher))
 
 
@@ -85,6 +89,8 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
     """
     path = Path(recipe.teacher)
     config = teacher_config(recipe)
+    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
+        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
     if recipe.sequence_length > config.max_position_embeddings:
         raise TrainingError(
             f"sequence_length={recipe.sequence_length} is more than the teacher's "

@@ -186,6 +186,8 @@ class PostTraining:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
         chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
+        gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
+            store (our addition; README.md, Ablations, says what it costs). By default they stay whole.
         max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
         sequence_length: tokens; see `Data` for longer documents.
         batch_tokens: sequences a step times their length, padding included.
@@ -207,6 +209,7 @@ class PostTraining:
     chunk_size: Count = 512
     decode_mode: DecodeMode = "token"
     gate_type: GateType = "elementwise"
+    gate_rank: Count | None = None
     max_loops: Count | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 10_000
     batch_tokens: Count = 320_000
@@ -223,6 +226,8 @@ class PostTraining:
                 f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length} * "
                 f"micro_batch={self.micro_batch}; set one of them so that whole micro-batches fill a step"
             )
+        if self.gate_rank is not None and self.gate_type != "elementwise":
+            raise ValueError(f"gate_rank={self.gate_rank}: only an elementwise gate has a rank, not {self.gate_type!r}")
         for name, stage in self.stages.items():
             if self.data.pack and stage.decode_aware_from < 1:
                 raise ValueError(

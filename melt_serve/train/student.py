@@ -74,8 +74,8 @@ class FusedGate(KVGate):
         """As the reference's."""
         if h is None or not self.learned or not takes_triton("gate_blend", n.device):
             return super().forward(n, h, loop)
-        from_input = F.linear(n, self.input_proj.weight)
-        return gate_blend(from_input, self.state_proj(h), self.input_proj.bias, h, n)
+        from_input = F.linear(self.input_down(n), self.input_proj.weight)
+        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.input_proj.bias, h, n)
 
 
 class FusedAttention(MeltAttention):
