@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils.benchmark import Timer
 
-from melt_serve.bench.engine import BenchError
-
 GPU_MILLISECONDS = 100
 CPU_SECONDS = 0.2
 
@@ -25,17 +23,6 @@ class Rates:
     device: str
     copy: float
     matmul: float
-
-
-def device_of(word: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` means here.
-
-    Raises:
-        BenchError: there is no GPU.
-    """
-    if word == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device=cuda: PyTorch finds no GPU here")
-    return torch.device("cuda" if word != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def name_of(device: torch.device) -> str:
@@ -67,9 +54,9 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
 
 
-def matmul_rate(device: torch.device) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """Of a matmul that keeps all units busy."""
     side = 8192 if device.type == "cuda" else 512
-    one, other = torch.randn(2, side, side, dtype=torch.bfloat16, device=device)
+    one, other = torch.randn(2, side, side, dtype=dtype, device=device)
     product = torch.empty_like(one)
     return 2 * side**3 / seconds(lambda: torch.mm(one, other, out=product), device)
