@@ -24,7 +24,7 @@ steps. All is as in `run` but for what is learnt: weights are random, of the tea
 sequence is one document, and all of it is learnt. No checkpoint or data is read.
 
 On a GPU the size is the true one. Without one it is reduced: 1/{CPU_SCALE} of the width, two layers, few words,
-sequences of four chunks unless sequence_length= says otherwise; --scale 1 asks for the true size there, too. A step has
+sequences of two chunks unless sequence_length= says otherwise; --scale 1 asks for the true size there, too. A step has
 two micro-batches unless batch_tokens= says otherwise.
 
 A trial can be cut into sittings: after --minutes, Ctrl-C or SIGTERM its state is saved, and the same command goes on.

@@ -22,7 +22,7 @@ from melt_serve.train.data import IGNORED, Batch
 from melt_serve.train.distil import loops_of, run_phase
 from melt_serve.train.logs import LOG, read_log
 from melt_serve.train.plan import reduced, sequence_flops
-from melt_serve.train.posttrain import DTYPES, fresh_student, moved, student_config
+from melt_serve.train.posttrain import DTYPES, compile_layers, fresh_student, moved, student_config
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.recipe_files import RecipeError, find_recipe, load_recipe, override, read_table
 from melt_serve.train.scale import processes, shard, world
@@ -30,7 +30,7 @@ from melt_serve.train.student import Student
 from melt_serve.train.trainer import Paused, Saving, Sitting, TrainingError
 
 MICRO_BATCHES = 2
-CHUNKS = 4
+CHUNKS = 2
 SITTINGS = "sittings.jsonl"
 Row = dict[str, Any]
 
@@ -136,7 +136,11 @@ def random_models(tried: Trial, device: torch.device) -> tuple[OuroForCausalLM, 
         teacher = OuroForCausalLM(tried.teacher).eval().requires_grad_(False)
         student = fresh_student(tried.recipe, teacher)
     shard(student, dtype)
-    return teacher.to(dtype), student
+    teacher.to(dtype)
+    if tried.recipe.compile:
+        compile_layers(teacher)
+        compile_layers(student)
+    return teacher, student
 
 
 def take_steps(
