@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 ROWS = Path("runs/trial/rows.jsonl")
 RECIPE = "melt-1.6b"
-STEPS = 6
+STEPS = 5
 CPU_SCALE = 16
 
 DESCRIPTION = f"""\
 Take some steps of each phase of a post-training, and say what they ask of this device: tokens a second, memory, and the
-share of the arithmetic that it can do, by the rate of one large matmul in the recipe's dtype, measured beside the
+share of the arithmetic that it can do, by the rate of one large matmul in the recipe's dtype, measured after the
 steps. All is as in `run` but for what is learnt: weights are random, of the teacher's shape, and so are the tokens; a
 sequence is one document, and all of it is learnt. No checkpoint or data is read.
 

@@ -158,7 +158,6 @@ def take_steps(
         Paused, TrainingError: see `run_stage`.
     """
     recipe = tried.recipe
-    dtype = DTYPES[recipe.dtype]
     steps: list[int] = []
 
     def batches(step: int) -> list[Batch]:
@@ -166,7 +165,7 @@ def take_steps(
         starts = range(step * recipe.sequences, (step + 1) * recipe.sequences, recipe.micro_batch)
         return [moved(random_batch(recipe, tried.teacher.vocab_size, start), device) for start in starts]
 
-    rates, pause = [matmul_rate(device, dtype)], None
+    pause = None
     forget_peak(device)
     saving = Saving(minutes=math.inf, at_end=False)  # at the true size a state is 20 GB
     try:
@@ -175,9 +174,9 @@ def take_steps(
         pause = paused
     if steps:
         entry = {"phase": name, "first_step": steps[0], "peak_memory": peak_memory(device)}
-        rates.append(matmul_rate(device, dtype))
+        entry["matmul_rate"] = matmul_rate(device, DTYPES[recipe.dtype])
         with (folder / SITTINGS).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({**entry, "matmul_rates": rates}) + "\n")
+            log.write(json.dumps(entry) + "\n")
     if pause:
         raise pause
 
@@ -233,7 +232,7 @@ def row_of(name: str, tried: Trial, folder: Path, settings: Row) -> Row:
 
     seconds = [entry["seconds"] for entry in counted]
     tokens_per_second = recipe.batch_tokens / median(seconds)
-    multiplied = median(rate for entry in sittings for rate in entry["matmul_rates"])
+    multiplied = median(entry["matmul_rate"] for entry in sittings)
     flops, with_repeats = flops_a_token(False), flops_a_token(recipe.checkpoint_chunks)
     return {
         "phase": name,
