@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from melt_serve.bench.device import device_of
 from melt_serve.bench.engine import BenchError
-from melt_serve.bench.rates import Rates, device_of, measure_rates, seconds
 from melt_serve.bench.shapes import shape
 from melt_serve.columns import columns
 from melt_serve.config import LoopLMConfig, MeltConfig
@@ -28,6 +28,7 @@ from melt_serve.kernels.switch import chosen
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.modeling.looplm import DecoderLayer, SelfAttention
 from melt_serve.modeling.melt import MeltAttention
+from melt_serve.rates import Rates, measure_rates, seconds
 from melt_serve.train.data import Batch
 from melt_serve.train.losses import distillation
 from melt_serve.train.student import Student, ask_teacher

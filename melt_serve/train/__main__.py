@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
-from melt_serve.train import ablate, show_data
+from melt_serve.train import ablate, show_data, trial
 from melt_serve.train.recipes import bundled_recipes
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--processes", type=int, default=1, metavar="P", help="devices that share the work (default: 1)")
     plan.add_argument("--scale", type=int, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
 
+    trial.add_command(commands)
     show_data.add_command(commands)
     ablate.add_command(commands)
 

@@ -26,7 +26,7 @@ from melt_serve.train.trainer import Saving, Sitting, TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPE = "recipe.json"
-MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks")
+MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks", "compile")
 """Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
 
 
@@ -54,6 +54,9 @@ def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
         student = fresh_student(recipe, teacher).to(device)
         shard(student, dtype)
         teacher.to(device, dtype)
+        if recipe.compile:
+            compile_layers(teacher)
+            compile_layers(student)
         saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)
@@ -170,6 +173,12 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config))
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
+
+
+def compile_layers(model: OuroForCausalLM | Student) -> None:
+    """Fuse what is between the matmuls of every layer after its attention, whose shapes are those of a chunk."""
+    for layer in model.model.layers:
+        layer.finish = torch.compile(layer.finish)
 
 
 def batches_of(

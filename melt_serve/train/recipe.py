@@ -194,6 +194,8 @@ class PostTraining:
         micro_batch: sequences that a process runs at once; the gradients of a step's are added up.
         dtype: `bfloat16`: weights and optimizer in float32, everything that is computed in bfloat16.
         checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
+        compile: let `torch.compile` fuse what is between the matmuls after a layer's attention: norms, sums, SwiGLU.
+            Takes up to a minute at the start; a run that is resumed is the same up to rounding.
         save_steps, save_minutes: the run's state is saved when either has passed.
         exits: none, or a stage that teaches tokens to leave early (our addition).
     """
@@ -216,6 +218,7 @@ class PostTraining:
     micro_batch: Count = 1
     dtype: Dtype = "bfloat16"
     checkpoint_chunks: bool = True
+    compile: bool = False
     save_steps: Count = 50
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     seed: int = 0
