@@ -33,16 +33,23 @@ class Answers:
     """What a looped model says about a batch.
 
     Attributes:
-        logits: [T, tokens, V], at every loop, for the tokens asked for.
+        states: [T, tokens, d], after every loop, of the tokens asked for.
+        head: [V, d], the vocabulary head's weight.
         attention: teacher only: o of every loop and layer, T times N of [B, S, d].
         distance: student only: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2.
         loops_run: the loops that a student's tokens, where they leave, are expected to run, summed over tokens.
     """
 
-    logits: Tensor
+    states: Tensor
+    head: Tensor
     attention: list[Tensor] | None = None
     distance: Tensor | None = None
     loops_run: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, tokens, V], all at once."""
+        return F.linear(self.states, self.head)
 
 
 class DrawnDepths(ChunkDepths):
@@ -134,10 +141,11 @@ class Student(MeltForCausalLM):
             document_starts=batch.document_starts,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
             loops=loops,
-            output_loops=True,
+            output_states=True,
         )
         loops_run = None if thresholds is None else rows.loops_run
-        return Answers(output.loop_logits[:, tokens], distance=rows.distance, loops_run=loops_run)
+        states, head = output.loop_states[:, tokens], self.lm_head.weight
+        return Answers(states, head, distance=rows.distance, loops_run=loops_run)
 
     def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
         """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`."""
@@ -160,7 +168,7 @@ class Student(MeltForCausalLM):
     def run_loops(self, x: Tensor, chunk: Chunk, rows: "TrainingRows", loops: int, depths: ChunkDepths) -> list[Tensor]:
         """T loops over one chunk, as in `MeltForCausalLM.run_chunk`."""
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = rows.begin(chunk, loops)
+        before_last, at_last = (added_to_scores(visible, x.dtype) for visible in rows.begin(chunk, loops))
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
@@ -183,6 +191,11 @@ class Student(MeltForCausalLM):
             depths.after(loop, self.exit_probabilities(x))
         rows.finish(chunk)
         return states
+
+
+def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as attention keeps it for the backward pass: made once, all layers and loops keep the same one."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 class TrainingRows(MeltRows):
@@ -321,9 +334,10 @@ def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: i
             attention_mask=batch.attention_mask,
             document_starts=batch.document_starts,
             loops=loops,
-            output_loops=True,
+            output_states=True,
         )
-    return Answers(answered.loop_logits[:, tokens], attention=outputs if attention else None)
+    states, head = answered.loop_states[:, tokens], teacher.lm_head.weight
+    return Answers(states, head, attention=outputs if attention else None)
 
 
 @contextmanager
