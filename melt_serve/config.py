@@ -119,12 +119,15 @@ class MeltConfig(LoopLMConfig):
     for. `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to
     the checkpoint: the same weights under another C are another model. `effort_loops` says what
     OpenAI's `reasoning_effort` means, where it should not mean what `loops_by_effort` says.
+    `kv_gate_rank`, of an element-wise gate, makes W_z and U_z products of [d, rank] and [rank, d] (our
+    addition); None leaves them whole.
     """
 
     model_type = "melt"
 
     kv_gate_type: GateType = "elementwise"
     kv_gate_initial_state: InitialState = "input"
+    kv_gate_rank: int | None = None
     chunk_size: int = 512
     decode_mode: DecodeMode = "token"
     max_loops: int | None = None
@@ -134,6 +137,14 @@ class MeltConfig(LoopLMConfig):
         if self.max_loops is None:
             self.max_loops = self.total_ut_steps
         super().__post_init__(**kwargs)
+
+    def validate_gate(self) -> None:
+        """Refuse ranks that no gate has."""
+        rank = self.kv_gate_rank
+        if rank is not None and self.kv_gate_type != "elementwise":
+            raise ValueError(f"kv_gate_rank={rank}: only an elementwise gate has a rank, not {self.kv_gate_type!r}")
+        if rank is not None and not 1 <= rank <= self.hidden_size:
+            raise ValueError(f"kv_gate_rank={rank} is outside 1..hidden_size={self.hidden_size}")
 
     def validate_chunks(self) -> None:
         """Refuse chunk sizes and depths that no sequence can be cut or looped by."""
@@ -207,9 +218,14 @@ def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         for name, shape in (("q", (q, d)), ("k", (kv, d)), ("v", (kv, d)), ("o", (d, q))):
             yield f"{layer}.self_attn.{name}_proj.weight", shape
         if isinstance(config, MeltConfig) and (width := gate_width(config)):
-            yield f"{layer}.self_attn.kv_gate.input_proj.weight", (width, d)
-            yield f"{layer}.self_attn.kv_gate.input_proj.bias", (width,)
-            yield f"{layer}.self_attn.kv_gate.state_proj.weight", (width, d)
+            gate, read = f"{layer}.self_attn.kv_gate", config.kv_gate_rank or d
+            if config.kv_gate_rank:
+                yield f"{gate}.input_down.weight", (read, d)
+            yield f"{gate}.input_proj.weight", (width, read)
+            yield f"{gate}.input_proj.bias", (width,)
+            if config.kv_gate_rank:
+                yield f"{gate}.state_down.weight", (read, d)
+            yield f"{gate}.state_proj.weight", (width, read)
         for name, shape in (("gate", (mlp, d)), ("up", (mlp, d)), ("down", (d, mlp))):
             yield f"{layer}.mlp.{name}_proj.weight", shape
         for name in ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2"):

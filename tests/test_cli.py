@@ -1,10 +1,10 @@
 """The `melt-serve` command, run as a user runs it."""
 
 import importlib.metadata
+import resource
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -20,12 +20,18 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True)
 
 
+def processor_seconds() -> float:
+    """Of all children so far: unlike a clock's, those of a command do not depend on what else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_instant_and_teaches_by_example():
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         help_text = run("--help")
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - start)
     assert help_text.returncode == 0
     assert "examples:" in help_text.stdout
     assert all(command in help_text.stdout for command in ("convert", "serve", "demo"))

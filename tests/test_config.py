@@ -11,6 +11,9 @@ from melt_serve.config import AT_LEAST_ONE, LoopLMConfig, MeltConfig, kv_bytes_p
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from tests.tiny import SHAPE, tiny_looplm, tiny_melt, tokens
 
+GATES = [(kind, None) for kind in ("elementwise", "scalar", "mean", "ema", "last")] + [("elementwise", 3)]
+"""Types, each with a rank."""
+
 PUBLISHED_OURO = {
     "architectures": ["OuroForCausalLM"],
     "attention_dropout": 0.0,
@@ -127,6 +130,8 @@ def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
         ("max_loops", 3, r"total_ut_steps=4 is outside 1\.\.max_loops=3"),
         ("kv_gate_type", "fancy", r"kv_gate_type.*elementwise"),
         ("kv_gate_initial_state", "ones", r"kv_gate_initial_state.*zeros"),
+        ("kv_gate_rank", 0, r"kv_gate_rank=0 is outside 1\.\."),
+        ("kv_gate_rank", 4096, r"kv_gate_rank=4096 is outside 1\.\."),
         ("decode_mode", "beam", r"decode_mode.*chunk"),
         ("effort_loops", {"great": 1}, r"effort_loops: 'great' is none of none, minimal, low"),
         ("early_exit_threshold", 0.0, r"early_exit_threshold=0\.0 must be above 0 and at most 1"),
@@ -136,6 +141,11 @@ def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
 def test_a_bad_melt_field_is_refused_by_name(field, value, message):
     with pytest.raises(StrictDataclassError, match=f"(?s){message}"):
         MeltConfig(**{field: value})
+
+
+def test_only_an_elementwise_gate_has_a_rank():
+    with pytest.raises(StrictDataclassError, match=r"(?s)kv_gate_rank=8: only an elementwise gate has a rank"):
+        MeltConfig(kv_gate_type="scalar", kv_gate_rank=8)
 
 
 def test_max_loops_is_the_default_loops_unless_said():
@@ -160,26 +170,27 @@ def test_a_looplm_survives_saving_and_loading(tmp_path):
     torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("gate_type", ["elementwise", "scalar", "mean", "ema", "last"])
-def test_a_melt_survives_saving_and_loading(gate_type, tmp_path):
-    model = tiny_melt(kv_gate_type=gate_type, kv_gate_initial_state="zeros", decode_mode="chunk", chunk_size=3)
+@pytest.mark.parametrize(("gate_type", "rank"), GATES)
+def test_a_melt_survives_saving_and_loading(gate_type, rank, tmp_path):
+    gate = {"kv_gate_type": gate_type, "kv_gate_rank": rank, "kv_gate_initial_state": "zeros"}
+    model = tiny_melt(**gate, decode_mode="chunk", chunk_size=3)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["model_type"], saved["architectures"]) == ("melt", ["MeltForCausalLM"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is MeltForCausalLM
-    for field in ("kv_gate_type", "kv_gate_initial_state", "decode_mode", "chunk_size", "max_loops", "total_ut_steps"):
+    for field in (*gate, "decode_mode", "chunk_size", "max_loops", "total_ut_steps"):
         assert getattr(loaded.config, field) == getattr(model.config, field)
     torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1, "head_dim": 24}])
-@pytest.mark.parametrize("gate_type", [None, "elementwise", "scalar", "mean", "ema", "last"])
-def test_weight_shapes_are_those_of_the_saved_model(gate_type, overrides):
+@pytest.mark.parametrize(("gate_type", "rank"), [(None, None), *GATES])
+def test_weight_shapes_are_those_of_the_saved_model(gate_type, rank, overrides):
     if gate_type is None:
         model = OuroForCausalLM(LoopLMConfig(**SHAPE | overrides))
     else:
-        model = MeltForCausalLM(MeltConfig(**SHAPE | overrides, kv_gate_type=gate_type))
+        model = MeltForCausalLM(MeltConfig(**SHAPE | overrides, kv_gate_type=gate_type, kv_gate_rank=rank))
     shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
     if overrides.get("tie_word_embeddings"):
         assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from melt_serve.bench.device import device_of
 from melt_serve.bench.engine import BenchError
-from melt_serve.bench.rates import Rates, device_of, measure_rates, seconds
 from melt_serve.bench.shapes import shape
 from melt_serve.columns import columns
 from melt_serve.config import LoopLMConfig, MeltConfig
@@ -28,8 +28,9 @@ from melt_serve.kernels.switch import chosen
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.modeling.looplm import DecoderLayer, SelfAttention
 from melt_serve.modeling.melt import MeltAttention
+from melt_serve.rates import Rates, measure_rates, seconds
 from melt_serve.train.data import Batch
-from melt_serve.train.losses import distillation
+from melt_serve.train.losses import distillation_from_states
 from melt_serve.train.student import Student, ask_teacher
 
 if TYPE_CHECKING:
@@ -386,7 +387,8 @@ def measure_training(
         given = student.study(batch, batch.real, loops, teacher_attention=wanted.attention)
         assert given.distance is not None
         aligned = given.distance / (loops * config.num_hidden_layers * ids.numel())
-        (distillation(wanted.logits, given.logits) + BETA * aligned).backward()
+        answered = distillation_from_states(wanted.states, wanted.head, given.states, given.head)
+        (answered + BETA * aligned).backward()
 
     with FlopCounterMode(display=False) as counter:  # and warm up
         step()

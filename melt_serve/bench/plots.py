@@ -1,4 +1,4 @@
-"""Plots to files. matplotlib is optional: `pip install 'melt_serve[bench]'`."""
+"""Plots to files. matplotlib is optional: `pip install matplotlib`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ def refuse_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise BenchError(f"--plot {path} needs matplotlib: pip install 'melt_serve[bench]'") from None
+        raise BenchError(f"--plot {path} needs matplotlib: pip install matplotlib") from None
     if not path.parent.is_dir():
         raise BenchError(f"--plot {path}: {path.parent} is not a folder")
     if path.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():

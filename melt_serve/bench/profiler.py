@@ -17,7 +17,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
-from melt_serve.engine.model import KVGate, LoopedForCausalLM
+from melt_serve.engine.gate import KVGate
+from melt_serve.engine.model import LoopedForCausalLM
 
 PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (LinearBase, "matmuls"),

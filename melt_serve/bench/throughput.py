@@ -44,6 +44,7 @@ class Options:
         rounds: how often both engines serve them.
         fit: requests of the LoopLM that a scarce cache holds.
         profile: one more round, with a clock around every part of the model.
+        gate_rank: of the MELT's W_z and U_z; None for whole ones.
     """
 
     layers: int
@@ -58,6 +59,7 @@ class Options:
     rounds: int
     fit: int = 6
     profile: bool = False
+    gate_rank: int | None = None
 
     @property
     def context(self) -> int:
@@ -66,8 +68,10 @@ class Options:
 
     def checkpoint(self, model: Model, loops: int) -> Checkpoint:
         """One of the two, at some depth."""
-        mode = self.decode_mode if model == "melt" else None
-        return Checkpoint(scaled_shape(self.layers, self.hidden), model, loops, self.chunk_size, mode)
+        shape = scaled_shape(self.layers, self.hidden)
+        if model == "looplm":
+            return Checkpoint(shape, model, loops, self.chunk_size)
+        return Checkpoint({**shape, "kv_gate_rank": self.gate_rank}, model, loops, self.chunk_size, self.decode_mode)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def measure(options: Options) -> list[Row]:
         BenchError: the options fit no engine, or one of them failed; the message names it.
     """
     refuse(options.hidden, options.chunk_size, options.decode_mode)
+    if options.gate_rank is not None and options.gate_rank > options.hidden:
+        raise BenchError(f"--gate-rank={options.gate_rank} is more than --hidden={options.hidden}")
     settings = [(cache, loops) for loops in options.loops for cache in options.caches]
     rows = []
     with tqdm(total=len(settings) * options.rounds, unit="round", disable=None) as progress:
@@ -205,8 +211,8 @@ def work(options: Options, model: Model, loops: int) -> int:
     Loop 1 of a MELT has no gate to compute (h_1 = n_1), and the head runs once a generated token.
     """
     shapes = {name: math.prod(size) for name, size in weight_shapes(options.checkpoint(model, loops).config)}
-    layers = sum(count for name, count in shapes.items() if ".layers." in name and name.endswith("_proj.weight"))
-    gates = sum(count for name, count in shapes.items() if ".kv_gate." in name and name.endswith("_proj.weight"))
+    layers = sum(count for name, count in shapes.items() if name.endswith(("_proj.weight", "_down.weight")))
+    gates = sum(count for name, count in shapes.items() if ".kv_gate." in name and name.endswith(".weight"))
     return options.context * (loops * layers - gates) + options.generated * shapes["lm_head.weight"]
 
 

@@ -18,7 +18,6 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -29,64 +28,11 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from melt_serve.config import EMA_KEEP, LoopLMConfig, MeltConfig, gate_width
+from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.engine.attention import FinalRows, OpenRows, StepRows
 from melt_serve.engine.depth import Depth, StepDepths
+from melt_serve.engine.gate import KVGate
 from melt_serve.engine.lora import TokenAdapters
-from melt_serve.kernels.gate import gate_blend
-
-
-class KVGate(nn.Module):
-    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type` (arXiv 2605.07721; modeling/README.md).
-
-    Every rank of a tensor-parallel group computes the whole gate: K and V read all of h, and the
-    alternative, a gate split over ranks, would gather h N x T times a step.
-    """
-
-    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
-        super().__init__()
-        self.type = config.kv_gate_type
-        self.initial_state = config.kv_gate_initial_state
-        self.learned = gate_width(config) > 0
-        if width := gate_width(config):
-            quant = vllm_config.quant_config
-            # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
-            self.input_proj = ReplicatedLinear(
-                config.hidden_size,
-                width,
-                bias=True,
-                skip_bias_add=True,
-                quant_config=quant,
-                prefix=f"{prefix}.input_proj",
-            )
-            self.state_proj = ReplicatedLinear(
-                config.hidden_size, width, bias=False, quant_config=quant, prefix=f"{prefix}.state_proj"
-            )
-
-    def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
-        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1.
-
-        A learned gate, outside of `torch.compile`, writes it over h.
-        """
-        if h is None:
-            if self.initial_state == "input" or self.type == "last":
-                return n
-            h = torch.zeros_like(n)
-        match self.type:
-            case "last":
-                return n
-            case "mean":
-                return torch.lerp(n.float(), h.float(), (loop - 1) / loop).to(n.dtype)
-            case "ema":
-                return torch.lerp(n, h, EMA_KEEP)
-        from_input, bias = self.input_proj(n)
-        from_state, _ = self.state_proj(h)
-        return gate_blend(from_input, from_state, bias, h, n, out=h if self.overwrites else None)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether h_t takes the place of h_{t-1}. A compiler does that by itself, better if we do not."""
-        return self.learned and not torch.compiler.is_compiling()
 
 
 class MeltAttention(nn.Module):

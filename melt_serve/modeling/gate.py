@@ -15,8 +15,9 @@ class KVGate(nn.Module):
     """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type`.
 
     `elementwise` (the paper's) learns one z a dimension, z_t = sigmoid(W_z n_t + U_z h_{t-1} + b_z);
-    `scalar` one z a token by the same formula. The ablations learn nothing: `mean` makes h_t the mean
-    of n_1..n_t, `ema` an exponential moving average, `last` takes h_t = n_t.
+    `scalar` one z a token by the same formula. With a `kv_gate_rank`, W_z and U_z are products (our
+    addition): `_down` from hidden to rank, `_proj` from there to z. The ablations learn nothing: `mean`
+    makes h_t the mean of n_1..n_t, `ema` an exponential moving average, `last` takes h_t = n_t.
     """
 
     def __init__(self, config: MeltConfig):
@@ -25,8 +26,12 @@ class KVGate(nn.Module):
         self.initial_state = config.kv_gate_initial_state
         self.learned = gate_width(config) > 0
         if width := gate_width(config):
-            self.input_proj = GateProjection(config.hidden_size, width)  # W_z, b_z
-            self.state_proj = GateProjection(config.hidden_size, width, bias=False)  # U_z
+            rank = config.kv_gate_rank
+            read = rank or config.hidden_size
+            self.input_down = GateProjection(config.hidden_size, rank, bias=False) if rank else nn.Identity()
+            self.input_proj = GateProjection(read, width)  # W_z, b_z
+            self.state_down = GateProjection(config.hidden_size, rank, bias=False) if rank else nn.Identity()
+            self.state_proj = GateProjection(read, width, bias=False)  # U_z
 
     def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
         """One loop's update of the latent state.
@@ -55,8 +60,8 @@ class KVGate(nn.Module):
                 return EMA_KEEP
             case "last":
                 return 0.0
-        return torch.sigmoid(self.input_proj(n) + self.state_proj(h))
+        return torch.sigmoid(self.input_proj(self.input_down(n)) + self.state_proj(self.state_down(h)))
 
 
 class GateProjection(nn.Linear):
-    """W_z with b_z, or U_z. A class of its own because transformers initialises weights module by module, by class."""
+    """W_z with b_z, U_z, or a factor of one. Its own class, because transformers initialises weights by class."""

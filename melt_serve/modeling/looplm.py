@@ -16,6 +16,8 @@ from transformers.utils.generic import ModelOutput
 from melt_serve.config import LoopLMConfig
 
 RotaryTables = tuple[Tensor, Tensor]
+QUERIES_AT_ONCE = 1024
+"""In attention, so that nothing it needs for a while grows with the square of a sequence."""
 
 
 @dataclass
@@ -27,6 +29,8 @@ class LoopedOutput(ModelOutput):
         logits: [B, S, V], after the last loop.
         loop_logits: [T, B, S, V], the answer at every loop, where `output_loops` was set.
         exit_probabilities: [T, B, S], Ouro's exit gate after every loop, where `output_loops` was set.
+        loop_states: [T, B, S, d], the normed state after every loop, which the heads answer from, in place of answers
+            where `output_states` was set.
         depths: [B, S], the loops each token ran, 0 for padding; MELT only.
         past_key_values: the cache, where `use_cache` was set.
     """
@@ -35,6 +39,7 @@ class LoopedOutput(ModelOutput):
     logits: Tensor | None = None
     loop_logits: Tensor | None = None
     exit_probabilities: Tensor | None = None
+    loop_states: Tensor | None = None
     depths: Tensor | None = None
     past_key_values: Cache | None = None
 
@@ -119,13 +124,16 @@ class SelfAttention(nn.Module):
         """W_O attn(q, k, v).
 
         Args:
-            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look.
+            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look, or what is
+                added to its scores.
 
         Returns:
             [B, S, d].
         """
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        grouped = q.shape[1] != k.shape[1]
+        parts = zip(q.split(QUERIES_AT_ONCE, dim=2), visible[:, None].split(QUERIES_AT_ONCE, dim=2), strict=True)
+        outs = [F.scaled_dot_product_attention(part, k, v, attn_mask=m, enable_gqa=grouped) for part, m in parts]
+        return self.o_proj(torch.cat(outs, dim=2).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -194,10 +202,13 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         loop_states: list[Tensor],
         labels: Tensor | None,
         output_loops: bool,
+        output_states: bool,
         logits_to_keep: int,
         cache: Cache | None,
     ) -> LoopedOutput:
         """Heads over the states after each loop (T of [B, S, d]), see `LoopedOutput`."""
+        if output_states:
+            return LoopedOutput(loop_states=torch.stack(loop_states), past_key_values=cache)
         states = [x[:, -logits_to_keep:] for x in loop_states] if logits_to_keep else loop_states
         logits = self.lm_head(states[-1])
         output = LoopedOutput(logits=logits, past_key_values=cache)
@@ -231,6 +242,7 @@ class OuroForCausalLM(LoopedForCausalLM):
         use_cache: bool = False,
         loops: int | None = None,
         output_loops: bool = False,
+        output_states: bool = False,
         logits_to_keep: int = 0,
         document_starts: Tensor | None = None,
         **_: object,
@@ -244,6 +256,7 @@ class OuroForCausalLM(LoopedForCausalLM):
             labels: [B, S], -100 where there is nothing to predict.
             loops: T, by default the config's `total_ut_steps`.
             output_loops: also give logits and exit probabilities of every loop.
+            output_states: give the states after every loop, and no answers.
             logits_to_keep: answer only for this many last tokens (0: all).
             document_starts: [B, S], the column where each token's document begins, in packs (README.md, section 3);
                 without a past.
@@ -261,11 +274,11 @@ class OuroForCausalLM(LoopedForCausalLM):
         keys_real = real if attention_mask is None else attention_mask.bool()
         positions = keys_real.cumsum(-1)[:, past:] - 1
         columns = torch.arange(keys_real.shape[1], device=input_ids.device)
-        causal = columns[None, :] <= columns[past:, None]
+        visible = (columns[None, :] <= columns[past:, None]) & keys_real[:, None]
         if document_starts is not None:
             positions = columns - document_starts
-            causal = causal & (columns >= document_starts[:, :, None])
-        visible = (causal & keys_real[:, None]) | ~real[:, :, None]  # padding sees all: its softmax must not be empty
+            visible &= columns >= document_starts[:, :, None]
+        visible |= ~real[:, :, None]  # padding sees all: its softmax must not be empty
         tables = rotary_tables(self.config, positions, self.dtype)
 
         if past_key_values is None and use_cache:
@@ -282,4 +295,4 @@ class OuroForCausalLM(LoopedForCausalLM):
                 x = layer.finish(x, layer.self_attn.attend(q, k, v, visible))
             x = self.model.norm(x)
             loop_states.append(x)
-        return self.answer(loop_states, labels, output_loops, logits_to_keep, past_key_values)
+        return self.answer(loop_states, labels, output_loops, output_states, logits_to_keep, past_key_values)

@@ -56,6 +56,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         exit_threshold: float | Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         output_loops: bool = False,
+        output_states: bool = False,
         logits_to_keep: int = 0,
         document_starts: Tensor | None = None,
         **_: object,
@@ -75,6 +76,7 @@ class MeltForCausalLM(LoopedForCausalLM):
             prompt_lengths: [B], `token` mode: tokens from these positions on are chunks of their own,
                 as they are when generated.
             output_loops: also give logits and exit probabilities of every loop.
+            output_states: give the states after every loop, and no answers.
             logits_to_keep: answer only for this many last tokens (0: all).
             document_starts: [B, S], the column where each token's document begins, in packs (README.md, section 3);
                 without a past and `prompt_lengths`.
@@ -107,7 +109,8 @@ class MeltForCausalLM(LoopedForCausalLM):
             done += x.shape[1]
         states = [torch.cat(parts, dim=1) for parts in zip(*states_by_chunk, strict=True)]
         states = [x.gather(1, place[:, :, None].expand(-1, -1, x.shape[-1])) for x in states]
-        output = self.answer(states, labels, output_loops, logits_to_keep, rows if use_cache else None)
+        cache = rows if use_cache else None
+        output = self.answer(states, labels, output_loops, output_states, logits_to_keep, cache)
         output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
         return output
 

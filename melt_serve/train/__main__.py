@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
-from melt_serve.train import ablate, lengths, show_data
+from melt_serve.train import ablate, lengths, memory, show_data, trial
 from melt_serve.train.recipes import bundled_recipes
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--processes", type=int, default=1, metavar="P", help="devices that share the work (default: 1)")
     plan.add_argument("--scale", type=int, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
 
+    trial.add_command(commands)
+    add_recipe(memory.add_command(commands))
     show_data.add_command(commands)
     ablate.add_command(commands)
     lengths.add_command(commands)
@@ -196,17 +198,12 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """`python -m melt_serve.train plan`."""
     import torch
 
-    from melt_serve.plan import PlanError, shape_of
-    from melt_serve.train.plan import MEASURED_STEPS, plan, table
-    from melt_serve.train.recipe import PostTraining
-    from melt_serve.train.recipe_files import RecipeError, load_recipe
+    from melt_serve.plan import PlanError
+    from melt_serve.train.plan import MEASURED_STEPS, plan, table, to_be_planned
+    from melt_serve.train.recipe_files import RecipeError
 
-    defaults = {"teacher": "ouro-1.4b", "data": {"files": "-"}, "output": "-"}
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides, defaults)
-        if not isinstance(recipe, PostTraining):
-            raise RecipeError(f"{arguments.recipe} is of the bundled kind; only a post-training can be planned")
-        teacher = shape_of(recipe.teacher)
+        recipe, teacher = to_be_planned(arguments.recipe, arguments.overrides)
     except (PlanError, RecipeError) as error:
         return fail(error)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -86,7 +86,7 @@ def write_report(path: Path, studies: Studies, size: Size, rows: Sequence[Row]) 
     try:
         figure = plot(found)
     except ImportError:
-        raise StudyError("--report needs matplotlib: pip install 'melt_serve[bench]'") from None
+        raise StudyError("--report needs matplotlib: pip install matplotlib") from None
     files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
     path.write_text(markdown(found, size, used, files[1].name), encoding="utf-8")
     figure.savefig(files[1])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, KVGate
+from melt_serve.train.gate_rank import nearest_factors
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,10 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def approximate(self, linear: nn.Linear) -> None:
-        """The nearest of this rank (Eckart and Young): the largest singular values."""
-        left, values, right = torch.linalg.svd(linear.weight)
-        rank, roots = len(self.down), values.sqrt()
-        self.up.copy_(left[:, :rank] * roots[:rank])
-        self.down.copy_(roots[:rank, None] * right[:rank])
+        """The nearest of this rank."""
+        up, down = nearest_factors(linear.weight, len(self.down))
+        self.up.copy_(up)
+        self.down.copy_(down)
         if self.bias is not None:
             self.bias.copy_(linear.bias)
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.data import Batch
-from melt_serve.train.losses import distillation
+from melt_serve.train.losses import distillation_from_states
 from melt_serve.train.recipe import Distillation, Stage
 from melt_serve.train.scale import exchange_gradients, gathered, rank, total, world
 from melt_serve.train.student import Student, ask_teacher
@@ -97,9 +97,11 @@ def phase_losses(
         teacher_attention=wanted.attention,
         decode_aware=runs_as_decoded(stage, step),
         thresholds=drawn_thresholds(stage, step, batch, number),
+        detach_rows=stage.detach_rows,
     )
     compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
-    parts = {"kd": distillation(wanted.logits[compared], given.logits[compared], answers)}
+    of_teacher, of_student = wanted.states[compared], given.states[compared]
+    parts = {"kd": distillation_from_states(of_teacher, wanted.head, of_student, given.head, answers)}
     loss = parts["kd"]
     if stage.alignment:
         parts["attention"] = given.distance / tokens / (student.config.num_hidden_layers * loops)

@@ -193,7 +193,7 @@ def evaluate_server(url: str, count: int, model: str | None = None, api_key: str
     try:
         from openai import OpenAI, OpenAIError
     except ModuleNotFoundError:
-        raise EvaluationError("asking a server needs the openai package: pip install 'melt_serve[eval]'") from None
+        raise EvaluationError("asking a server needs the openai package: pip install openai") from None
 
     key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
     client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES)

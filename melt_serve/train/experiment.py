@@ -98,6 +98,9 @@ class Laboratory:
         student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.start == "melt":
             student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
+        if variant.gate_bias is not None:
+            for layer in student.model.layers:
+                torch.nn.init.constant_(layer.self_attn.kv_gate.input_proj.bias, variant.gate_bias)
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
                 attention, cheap = layer.self_attn, variant.cheap_gate

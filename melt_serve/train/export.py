@@ -119,10 +119,11 @@ def run_card(model: MeltForCausalLM, recipe: PostTraining, log: Path) -> str:
         log: every step's losses.
     """
     config, teacher = model.config, Path(recipe.teacher).resolve()
+    rank = f", its gate cut to rank {config.kv_gate_rank}" if config.kv_gate_rank else ""
     what = (
         f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
-        f"{config.chunk_size} tokens, `{config.decode_mode}` decode mode, at most {config.max_loops} loops. Its KV "
-        f"cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{teacher.name}`."
+        f"{config.chunk_size} tokens, `{config.decode_mode}` decode mode, at most {config.max_loops} loops{rank}. Its "
+        f"KV cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{teacher.name}`."
     )
     how = (
         f"Post-trained on {', '.join(f'`{Path(file).name}`' for file in recipe.data.files)} in sequences of at most "

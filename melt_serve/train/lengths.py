@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from melt_serve.commandline import positive
 from melt_serve.train.results import (
     Planned,
     Row,
@@ -64,7 +65,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--tasks", type=words, metavar="T,...", help="only these (default: all)")
     add("--models", type=words, metavar="M,...", help="only these (default: all)")
     add("--seeds", type=seeds, default=(0,), metavar="S,...", help="one run each (default: 0)")
-    add("--steps", type=int, metavar="N", help="steps of training (default: as in --list)")
+    add("--steps", type=positive, metavar="N", help="steps of training (default: as in --list)")
     add("--rows", type=Path, default=ROWS, help=f"file of results (default: {ROWS})")
     add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
 
@@ -108,8 +109,6 @@ def choose(
     for kind, given, right in (("task", tasks, list(PROBLEMS)), ("model", models, list(CONTENDERS))):
         if wrong := [each for each in given or () if each not in right]:
             raise StudyError(f"there is no {kind} {wrong[0]!r}, only {', '.join(right)}")
-    if steps is not None and steps < 1:
-        raise StudyError(f"--steps must be at least 1, not {steps}")
     course = replace(COURSE, steps=steps or COURSE.steps)
     return tasks or list(PROBLEMS), [CONTENDERS[name] for name in models or CONTENDERS], course
 

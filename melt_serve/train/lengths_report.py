@@ -83,7 +83,7 @@ def write_report(
     try:
         figure = plot(found, course)
     except ImportError:
-        raise StudyError("--report needs matplotlib: pip install 'melt_serve[bench]'") from None
+        raise StudyError("--report needs matplotlib: pip install matplotlib") from None
     used = [row for learned in found.values() for each in learned for row in each.rows]
     files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
     path.write_text(markdown(found, course, used, files[1].name), encoding="utf-8")

@@ -1,8 +1,13 @@
 """The losses of post-training (arXiv 2605.07721; README.md). Letters as in `melt_serve.modeling`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ANSWERS_AT_ONCE = 1024
+"""Tokens, at one loop each, whose logits exist together in `distillation_from_states`."""
 
 
 def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
@@ -23,10 +28,64 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, tokens: int | N
         tokens: that the mean is over, where these are only some of them.
     """
     loops, given, _ = student_logits.shape
-    teacher = F.log_softmax(teacher_logits.float(), dim=-1).flatten(0, 1)
-    student = F.log_softmax(student_logits.float(), dim=-1).flatten(0, 1)
-    divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-    return divergence / (loops * (given if tokens is None else tokens))
+    return divergence(teacher_logits, student_logits) / (loops * (given if tokens is None else tokens))
+
+
+def divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, summed over everything but the words: [..., V] each."""
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    teacher, student = (F.log_softmax(logits, dim=-1, dtype=wide) for logits in (teacher_logits, student_logits))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+def distillation_from_states(
+    teacher_states: Tensor,
+    teacher_head: Tensor,
+    student_states: Tensor,
+    student_head: Tensor,
+    tokens: int | None = None,
+) -> Tensor:
+    """`distillation` of the logits that the heads make of the states; those of ANSWERS_AT_ONCE exist together.
+
+    Args:
+        teacher_states, student_states: [T, tokens, d].
+        teacher_head, student_head: [V, d].
+        tokens: that the mean is over, where these are only some of them.
+    """
+    loops, given, _ = student_states.shape
+    states, teacher_states = student_states.flatten(0, 1), teacher_states.flatten(0, 1)
+    total = SlicedDivergence.apply(states, student_head, teacher_states, teacher_head, ANSWERS_AT_ONCE)
+    return total / (loops * (given if tokens is None else tokens))
+
+
+class SlicedDivergence(torch.autograd.Function):
+    """`divergence`, slice by slice; each slice's gradient is taken at once, so that no logits wait for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, teacher_states: Tensor, teacher_head: Tensor, size: int
+    ) -> Tensor:
+        """The sum over all rows of states, [rows, d]; `size` rows are a slice."""
+        wide = torch.promote_types(head.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=states.device)
+        of_states, of_head = torch.empty_like(states), torch.zeros_like(head, dtype=wide)
+        for start in range(0, len(states), size):
+            here = slice(start, start + size)
+            with torch.enable_grad():
+                inputs = states[here].detach().requires_grad_(), head.detach().requires_grad_()
+                slice_total = divergence(F.linear(teacher_states[here], teacher_head), F.linear(*inputs))
+            total += slice_total.detach()
+            if any(ctx.needs_input_grad):
+                of_states[here], of_slice = torch.autograd.grad(slice_total, inputs)
+                of_head += of_slice
+        ctx.save_for_backward(of_states, of_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
+        """The teacher gets none."""
+        of_states, of_head = ctx.saved_tensors
+        return of_total[0] * of_states, of_total[0] * of_head, None, None, None
 
 
 def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor) -> Tensor:

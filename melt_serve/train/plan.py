@@ -5,7 +5,7 @@ Letters as in `melt_serve.modeling`: T loops, N layers, S tokens of a sequence, 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import mean, median
@@ -18,11 +18,13 @@ from torch.optim import AdamW
 from melt_serve.columns import columns
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, kv_bytes_per_token, weight_shapes
 from melt_serve.modeling import OuroForCausalLM
-from melt_serve.plan import GB
+from melt_serve.plan import GB, shape_of
 from melt_serve.train.data import Batch
 from melt_serve.train.distil import phase_losses
+from melt_serve.train.losses import ANSWERS_AT_ONCE
 from melt_serve.train.posttrain import DTYPES, student_config
 from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.recipe_files import RecipeError, load_recipe
 from melt_serve.train.student import Student
 
 MEASURED_STEPS = 2
@@ -43,6 +45,19 @@ class StagePlan:
     memory: dict[str, int]
     flops: float
     seconds: float
+
+
+def to_be_planned(recipe: str, overrides: Sequence[str]) -> tuple[PostTraining, LoopLMConfig]:
+    """A recipe that may lack a teacher, data and output, and its teacher's shape, by default Ouro-1.4B's.
+
+    Raises:
+        RecipeError, PlanError: there is none, or it is no post-training.
+    """
+    defaults = {"teacher": "ouro-1.4b", "data": {"files": "-"}, "output": "-"}
+    loaded = load_recipe(recipe, overrides, defaults)
+    if not isinstance(loaded, PostTraining):
+        raise RecipeError(f"{recipe} is of the bundled kind; only a post-training can be planned")
+    return loaded, shape_of(loaded.teacher)
 
 
 def plan(recipe: PostTraining, teacher: LoopLMConfig, processes: int, scale: int) -> dict[str, StagePlan]:
@@ -209,27 +224,38 @@ def memory(
     Args:
         kept: see `kept_for_backward`.
     """
-    student = student_config(recipe, teacher)
-    loops, tokens, size = max(stage.loops), recipe.micro_batch * recipe.sequence_length, DTYPES[recipe.dtype].itemsize
+    student, size = student_config(recipe, teacher), DTYPES[recipe.dtype].itemsize
     weights, of_teacher = (sum(math.prod(shape) for _, shape in weight_shapes(each)) for each in (student, teacher))
     sharded = processes > 1 or recipe.dtype != "float32"
-    rows = tokens * kv_bytes_per_token(student, size)
-    layer_states = student.num_hidden_layers * student.hidden_size * tokens * size
-    again = recipe.checkpoint_chunks
     parts = {
         "weights, float32, sharded": 4 * weights / processes,
         f"weights gathered, {recipe.dtype}": size * weights * sharded,
         "gradients": 4 * weights * (1 + sharded / processes),
         "optimizer states": 8 * weights / processes,
         "teacher": size * of_teacher,
+        **step_memory(teacher, recipe, stage, kept),
+    }
+    return {part: round(each) for part, each in parts.items()}
+
+
+def step_memory(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, kept: float) -> dict[str, float]:
+    """Bytes that are there while a step runs, by part: `memory` without what is there between steps."""
+    student, size = student_config(recipe, teacher), DTYPES[recipe.dtype].itemsize
+    loops, tokens, again = max(stage.loops), recipe.micro_batch * recipe.sequence_length, recipe.checkpoint_chunks
+    rows = tokens * kv_bytes_per_token(student, size)
+    layer_states = student.num_hidden_layers * student.hidden_size * tokens * size
+    logits = min(ANSWERS_AT_ONCE, loops * tokens) * student.vocab_size * (3 * size + 5 * 4)
+    if again:
+        logits = max(0.0, logits - kept)  # they are gone before the last chunk runs again
+    return {
         "teacher's attention outputs": loops * layer_states if stage.alignment else 0,
         "final rows and gradients": 2 * rows if again else 0,
         "phase 1's rows per loop and gradients": 2 * loops * rows if again and stage.interpolate else 0,
-        "states between loops": (loops + 1) * tokens * student.hidden_size * size,
+        "embeddings, states of every loop, their gradients": (2 * loops + 1) * tokens * student.hidden_size * size,
         "kept for backward, of the last chunk" if again else "kept for backward": kept,
-        "answers, if all tokens are learnt": loops * tokens * student.vocab_size * (4 * size + 4 * 4),
+        "logits of the loss, beyond the last chunk" if again else "logits of the loss": logits,
+        "gradient of the head": student.vocab_size * student.hidden_size * (2 * size + 4),
     }
-    return {part: round(each) for part, each in parts.items()}
 
 
 def table(plans: dict[str, StagePlan]) -> str:

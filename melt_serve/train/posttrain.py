@@ -16,6 +16,7 @@ from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data import Batch
 from melt_serve.train.distil import melt_config, plain, run_phase, student_of
 from melt_serve.train.export import export, run_card
+from melt_serve.train.gate_rank import cut_gate
 from melt_serve.train.logs import LOG
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.scale import processes, rank, shard, world
@@ -25,8 +26,8 @@ from melt_serve.train.trainer import Saving, Sitting, TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPE = "recipe.json"
-MAY_CHANGE = ("output", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks")
-"""Fields that a run may be resumed with other values of; the loss stays the same, up to rounding."""
+MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks", "compile")
+"""Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
 
 
 def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
@@ -53,13 +54,19 @@ def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
         student = fresh_student(recipe, teacher).to(device)
         shard(student, dtype)
         teacher.to(device, dtype)
+        if recipe.compile:
+            compile_layers(teacher)
+            compile_layers(student)
         saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)
             run_phase(name, stage, teacher, student, batches, folder, sitting, saving)
             first += stage.steps * recipe.sequences
-        melt = plain(student).to(dtype)
+        melt = plain(student)
         if rank() == 0:
+            if recipe.gate_rank is not None:
+                melt = cut_gate(melt, recipe.gate_rank)
+            melt.to(dtype)
             export(melt, tokenizer, run_card(melt, recipe, folder / LOG), target, Path(recipe.teacher))
 
 
@@ -85,6 +92,8 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
     """
     path = Path(recipe.teacher)
     config = teacher_config(recipe)
+    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
+        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
     if recipe.sequence_length > config.max_position_embeddings:
         raise TrainingError(
             f"sequence_length={recipe.sequence_length} is more than the teacher's "
@@ -164,6 +173,12 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config))
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
+
+
+def compile_layers(model: OuroForCausalLM | Student) -> None:
+    """Fuse what is between the matmuls of every layer after its attention, whose shapes are those of a chunk."""
+    for layer in model.model.layers:
+        layer.finish = torch.compile(layer.finish)
 
 
 def batches_of(

@@ -99,6 +99,8 @@ class Distillation(Stage):
         kd_at: the loops whose answers are compared.
         interpolate: phase 1: rows go from the LoopLM's (alpha 0) to MELT's (alpha 1) over the steps.
         alignment: beta, the weight of the attention outputs' squared distance; 0 leaves it out.
+        detach_rows: let no gradient flow from a chunk into the rows of earlier ones: less to compute, but no row learns
+            what later chunks need of it.
         decode_aware_from: the share of the steps after which batches may run the reply token by token,
             as `token` mode decodes it; 1 never does.
         decode_aware_share: the share of those batches that do.
@@ -115,6 +117,7 @@ class Distillation(Stage):
     kd_at: Loops = "all"
     interpolate: bool = False
     alignment: Rate = 0.0
+    detach_rows: bool = False
     decode_aware_from: Share = 1.0
     decode_aware_share: Share = 0.5
     loop_price: Rate = 0.0
@@ -183,12 +186,16 @@ class PostTraining:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
         chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
+        gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
+            store (our addition; README.md, Ablations, says what it costs). By default they stay whole.
         max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
         sequence_length: tokens; see `Data` for longer documents.
         batch_tokens: sequences a step times their length, padding included.
         micro_batch: sequences that a process runs at once; the gradients of a step's are added up.
         dtype: `bfloat16`: weights and optimizer in float32, everything that is computed in bfloat16.
         checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
+        compile: let `torch.compile` fuse what is between the matmuls after a layer's attention: norms, sums, SwiGLU.
+            Takes up to a minute at the start; a run that is resumed is the same up to rounding.
         save_steps, save_minutes: the run's state is saved when either has passed.
         exits: none, or a stage that teaches tokens to leave early (our addition).
     """
@@ -204,12 +211,14 @@ class PostTraining:
     chunk_size: Count = 512
     decode_mode: DecodeMode = "token"
     gate_type: GateType = "elementwise"
+    gate_rank: Count | None = None
     max_loops: Count | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 10_000
     batch_tokens: Count = 320_000
     micro_batch: Count = 1
     dtype: Dtype = "bfloat16"
     checkpoint_chunks: bool = True
+    compile: bool = False
     save_steps: Count = 50
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
     seed: int = 0
@@ -220,6 +229,8 @@ class PostTraining:
                 f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length} * "
                 f"micro_batch={self.micro_batch}; set one of them so that whole micro-batches fill a step"
             )
+        if self.gate_rank is not None and self.gate_type != "elementwise":
+            raise ValueError(f"gate_rank={self.gate_rank}: only an elementwise gate has a rank, not {self.gate_type!r}")
         for name, stage in self.stages.items():
             if self.data.pack and stage.decode_aware_from < 1:
                 raise ValueError(

@@ -35,12 +35,7 @@ def load_recipe(
         RecipeError: no such recipe, or a field or value that it cannot have.
     """
     path = find_recipe(name)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
-    for word in overrides:
-        override(table, word)
+    table = read_table(path, overrides)
     kind = KINDS.get(table.pop("kind", None))
     if kind is None:
         raise RecipeError(f"{path} must say what it is: kind = {' or '.join(map(repr, KINDS))}")
@@ -65,6 +60,17 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     raise RecipeError(f"there is no recipe {name}: name a TOML file, or one of {', '.join(bundled_recipes())}")
+
+
+def read_table(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What the file and the overrides say, not checked yet."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
+    for word in overrides:
+        override(table, word)
+    return table
 
 
 def override(table: dict[str, Any], word: str) -> None:

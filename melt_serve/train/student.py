@@ -33,16 +33,23 @@ class Answers:
     """What a looped model says about a batch.
 
     Attributes:
-        logits: [T, tokens, V], at every loop, for the tokens asked for.
+        states: [T, tokens, d], after every loop, of the tokens asked for.
+        head: [V, d], the vocabulary head's weight.
         attention: teacher only: o of every loop and layer, T times N of [B, S, d].
         distance: student only: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2.
         loops_run: the loops that a student's tokens, where they leave, are expected to run, summed over tokens.
     """
 
-    logits: Tensor
+    states: Tensor
+    head: Tensor
     attention: list[Tensor] | None = None
     distance: Tensor | None = None
     loops_run: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, tokens, V], all at once."""
+        return F.linear(self.states, self.head)
 
 
 class DrawnDepths(ChunkDepths):
@@ -74,8 +81,8 @@ class FusedGate(KVGate):
         """As the reference's."""
         if h is None or not self.learned or not takes_triton("gate_blend", n.device):
             return super().forward(n, h, loop)
-        from_input = F.linear(n, self.input_proj.weight)
-        return gate_blend(from_input, self.state_proj(h), self.input_proj.bias, h, n)
+        from_input = F.linear(self.input_down(n), self.input_proj.weight)
+        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.input_proj.bias, h, n)
 
 
 class FusedAttention(MeltAttention):
@@ -105,6 +112,7 @@ class Student(MeltForCausalLM):
         teacher_attention: list[Tensor] | None = None,
         decode_aware: bool = False,
         thresholds: Tensor | None = None,
+        detach_rows: bool = False,
     ) -> Answers:
         """Run a batch chunk by chunk.
 
@@ -116,13 +124,16 @@ class Student(MeltForCausalLM):
             teacher_attention: see `Answers.attention`; to measure the distance from.
             decode_aware: run the reply token by token, as `token` mode decodes it; not in packs.
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
+            detach_rows: let no gradient flow from a chunk into the rows of earlier ones.
 
         Raises:
             ValueError: packs run on the grid only, so they cannot be `decode_aware`.
         """
         if decode_aware and batch.prompt_lengths is None:
             raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
-        rows = TrainingRows(self.config, batch, alpha, teacher_attention, thresholds, self.checkpoint_chunks)
+        rows = TrainingRows(
+            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, in_pieces=self.checkpoint_chunks
+        )
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -130,10 +141,11 @@ class Student(MeltForCausalLM):
             document_starts=batch.document_starts,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
             loops=loops,
-            output_loops=True,
+            output_states=True,
         )
         loops_run = None if thresholds is None else rows.loops_run
-        return Answers(output.loop_logits[:, tokens], distance=rows.distance, loops_run=loops_run)
+        states, head = output.loop_states[:, tokens], self.lm_head.weight
+        return Answers(states, head, distance=rows.distance, loops_run=loops_run)
 
     def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
         """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`."""
@@ -156,7 +168,7 @@ class Student(MeltForCausalLM):
     def run_loops(self, x: Tensor, chunk: Chunk, rows: "TrainingRows", loops: int, depths: ChunkDepths) -> list[Tensor]:
         """T loops over one chunk, as in `MeltForCausalLM.run_chunk`."""
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = rows.begin(chunk, loops)
+        before_last, at_last = (added_to_scores(visible, x.dtype) for visible in rows.begin(chunk, loops))
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
@@ -181,6 +193,11 @@ class Student(MeltForCausalLM):
         return states
 
 
+def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as attention keeps it for the backward pass: made once, all layers and loops keep the same one."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
 class TrainingRows(MeltRows):
     """MELT's rows; with alpha below 1 also the LoopLM's of every loop, as only phase 1 needs them."""
 
@@ -191,9 +208,15 @@ class TrainingRows(MeltRows):
         alpha: float,
         teacher_attention: list[Tensor] | None,
         thresholds: Tensor | None,
-        in_pieces: bool = False,
+        detached: bool,
+        in_pieces: bool,
     ):
-        """Before the first chunk; `in_pieces` if many copies of the rows are to share their memory."""
+        """Before the first chunk.
+
+        Args:
+            detached: a chunk's rows take no gradient from later ones.
+            in_pieces: many copies of the rows share their memory.
+        """
         device = batch.input_ids.device
         super().__init__(config, len(batch.input_ids), device)
         self.alpha = alpha
@@ -202,6 +225,7 @@ class TrainingRows(MeltRows):
         self.layers: list[DynamicLayer | Pieces] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
         self.thresholds = thresholds
+        self.detached = detached
         self.distance = torch.zeros((), device=device)
         self.loops_run = torch.zeros((), device=device)
 
@@ -238,6 +262,12 @@ class TrainingRows(MeltRows):
         super().finish(chunk)
         self.open_positions = self.open_positions[:, :0]
         del self.layers[self.config.num_hidden_layers :]
+        if self.detached:
+            for rows in (*self.layers, *self.looplm.values()):
+                if isinstance(rows, Pieces):
+                    rows.pieces = tuple((keys.detach(), values.detach()) for keys, values in rows.pieces)
+                else:
+                    rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
 
     def copied(self) -> "TrainingRows":
         """These rows, to be written to without a change to these."""
@@ -304,9 +334,10 @@ def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: i
             attention_mask=batch.attention_mask,
             document_starts=batch.document_starts,
             loops=loops,
-            output_loops=True,
+            output_states=True,
         )
-    return Answers(answered.loop_logits[:, tokens], attention=outputs if attention else None)
+    states, head = answered.loop_states[:, tokens], teacher.lm_head.weight
+    return Answers(states, head, attention=outputs if attention else None)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class Variant:
         start: the bundled checkpoint it begins with: the LoopLM with a fresh gate, or the MELT, whose trained gate is
             made as cheap as `cheap_gate` says.
         gate_type, cheap_gate: the gate.
+        gate_bias: b_z of a fresh gate; None for the recipe's.
         chunk_size: C in training; None for the size's.
         transition, alignment: changed fields of phases 1 and 2.
         paper: what the paper reports of it.
@@ -76,6 +77,7 @@ class Variant:
     start: Literal["looplm", "melt"] = "looplm"
     gate_type: GateType = "elementwise"
     cheap_gate: CheapGate | None = None
+    gate_bias: float | None = None
     chunk_size: int | None = None
     transition: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)
@@ -132,6 +134,12 @@ RECIPE = (
         alignment=GRID_ONLY,
         paper="0.0",
     ),
+    Variant(
+        "detached",
+        "no gradient through the rows of earlier chunks, both phases",
+        transition={"detach_rows": True},
+        alignment={"detach_rows": True},
+    ),
     Variant("grid-only", "no decode-aware batches: the paper's own recipe", alignment=GRID_ONLY),
     Variant("small-beta", "beta = 0.0001: both parts of the loss weigh alike", alignment={"alignment": 1e-4}),
 )
@@ -179,6 +187,7 @@ PAPER_GATES = (
     gated("mean", "h_t is the mean of n_1..n_t", "68.8", gate_type="mean"),
     gated("ema", "h_t = 0.2 h_{t-1} + 0.8 n_t", "68.6", gate_type="ema"),
     SCALAR,
+    gated("half-open", "element-wise, b_z = 0 at the start instead of -2: z near 1/2", gate_bias=0.0),
 )
 
 CHUNKS = (

@@ -34,10 +34,15 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Saving:
-    """A run's state is saved when this many steps or minutes have passed since the last time."""
+    """A run's state is saved when this many steps or minutes have passed since the last time.
+
+    Attributes:
+        at_end: and when its stage is done.
+    """
 
     steps: float = math.inf
     minutes: float = 1.0
+    at_end: bool = True
 
 
 EVERY_MINUTE = Saving()
@@ -86,7 +91,7 @@ def run_stage(
     """Train `model` for the stage's steps, going on from what `folder` holds of it.
 
     Every step's losses become a line of `folder/losses.jsonl`, and points in TensorBoard. The state is saved as
-    `saving` says, at the end, and when the sitting is over; on one machine an interrupted run computes bit for bit
+    `saving` says, and when the sitting is over; on one machine an interrupted run computes bit for bit
     what an unbroken one does.
 
     Args:
@@ -138,7 +143,7 @@ def run_stage(
             bar.set_postfix({part: f"{numbers[part]:.4f}" for part in parts}, refresh=False)
             due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
             over, due = any_of([sitting.over, due], parameters[0].device)
-            if step == stage.steps or over or due:
+            if (step == stage.steps and saving.at_end) or over or due:
                 log.flush()
                 save_state(state_file, stage, step, model, optimizers)
                 saved, saved_step = time.monotonic(), step

@@ -13,6 +13,7 @@ DEFAULT = Options(8, 512, [4], ["scarce"], "token", 32, requests=32, prompt=128,
 
 def test_a_round_compares_the_same_requests_in_the_same_cache_and_shows_where_the_time_goes(capsys, tmp_path):
     size = "--layers 1 --hidden 64 --loops 2 --cache scarce --requests 8 --prompt 33 --generated 4 --rounds 2".split()
+    size += ["--gate-rank", "8"]
     plot = tmp_path / "throughput.svg"
     assert cli.main(["bench", "throughput", *size, "--profile", "--plot", str(plot), "--json"]) == 0
     output = capsys.readouterr().out
@@ -36,11 +37,16 @@ def test_a_scarce_cache_holds_as_many_looplm_requests_as_asked():
 
 
 def test_the_bound_is_the_gates_two_matmuls_on_all_loops_but_the_first():
-    """Ouro's proportions: 12.25 d^2 a layer and token, and 2 d^2 for the gate; the head runs once an answer's token."""
+    """Ouro's proportions: 12.25 d^2 a layer and token, and 2 d^2 for the gate; the head runs once an answer's token.
+
+    Of rank r, the gate's two matrices have 4 r d.
+    """
     for loops in (1, 4):
         body, gate, head = 256 * 8 * 12.25 * loops, 256 * 8 * 2 * (loops - 1), 128 * 8
         assert work(DEFAULT, "looplm", loops) == (body + head) * 512**2
         assert work(DEFAULT, "melt", loops) == (body + gate + head) * 512**2
+        thin = gate * 4 * 16 / (2 * 512)
+        assert work(replace(DEFAULT, gate_rank=16), "melt", loops) == (body + thin + head) * 512**2
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,7 @@ def test_the_bound_is_the_gates_two_matmuls_on_all_loops_but_the_first():
     [
         (["--hidden", "100"], "--hidden=100 must be a multiple of 64"),
         (["--chunk-size", "4096"], "--chunk-size=4096 is more than the 2048 tokens of a step"),
+        (["--gate-rank", "513"], "--gate-rank=513 is more than --hidden=512"),
         (["--decode-mode", "chunk", "--chunk-size", "48"], "--chunk-size=48 must be a multiple of 32"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from melt_serve.modeling import looplm
 from tests.modeling.plain import PlainLoopLM
 from tests.tiny import tiny_looplm, tokens
 
@@ -22,6 +23,23 @@ def test_every_loops_answer_equals_a_plain_implementation(kv_heads, loops):
     torch.testing.assert_close(output.loop_logits[:, 0], torch.stack(logits, dim=1), **CLOSE)
     torch.testing.assert_close(output.exit_probabilities[:, 0], torch.stack(exits, dim=1), **CLOSE)
     assert torch.equal(output.logits, output.loop_logits[-1])
+
+
+@torch.no_grad()
+def test_states_are_what_the_heads_answer_from():
+    model, prompt = tiny_looplm(), tokens(2, 9)
+    states, output = model(prompt, output_states=True).loop_states, model(prompt, output_loops=True)
+    assert torch.equal(model.lm_head(states), output.loop_logits)
+    assert torch.equal(model.exit_probabilities(states), output.exit_probabilities)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 9])
+@torch.no_grad()
+def test_answers_do_not_depend_on_how_many_queries_attend_at_once(queries, monkeypatch):
+    model, (ids, mask) = tiny_looplm(), (tokens(2, 9), torch.tensor([[0, 0, *[1] * 7], [1] * 9]))
+    expected = model(ids, attention_mask=mask).logits
+    monkeypatch.setattr(looplm, "QUERIES_AT_ONCE", queries)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
 @torch.no_grad()

@@ -191,6 +191,16 @@ def test_a_gates_multiply_adds_are_its_matrices_weights_in_every_loop_that_compu
     assert variant.gate_multiply_adds(192, 4) == matrices * computing
 
 
+def test_a_gate_can_start_half_open(laboratory):
+    """The usual one starts near `last`."""
+    shares = {}
+    for name in ("elementwise", "half-open"):
+        (variant,) = (each for each in STUDIES["paper-gates"] if each.name == name)
+        gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
+        shares[name] = gate.keep(*torch.randn(2, 50, 192), 2).mean().item()
+    assert shares == {"elementwise": pytest.approx(0.12, abs=0.02), "half-open": pytest.approx(0.5, abs=0.02)}
+
+
 def test_names_are_unique_within_a_study():
     for study in STUDIES.values():
         assert len({variant.name for variant in study}) == len(study)

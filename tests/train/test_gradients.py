@@ -104,3 +104,20 @@ def test_gradients_reach_earlier_chunks_only_through_their_rows():
     assert first not in ids[0, 1:]
     gradient = gradients(student, logits[-1].logsumexp(-1))["model.embed_tokens.weight"]
     assert gradient[first].any()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_detached_rows_take_no_gradient_from_later_chunks(alpha, checkpointed):
+    """The answers stay; the last token's says nothing of the first one's embedding, but still of its own chunk's."""
+    reference, ids = tiny_melt(chunk_size=4).double(), tokens(1, 12)
+    student, batch = student_of(reference), batch_of(ids)
+    student.checkpoint_chunks = checkpointed
+    whole = student.study(batch, batch.real, LOOPS, alpha).logits
+    logits = student.study(batch, batch.real, LOOPS, alpha, detach_rows=True).logits
+    torch.testing.assert_close(logits, whole, atol=0, rtol=0)
+    first, ninth = int(ids[0, 0]), int(ids[0, 8])
+    assert first not in ids[0, 1:]
+    gradient = gradients(student, logits[-1, -1].logsumexp(-1))["model.embed_tokens.weight"]
+    assert not gradient[first].any()
+    assert gradient[ninth].any()

@@ -229,7 +229,6 @@ def command(*words):
     [
         (["--tasks", "s4"], "no task 's4', only s3, s5, chains"),
         (["--models", "plain,x"], "no model 'x'"),
-        (["--steps", "0"], "at least 1"),
         (["--report", "a.md"], "no run"),
     ],
 )
@@ -238,6 +237,12 @@ def test_bad_words_end_in_one_line(words, told, tmp_path, monkeypatch, capsys):
     assert command(*words) == 1
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_steps_are_counted_from_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command("--steps", "0")
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_minutes_and_list_go_on_where_the_rows_are(tmp_path, capsys):

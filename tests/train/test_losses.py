@@ -1,8 +1,18 @@
 """The losses, against their definitions written out."""
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from melt_serve.train.losses import cross_entropy_over_loops, distillation, squared_distance
+from melt_serve.train import losses
+from melt_serve.train.losses import (
+    cross_entropy_over_loops,
+    distillation,
+    distillation_from_states,
+    squared_distance,
+)
 
 
 def test_distillation_is_the_mean_kl_over_loops_and_tokens():
@@ -14,6 +24,39 @@ def test_distillation_is_the_mean_kl_over_loops_and_tokens():
     torch.testing.assert_close(distillation(teacher, student).double(), by_hand / 15, atol=1e-6, rtol=1e-5)
     assert distillation(teacher, teacher).abs() < 1e-7
     assert not torch.isclose(distillation(teacher, student), distillation(student, teacher))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 15, 100])
+def test_slices_of_logits_have_the_loss_and_the_gradients_of_all_at_once(rows, monkeypatch):
+    """Of 3 loops of 5 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student, teacher_head, head = (
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((3, 5, 8), (3, 5, 8), (7, 8), (7, 8))
+    )
+    student.requires_grad_(), head.requires_grad_()
+    expected = 3 * distillation(F.linear(teacher, teacher_head), F.linear(student, head), 9)
+    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", rows)
+    given = 3 * distillation_from_states(teacher, teacher_head, student, head, 9)
+    torch.testing.assert_close(given, expected, atol=1e-12, rtol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(loss, (student, head)) for loss in (given, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_no_more_logits_than_a_slice_exist(monkeypatch):
+    """In the forward pass and the backward."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            made = operation(*arguments, **(keywords or {}))
+            sizes.extend(each.numel() for each in pytree.tree_leaves(made) if isinstance(each, torch.Tensor))
+            return made
+
+    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", 2)
+    states, head = torch.randn(3, 40, 2, requires_grad=True), torch.randn(50, 2, requires_grad=True)
+    with Sizes():
+        distillation_from_states(torch.randn(3, 40, 2), torch.randn(50, 2), states, head).backward()
+    assert max(sizes) == states.numel() > 2 * 50 and 2 * 50 in sizes
 
 
 def test_cross_entropy_is_the_mean_over_loops_and_tokens():

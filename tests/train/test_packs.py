@@ -1,12 +1,17 @@
 """Packs on the model's side: several documents in a row of the batch compute what each computes alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
+from melt_serve.train import distil, losses
 from melt_serve.train.data import IGNORED, Batch
 from melt_serve.train.losses import cross_entropy_over_loops, distillation
+from melt_serve.train.recipe import Distillation
 from melt_serve.train.student import Student, ask_teacher
 from tests.tiny import SHAPE, enliven, tiny_melt, tokens
 
@@ -81,6 +86,32 @@ def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode,
     torch.testing.assert_close(loss, loss_alone, **EXACT)
     torch.testing.assert_close(distance, distance_alone, **EXACT)
     assert_same(of_packed, of_unpacked)
+
+
+@pytest.mark.parametrize("kd_at", ["all", "last"])
+@pytest.mark.parametrize("exits", [False, True], ids=["", "exits"])
+def test_a_steps_losses_and_gradients_do_not_depend_on_slices_of_logits(exits, kd_at, monkeypatch):
+    """Against the logits of all tokens and loops at once."""
+    teacher, student = models("token")
+    student.checkpoint_chunks = True
+    stage = Distillation(steps=4, learning_rate=1.0, loops=(LOOPS,), kd_at=kd_at, alignment=0.1)
+    if exits:
+        stage = replace(stage, loop_price=0.5, exit_share=1.0)
+    batch = packed()
+
+    def results() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parts = distil.phase_losses(stage, 2, 0, teacher, student, batch, 30, batch.real.sum())
+        return {part: value.detach() for part, value in parts.items()}, gradients(student, parts["loss"])
+
+    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", 7)
+    parts, of_slices = results()
+    at_once = lambda teacher, its_head, student, head, *count: distillation(  # noqa: E731
+        F.linear(teacher, its_head), F.linear(student, head), *count
+    )
+    monkeypatch.setattr(distil, "distillation_from_states", at_once)
+    expected, of_all = results()
+    torch.testing.assert_close(parts, expected, **EXACT)
+    assert_same(of_slices, of_all)
 
 
 def test_the_teachers_loss_and_gradients_do_not_depend_on_packing():

@@ -229,3 +229,15 @@ def test_help_teaches(capsys):
         main(["run", "--help"])
     said = capsys.readouterr().out
     assert "demo, melt-1.6b" in said and '{"messages"' in said and "--resume" in said and "chunk_size=500" in said
+
+
+def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
+    """No step is run again, and nothing but the gate is another."""
+    shutil.copytree(unbroken / "run", unbroken / "cut")
+    assert run(unbroken, "cut", "--resume", "gate_rank=3") == 0
+    assert logged(unbroken / "cut") == logged(unbroken / "run")
+    whole, cut = (AutoModelForCausalLM.from_pretrained(unbroken / each) for each in ("melt", "cut-melt"))
+    assert cut.config.kv_gate_rank == 3 and "cut to rank 3" in (unbroken / "cut-melt" / "README.md").read_text()
+    assert cut.config.to_diff_dict() == {**whole.config.to_diff_dict(), "kv_gate_rank": 3}
+    of_cut = cut.state_dict()
+    assert all("_proj.weight" in key for key, each in whole.state_dict().items() if not torch.equal(each, of_cut[key]))

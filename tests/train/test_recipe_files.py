@@ -57,6 +57,7 @@ def test_a_file_of_ones_own_is_a_recipe_too(tmp_path):
         ([*OWN, "data.zzz=3"], "there is no field data.zzz; use files"),
         ([*OWN, "transition.steps=0"], "transition.steps=0: input should be greater than or equal to 1"),
         ([*OWN, "transition.learning_rate=fast"], "transition.learning_rate='fast': input should be a valid number"),
+        ([*OWN, "gate_rank=4", "gate_type=scalar"], "gate_rank=4: only an elementwise gate has a rank, not 'scalar'"),
         ([*OWN, "dtype=fp8"], "dtype='fp8': input should be 'float32' or 'bfloat16'"),
         ([*OWN, "decode_mode=fast"], "decode_mode='fast': input should be 'token' or 'chunk'"),
         ([*OWN, "batch_tokens=15000"], "batch_tokens=15000 is not a multiple of sequence_length=10000"),

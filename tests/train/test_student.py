@@ -220,6 +220,21 @@ def test_chunks_that_are_run_again_have_the_same_gradients_and_keep_less(mode, h
     assert little < everything / 5
 
 
+def test_all_layers_and_loops_keep_the_same_masks_of_a_chunk():
+    """One for the last loop and one for those before it, for they are queries times keys, and do not shrink with d."""
+    teacher, batch = teacher_of(), ragged((12,))
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if tensor.shape[-2:] == (4, 12):  # of the last chunk
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student_of(teacher).study(batch, batch.real, 4)
+    assert len(kept) == 2
+
+
 @torch.no_grad()
 def test_decode_aware_replies_see_the_rows_that_decoding_sees():
     """As `generate` does it: the prompt in one call, then token by token."""

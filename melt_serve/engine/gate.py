@@ -1,0 +1,66 @@
+"""The KV gate from vLLM's own linear layers. Letters as in modeling/README.md."""
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
+from melt_serve.kernels.gate import gate_blend
+
+
+class KVGate(nn.Module):
+    """h_t = z_t * h_{t-1} + (1 - z_t) * n_t, with z_t by `kv_gate_type` (arXiv 2605.07721; modeling/README.md).
+
+    Every rank of a tensor-parallel group computes the whole gate: K and V read all of h, and the
+    alternative, a gate split over ranks, would gather h N x T times a step.
+    """
+
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.type = config.kv_gate_type
+        self.initial_state = config.kv_gate_initial_state
+        self.learned = gate_width(config) > 0
+        if width := gate_width(config):
+            quant = vllm_config.quant_config
+            self.input_down, self.input_proj = gate_projection(config, width, True, quant, f"{prefix}.input")
+            self.state_down, self.state_proj = gate_projection(config, width, False, quant, f"{prefix}.state")
+
+    def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
+        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1.
+
+        A learned gate, outside of `torch.compile`, writes it over h.
+        """
+        if h is None:
+            if self.initial_state == "input" or self.type == "last":
+                return n
+            h = torch.zeros_like(n)
+        match self.type:
+            case "last":
+                return n
+            case "mean":
+                return torch.lerp(n.float(), h.float(), (loop - 1) / loop).to(n.dtype)
+            case "ema":
+                return torch.lerp(n, h, EMA_KEEP)
+        from_input, bias = self.input_proj(n if self.input_down is None else self.input_down(n)[0])
+        from_state, _ = self.state_proj(h if self.state_down is None else self.state_down(h)[0])
+        return gate_blend(from_input, from_state, bias, h, n, out=h if self.overwrites else None)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether h_t takes the place of h_{t-1}. A compiler does that by itself, better if we do not."""
+        return self.learned and not torch.compiler.is_compiling()
+
+
+def gate_projection(
+    config: MeltConfig, width: int, bias: bool, quant: QuantizationConfig | None, prefix: str
+) -> tuple[ReplicatedLinear | None, ReplicatedLinear]:
+    """W_z with b_z, or U_z: the factor that reads d, where the gate has a rank, and the one that gives z."""
+    read, down = config.hidden_size, None
+    if config.kv_gate_rank:
+        read = config.kv_gate_rank
+        down = ReplicatedLinear(config.hidden_size, read, bias=False, quant_config=quant, prefix=f"{prefix}_down")
+    # vLLM 0.32's packed CPU matmul reads garbage for its bias under torch.compile: we add b_z ourselves.
+    proj = ReplicatedLinear(read, width, bias=bias, skip_bias_add=bias, quant_config=quant, prefix=f"{prefix}_proj")
+    return down, proj
