@@ -72,8 +72,8 @@ def trial(arguments: argparse.Namespace) -> int:
     import torch
 
     from melt_serve.plan import PlanError
-    from melt_serve.train.ablate import AblationError
     from melt_serve.train.recipe_files import RecipeError
+    from melt_serve.train.results import StudyError
     from melt_serve.train.trainer import Paused, Sitting, TrainingError
     from melt_serve.train.trial_run import measure, prepare
 
@@ -95,7 +95,7 @@ def trial(arguments: argparse.Namespace) -> int:
         return 130
     except torch.OutOfMemoryError as error:
         return fail(f"{error}; lower sequence_length or micro_batch, or reduce the width with --scale")
-    except (AblationError, OSError, PlanError, RecipeError, TrainingError) as error:
+    except (StudyError, OSError, PlanError, RecipeError, TrainingError) as error:
         return fail(str(error))
     finally:
         if rows:

@@ -17,7 +17,6 @@ from melt_serve.config import LoopLMConfig
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.plan import shape_of
 from melt_serve.rates import matmul_rate, name_of
-from melt_serve.train.ablate import append_row, fingerprint, read_rows
 from melt_serve.train.data import IGNORED, Batch
 from melt_serve.train.distil import loops_of, run_phase
 from melt_serve.train.logs import LOG, read_log
@@ -25,6 +24,7 @@ from melt_serve.train.plan import reduced, sequence_flops
 from melt_serve.train.posttrain import DTYPES, compile_layers, fresh_student, moved, student_config
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.recipe_files import RecipeError, find_recipe, load_recipe, override, read_table
+from melt_serve.train.results import append_row, fingerprint, read_rows
 from melt_serve.train.scale import processes, shard, world
 from melt_serve.train.student import Student
 from melt_serve.train.trainer import Paused, Saving, Sitting, TrainingError
@@ -105,7 +105,7 @@ def measure(tried: Trial, path: Path, sitting: Sitting) -> Iterator[Row]:
     Raises:
         Paused: the sitting ended first.
         TrainingError: torchrun started this, or no step of a phase could be measured; see also `run_stage`.
-        AblationError: a line of the file is broken.
+        StudyError: a line of the file is broken.
     """
     recipe = tried.recipe
     with processes(DTYPES[recipe.dtype]) as device:
