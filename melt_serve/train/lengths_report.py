@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from melt_serve.train.length_runs import LONGER, MEASURED_WORDS, Contender, Course, settings
+from melt_serve.train.length_runs import CONTENDERS, LONGER, MEASURED_WORDS, Contender, Course, settings
 from melt_serve.train.results import Row, StudyError, markdown_table, spread, write_json
 from melt_serve.train.word_problems import DECIDING_LETTERS, PROBLEMS
 
@@ -35,6 +35,8 @@ after every letter, Muon and AdamW, float32. Hidden size {config.hidden_size}, {
   Beyond {course.length} letters no model was trained, and none has met such positions in its rotary embedding, which
   limits all of them.
 - **holds to**: the last letter up to which every answer is right in at least {held:.0%} of the words.
+  Without a start letter (`-start`) no model but MELT with C = 1 can tell a letter from that letter twice, so that it
+  misses words that begin so, and holds to 1.
 - **in sequence**: layers that must be run one after another before the {course.length}-th letter is answered: the
   depth that the model can put to use, and what makes it slow.
 - **multiply-adds**: of the matrices inside the layers, for a letter.
@@ -122,7 +124,7 @@ def markdown(found: Found, course: Course, used: Sequence[Row], picture: str) ->
 
 def table(learned: Sequence[Learned], course: Course) -> str:
     """A line a model."""
-    lengths = [course.length // 2, course.length, course.length * 2, course.length * LONGER]
+    lengths = [round(course.length * share) for share in (0.5, 1, 1.5, 2, LONGER)]
     heads = [f"right after {length}" for length in lengths]
     costs = ("weights", "multiply-adds", "in sequence", "letters seen", "CPU, s", "ms a step")
     lines = [("model", "what", "seeds", *heads, "holds to", *costs)]
@@ -150,12 +152,14 @@ def plot(found: Found, course: Course) -> "Figure":
     """A panel a task, a line a model: right answers by letter, and where training ended."""
     from matplotlib.figure import Figure
 
+    colors = {name: f"C{i}" for i, name in enumerate(CONTENDERS)}
     figure = Figure(figsize=(5 * len(found), 4.4), layout="constrained")
     for axes, (task, learned) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         for each in learned:
             melt, patient = each.contender.chunk_size is not None, each.contender.patience > 1
             style = "-" if melt else ":" if patient else "--"
-            axes.plot(range(1, len(each.curve) + 1), each.curve, style, linewidth=1.4, label=each.contender.name)
+            look = {"color": colors[each.contender.name], "linestyle": style, "linewidth": 1.4}
+            axes.plot(range(1, len(each.curve) + 1), each.curve, label=each.contender.name, **look)
         axes.axvline(course.length, color="gray", linewidth=0.8)
         axes.axhline(1 / PROBLEMS[task].answers, color="gray", linewidth=0.8, linestyle=":")
         axes.set(title=f"{task}: {PROBLEMS[task].what}", xlabel="letters", ylim=(0, 1.02))

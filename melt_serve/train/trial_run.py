@@ -105,7 +105,7 @@ def measure(tried: Trial, path: Path, sitting: Sitting) -> Iterator[Row]:
     Raises:
         Paused: the sitting ended first.
         TrainingError: torchrun started this, or no step of a phase could be measured; see also `run_stage`.
-        AblationError: a line of the file is broken.
+        StudyError: a line of the file is broken.
     """
     recipe = tried.recipe
     with processes(DTYPES[recipe.dtype]) as device:
