@@ -146,6 +146,14 @@ def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig) -> Stude
     return student
 
 
+@torch.no_grad()
+def start_gate(student: Student, bias: float) -> None:
+    """Set b_z in all layers, where the gate learns one."""
+    for layer in student.model.layers:
+        if layer.self_attn.kv_gate.learned:
+            layer.self_attn.kv_gate.input_proj.bias.fill_(bias)
+
+
 def melt_config(teacher: LoopLMConfig, **melt: object) -> MeltConfig:
     """The config of a MELT made from that LoopLM; `melt` are the fields it has more, or otherwise."""
     facts = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}

@@ -16,6 +16,7 @@ from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.config import DECODE_MODES, DecodeMode
 from melt_serve.train.data import Batch, encode
 from melt_serve.train.demo import distil, fresh_student
+from melt_serve.train.distil import start_gate
 from melt_serve.train.evaluate import heldout
 from melt_serve.train.results import Row
 from melt_serve.train.student import Student, ask_teacher
@@ -99,8 +100,7 @@ class Laboratory:
         if variant.start == "melt":
             student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
         if variant.gate_bias is not None:
-            for layer in student.model.layers:
-                torch.nn.init.constant_(layer.self_attn.kv_gate.input_proj.bias, variant.gate_bias)
+            start_gate(student, variant.gate_bias)
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
                 attention, cheap = layer.self_attn, variant.cheap_gate

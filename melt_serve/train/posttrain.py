@@ -14,7 +14,7 @@ from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.convert import warn_about_blocks
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data import Batch
-from melt_serve.train.distil import melt_config, plain, run_phase, student_of
+from melt_serve.train.distil import melt_config, plain, run_phase, start_gate, student_of
 from melt_serve.train.export import export, run_card
 from melt_serve.train.gate_rank import cut_gate
 from melt_serve.train.logs import LOG
@@ -171,6 +171,7 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
 def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     """The MELT before its first step."""
     student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config))
+    start_gate(student, recipe.gate_bias)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 

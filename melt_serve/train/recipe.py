@@ -186,6 +186,8 @@ class PostTraining:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
         chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
+        gate_bias: b_z of the fresh gate: at -2, our choice, z is near 0.12 and the MELT starts close to gate type
+            `last`; at 0 the gate starts half open.
         gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
             store (our addition; README.md, Ablations, says what it costs). By default they stay whole.
         max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
@@ -211,6 +213,7 @@ class PostTraining:
     chunk_size: Count = 512
     decode_mode: DecodeMode = "token"
     gate_type: GateType = "elementwise"
+    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -2.0
     gate_rank: Count | None = None
     max_loops: Count | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 10_000

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.__main__ import main
+from melt_serve.train.posttrain import fresh_student
+from melt_serve.train.recipe_files import load_recipe
 from melt_serve.train.tokenizer import build_tokenizer
 from tests.signals import hear_ctrl_c
 from tests.train.tiny_run import assert_close, logged, prepare
@@ -241,3 +243,10 @@ def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
     assert cut.config.to_diff_dict() == {**whole.config.to_diff_dict(), "kv_gate_rank": 3}
     of_cut = cut.state_dict()
     assert all("_proj.weight" in key for key, each in whole.state_dict().items() if not torch.equal(each, of_cut[key]))
+
+
+def test_the_gate_starts_where_the_recipe_says(unbroken):
+    for bias in (-2.0, 0.0):
+        recipe = load_recipe(str(unbroken / "recipe.toml"), [f"gate_bias={bias}"])
+        student = fresh_student(recipe, AutoModelForCausalLM.from_pretrained(unbroken / "teacher"))
+        assert all((layer.self_attn.kv_gate.input_proj.bias == bias).all() for layer in student.model.layers)
