@@ -158,6 +158,7 @@ def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
 def plot(found: Found) -> "Figure":
     """KL in both decode modes: a panel a study, a line a variant, a dot a seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     longest = max(len(study) for study in found.values())
     figure = Figure(figsize=(4.5 * len(found), 1.2 + 0.32 * longest), layout="constrained")
@@ -166,6 +167,9 @@ def plot(found: Found) -> "Figure":
             dots = [(value, place - raised) for place, each in enumerate(study) for value in each.outcomes(mode, "kd")]
             axes.scatter(*zip(*dots, strict=True), marker=marker, s=18, alpha=0.7, label=f"`{mode}` mode")
         axes.set(title=name, xlabel="KL to the teacher, nats a token", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(study)), [each.variant.name for each in study])
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
