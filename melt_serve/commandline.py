@@ -5,16 +5,18 @@ import sys
 from collections.abc import Callable
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers that are not smaller."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
-def whole(text: str) -> int:
-    """A whole number."""
-    return 0 if text == "0" else positive(text)
+positive, whole = at_least(1), at_least(0)
 
 
 def loop_list(text: str) -> list[int]:
@@ -59,7 +61,7 @@ def byte_count(text: str) -> int:
     return positive(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
-def fail(error: Exception) -> int:
+def fail(error: Exception | str, program: str = "melt-serve") -> int:
     """Say what went wrong in one line; the exit code of a failure."""
-    print("melt-serve: error:", " ".join(str(error).split()), file=sys.stderr)
+    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
     return 1

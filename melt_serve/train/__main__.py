@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from melt_serve import commandline
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train import ablate, lengths, memory, show_data, trial
 from melt_serve.train.recipes import bundled_recipes
@@ -274,9 +275,7 @@ def speaks() -> bool:
 
 def fail(error: Exception) -> int:
     """Say what went wrong in one line, once for all processes; the exit code of a failure."""
-    if speaks():
-        print("melt_serve.train: error:", " ".join(str(error).split()), file=sys.stderr)
-    return 1
+    return commandline.fail(error, "melt_serve.train") if speaks() else 1
 
 
 if __name__ == "__main__":

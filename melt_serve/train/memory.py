@@ -1,10 +1,9 @@
 """`python -m melt_serve.train memory`: the memory of a training step as sequences and loops grow."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from melt_serve.commandline import loop_list
+from melt_serve.commandline import fail, loop_list
 
 DESCRIPTION = """\
 Measure the most memory that a real training step takes, forward and backward, as sequences and loops grow: phase 1 and
@@ -58,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.report:
             refuse_report(arguments.report)
     except (OSError, PlanError, RecipeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error, "melt_serve.train")
     lengths = arguments.lengths or [chunks * recipe.chunk_size for chunks in (2, 4, 8, 16)]
     try:
         found = measure(recipe, teacher, arguments.scale, lengths, arguments.loops)
@@ -67,6 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     print(f"{table(found, by_length)}\n\n{table(found, by_loops)}")
     if arguments.report:
-        files = write_report(arguments.report, found, recipe, arguments.recipe, arguments.scale)
+        try:
+            files = write_report(arguments.report, found, recipe, arguments.recipe, arguments.scale)
+        except OSError as error:
+            return fail(error, "melt_serve.train")
         print(f"\nwrote {', '.join(map(str, files))}")
     return 0

@@ -1,6 +1,5 @@
 """The memory of training steps as Markdown, plot and JSON."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from melt_serve.train.recipe import PostTraining
+from melt_serve.train.results import markdown_table, write_json
 from melt_serve.train.step_memory import PHASE_1, PHASE_2, WITHOUT, Measured
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def refuse_report(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise OSError("--report needs matplotlib: pip install 'melt_serve[bench]'") from None
+        raise OSError("--report needs matplotlib: pip install matplotlib") from None
     if not path.parent.is_dir() or path.suffix != ".md":
         raise OSError(f"--report {path}: name a file that ends in .md, in a folder that is there")
 
@@ -59,8 +59,7 @@ def write_report(path: Path, found: Sequence[Measured], recipe: PostTraining, na
     parts = (introduction, picture, table(found, by_length), table(found, by_loops))
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     plot(found).savefig(files[1])
-    lines = ",\n".join(json.dumps(asdict(each)) for each in found)
-    files[2].write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_json(files[2], [asdict(each) for each in found])
     return files
 
 
@@ -87,7 +86,7 @@ def table(found: Sequence[Measured], along_axis: Callable[[Sequence[Measured]], 
     steps = {(each.variant, each.checkpoint_chunks, place(each)): each for each in along}
     columns = (PHASE_1, "the LoopLM's rows", PHASE_2)
     head = [name, *(f"{what}{', checkpointed' * again}" for again in (True, False) for what in columns)]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for where in sorted({place(each) for each in along}):
         cells = [f"{where:,}"]
         for again in (True, False):
@@ -98,7 +97,7 @@ def table(found: Sequence[Measured], along_axis: Callable[[Sequence[Measured]], 
                 megabytes(two.peak, two.planned),
             ]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def megabytes(measured: int, planned: int) -> str:

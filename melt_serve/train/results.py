@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from melt_serve.commandline import fail
+
 if TYPE_CHECKING:
     from melt_serve.train.trainer import Sitting
 
@@ -68,8 +70,7 @@ def exit_code(work: Callable[["Sitting"], None], minutes: float) -> int:
         print(f"\nstopped, finished runs are saved; {again}", file=sys.stderr)
         return 130
     except (StudyError, OSError, TrainingError) as error:
-        print(f"melt_serve.train: error: {error}", file=sys.stderr)
-        return 1
+        return fail(error, "melt_serve.train")
     return 0
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.columns import columns
+from melt_serve.commandline import at_least, fail, positive, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,30 +57,19 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("files", nargs="+", type=Path, metavar="FILE", help="see above")
     add("--checkpoint", type=Path, default=MELT, help="its tokenizer, chat template and C (default: the bundled one)")
     add("--length", type=at_least(2), default=10_000, metavar="S", help="tokens of a pack (default: 10000)")
-    add("--chunk-size", type=at_least(1), metavar="C", help="default: the checkpoint's, or 512 if it is no MELT")
+    add("--chunk-size", type=positive, metavar="C", help="default: the checkpoint's, or 512 if it is no MELT")
     add("--too-long", choices=("cut", "split", "drop"), default="cut", help="documents above S tokens (default: cut)")
     add("--streaming", action="store_true", help="read in the files' order, shuffled in windows only")
-    add("--window", type=at_least(1), default=1024, metavar="N", help="records packed together (default: 1024)")
+    add("--window", type=positive, default=1024, metavar="N", help="records packed together (default: 1024)")
     add("--seed", type=int, default=0, help="of the order (default: 0)")
     add(
         "--show",
-        type=at_least(0),
+        type=whole,
         default=0,
         metavar="N",
         help="the record of which to show a document (default: 0, the first)",
     )
     add("--json", action="store_true", help="end with one line of JSON")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that are not smaller."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,8 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"broken: {len(broken) - NAMED:,} more")
         print(f"\n{example(corpus, arguments.show, tokenizer)}")
     except (OSError, DataError) as error:
-        print("melt_serve.train: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+        return fail(error, "melt_serve.train")
     except KeyboardInterrupt:
         return 130
     if arguments.json:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.columns import columns
-from melt_serve.train.show_data import at_least
+from melt_serve.commandline import at_least, fail, positive
 
 if TYPE_CHECKING:
     from melt_serve.train.trial_run import Row, Trial
@@ -59,7 +59,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add(
         "--scale",
         dest="reduced_by",
-        type=at_least(1),
+        type=positive,
         metavar="K",
         help=f"reduce the width by K (default: 1, the true size, on a GPU, else {CPU_SCALE})",
     )
@@ -94,19 +94,15 @@ def trial(arguments: argparse.Namespace) -> int:
         print("\nstopped; the same command goes on from where the last sitting ended", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        return fail(f"{error}; lower sequence_length or micro_batch, or reduce the width with --scale")
+        return fail(
+            f"{error}; lower sequence_length or micro_batch, or reduce the width with --scale", "melt_serve.train"
+        )
     except (StudyError, OSError, PlanError, RecipeError, TrainingError) as error:
-        return fail(str(error))
+        return fail(error, "melt_serve.train")
     finally:
         if rows:
             print(f"\n{table(rows)}")
     return 0
-
-
-def fail(why: str) -> int:
-    """Say it in one line; the exit code of a failure."""
-    print("melt_serve.train: error:", " ".join(why.split()), file=sys.stderr)
-    return 1
 
 
 def head(name: str, tried: "Trial") -> str:
