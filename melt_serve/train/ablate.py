@@ -1,13 +1,12 @@
 """`python -m melt_serve.train ablate`: which part of the recipe, and of the gate, is worth its price."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melt_serve.train.results import Planned, Row, StudyError, exit_code, minutes, read_rows, run_missing, seeds, words
+from melt_serve.train.results import Planned, Row, StudyError, add_study_flags, exit_code, read_rows, run_missing, words
 
 if TYPE_CHECKING:
     from melt_serve.train.studies import Size, Variant
@@ -46,13 +45,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.set_defaults(run_command=ablate)
     add = command.add_argument
     add("studies", metavar="STUDY", nargs="*", help="studies to run, in this order (default: all)")
-    add("--list", action="store_true", help="show studies, variants, rows there are and estimated minutes; run nothing")
-    add("--report", type=Path, metavar="FILE.md", help="write FILE.md, FILE.svg and FILE.json of the rows; run nothing")
     add("--size", default="small", help="small, or demo: that of the bundled recipe (default: small)")
-    add("--seeds", type=seeds, default=(0, 1, 2), metavar="S,...", help="one run each (default: 0,1,2)")
     add("--variants", type=words, metavar="V,...", help="only these of the studies")
-    add("--rows", type=Path, default=ROWS, help=f"file of results (default: {ROWS})")
-    add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
+    add_study_flags(command, "studies, variants", ROWS, (0, 1, 2))
 
 
 def ablate(arguments: argparse.Namespace) -> int:

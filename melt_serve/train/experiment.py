@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.config import DECODE_MODES, DecodeMode
+from melt_serve.train import losses
 from melt_serve.train.data import Batch, encode
 from melt_serve.train.demo import distil, fresh_student
 from melt_serve.train.distil import start_gate
@@ -144,8 +145,8 @@ def answers(student: Student, batch: Batch, mode: DecodeMode) -> Tensor:
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
     """KL(wanted || given) in nats, mean over tokens; both are batches of [tokens, V]."""
-    teacher, student = (torch.cat(list(each)).log_softmax(-1) for each in (wanted, given))
-    return torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+    teacher, student = (torch.cat(list(each)) for each in (wanted, given))
+    return (losses.divergence(teacher, student) / len(student)).item()
 
 
 def right_share(batches: Sequence[Batch], logits: Sequence[Tensor]) -> float:

@@ -1,7 +1,6 @@
 """`python -m melt_serve.train lengths`: whether rows that carry T loops of work help where words are long."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,12 +12,11 @@ from melt_serve.train.results import (
     Planned,
     Row,
     StudyError,
+    add_study_flags,
     exit_code,
     fingerprint,
-    minutes,
     read_rows,
     run_missing,
-    seeds,
     words,
 )
 
@@ -60,14 +58,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.set_defaults(run_command=lengths)
     add = command.add_argument
-    add("--list", action="store_true", help="show tasks, models, rows there are and estimated minutes; run nothing")
-    add("--report", type=Path, metavar="FILE.md", help="write FILE.md, FILE.svg and FILE.json of the rows; run nothing")
     add("--tasks", type=words, metavar="T,...", help="only these (default: all)")
     add("--models", type=words, metavar="M,...", help="only these (default: all)")
-    add("--seeds", type=seeds, default=(0,), metavar="S,...", help="one run each (default: 0)")
     add("--steps", type=positive, metavar="N", help="steps of training (default: as in --list)")
-    add("--rows", type=Path, default=ROWS, help=f"file of results (default: {ROWS})")
-    add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
+    add_study_flags(command, "tasks, models", ROWS, (0,))
 
 
 def lengths(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ANSWERS_AT_ONCE = 1024
 """Tokens, at one loop each, whose logits exist together in `distillation_from_states`."""
@@ -82,6 +83,7 @@ class SlicedDivergence(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
         """The teacher gets none."""
         of_states, of_head = ctx.saved_tensors

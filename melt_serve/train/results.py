@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,22 @@ class Planned:
     title: str
     settings: Row
     run: Callable[[Path], Row]
+
+
+def add_study_flags(command: argparse.ArgumentParser, what: str, rows: Path, seeds_by_default: tuple[int, ...]) -> None:
+    """The flags that all studies have.
+
+    Args:
+        what: --list shows, in words.
+        rows: the file of results, by default.
+    """
+    add = command.add_argument
+    add("--list", action="store_true", help=f"show {what}, rows there are and estimated minutes; run nothing")
+    add("--report", type=Path, metavar="FILE.md", help="write FILE.md, FILE.svg and FILE.json of the rows; run nothing")
+    shown = ",".join(map(str, seeds_by_default))
+    add("--seeds", type=seeds, default=seeds_by_default, metavar="S,...", help=f"one run each (default: {shown})")
+    add("--rows", type=Path, default=rows, help=f"file of results (default: {rows})")
+    add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
 
 
 def words(text: str) -> tuple[str, ...]:

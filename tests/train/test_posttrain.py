@@ -242,7 +242,9 @@ def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
     assert cut.config.kv_gate_rank == 3 and "cut to rank 3" in (unbroken / "cut-melt" / "README.md").read_text()
     assert cut.config.to_diff_dict() == {**whole.config.to_diff_dict(), "kv_gate_rank": 3}
     of_cut = cut.state_dict()
-    assert all("_proj.weight" in key for key, each in whole.state_dict().items() if not torch.equal(each, of_cut[key]))
+    changed = {key for key, each in whole.state_dict().items() if not torch.equal(each, of_cut[key])}
+    gates = {key for key in of_cut if "kv_gate." in key and key.endswith("_proj.weight")}
+    assert changed == gates and len(gates) == 4  # W_z and U_z of two layers
 
 
 def test_the_gate_starts_where_the_recipe_says(unbroken):
