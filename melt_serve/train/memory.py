@@ -20,7 +20,7 @@ examples:
   python -m melt_serve.train memory melt-1.6b --report memory.md
       tables, memory.svg and memory.json
   python -m melt_serve.train memory melt-1.6b chunk_size=64 --lengths 128,256,512 --loops 1,4
-      short chunks: in a minute
+      short chunks: a minute or two
   python -m melt_serve.train memory ./mine.toml --scale 1
       at the recipe's own width, on a GPU
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -177,7 +178,13 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
 
 
 def compile_layers(model: OuroForCausalLM | Student) -> None:
-    """Fuse what is between the matmuls of every layer after its attention, whose shapes are those of a chunk."""
+    """Fuse what is between the matmuls of every layer after its attention, whose shapes are those of a chunk.
+
+    Raises:
+        TrainingError: there is no compiler for `torch.compile` to use.
+    """
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise TrainingError("compile=true needs a C++ compiler, and there is none: install g++, or set compile=false")
     for layer in model.model.layers:
         layer.finish = torch.compile(layer.finish)
 

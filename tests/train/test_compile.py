@@ -1,8 +1,5 @@
 """Compiled layers: the same losses, from one graph for all layers."""
 
-import shutil
-
-import pytest
 import torch
 from torch._dynamo.utils import counters
 
@@ -13,7 +10,6 @@ from tests.train.tiny_run import assert_close, logged, prepare
 WORDS = ["checkpoint_chunks=true", "transition.interpolate=false", "transition.steps=2", "alignment.steps=1"]
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_have_the_losses_of_those_that_are_not(tmp_path):
     recipe = prepare(tmp_path)
     for compiled in ("false", "true"):
@@ -24,3 +20,13 @@ def test_compiled_layers_have_the_losses_of_those_that_are_not(tmp_path):
         graphs = counters["stats"]["unique_graphs"]
         assert graphs == (2 if compiled == "true" else 0)  # with gradients and without
     assert_close(logged(tmp_path / "true"), logged(tmp_path / "false"))
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, capsys):
+    recipe = prepare(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    capsys.readouterr()
+    assert main(["run", str(recipe), "--run", str(tmp_path / "run"), "compile=true"]) == 1
+    said = capsys.readouterr().err
+    assert "compile=true needs a C++ compiler" in said and "Traceback" not in said
