@@ -119,6 +119,7 @@ def run_all(
         for seed in seeds
         for study in studies.values()
         for variant in study
+        if seed in variant.seeds(seeds)
     ]
     run_missing(planned, path)
 
@@ -134,7 +135,8 @@ def listing(studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequ
     lines, left = [("study", "variant", "done", "what")], 0
     for name, study in studies.items():
         for variant in study:
-            ran = sum(settings(variant, size, seed) in done for seed in seeds)
-            left += len(seeds) - ran
-            lines.append((name, variant.name, f"{ran} of {len(seeds)}", variant.what))
+            wanted = variant.seeds(seeds)
+            ran = sum(settings(variant, size, seed) in done for seed in wanted)
+            left += len(wanted) - ran
+            lines.append((name, variant.name, f"{ran} of {len(wanted)}", variant.what))
     return f"{columns(lines)}\n\nsize {size.name}: about {each:.1f} minutes a run, {left * each:.0f} minutes to go"

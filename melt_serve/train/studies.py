@@ -13,7 +13,7 @@ The paper names its ablations in a few words; what they are here:
 Gates are compared without attention alignment, as the paper compares them before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -82,6 +82,10 @@ class Variant:
     transition: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
+
+    def seeds(self, asked: Sequence[int]) -> Sequence[int]:
+        """Those that make a difference: one is enough where nothing is fresh and nothing is trained."""
+        return asked[:1] if self.start == "melt" else asked
 
     def served_chunk_sizes(self, size: Size) -> tuple[int, ...]:
         """C as it was trained; without chunks, the size's first: no server keeps all loops of a whole sequence."""

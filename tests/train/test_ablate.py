@@ -201,6 +201,12 @@ def test_a_gate_can_start_half_open(laboratory):
     assert shares == {"elementwise": pytest.approx(0.12, abs=0.02), "half-open": pytest.approx(0.5, abs=0.02)}
 
 
+def test_what_is_not_trained_runs_with_one_seed(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), rows, Sitting())
+    assert [row["seed"] for row in read_rows(rows)] == [1]
+
+
 def test_names_are_unique_within_a_study():
     for study in STUDIES.values():
         assert len({variant.name for variant in study}) == len(study)
