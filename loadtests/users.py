@@ -10,7 +10,7 @@ from locust import User, constant
 
 from loadtests.scenarios import Step
 from loadtests.seen import Asked
-from melt_serve.train.tasks import Question, questions
+from melt_serve.task.who_is_where import Question, questions
 
 LONG_STORIES = 12
 """Stories of a long prompt; each is about 130 tokens."""

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from melt_serve.bench.command import add_bench
-from melt_serve.commandline import fail, loop_list, positive, threshold_list, words_of
+from melt_serve.terminal import fail, loop_list, positive, threshold_list, words_of
 
 DESCRIPTION = """\
 Serve Memory-Efficient Looped Transformers (MELT) with vLLM: depth without KV-cache growth.
@@ -83,8 +83,6 @@ examples:
       another shape and load, and how many requests fit in 80 GB
   melt-serve plan ./my-melt --kv-dtype fp8
       a checkpoint of your own, with FP8 rows"""
-
-
 Handler = Callable[[Sequence[str]], int]
 
 
@@ -231,7 +229,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """`melt-serve eval`."""
-    from melt_serve.train import evaluate
+    from melt_serve.task import evaluate
 
     depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
     if arguments.server and (arguments.checkpoints or any(depth)):
@@ -257,26 +255,26 @@ def run_eval(arguments: argparse.Namespace) -> int:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """`melt-serve plan`."""
-    from melt_serve import plan
+    from melt_serve import capacity
 
     try:
-        config = plan.shape_of(arguments.model)
-    except plan.PlanError as error:
+        config = capacity.shape_of(arguments.model)
+    except capacity.PlanError as error:
         return fail(error)
-    load = plan.Load(
+    load = capacity.Load(
         loops=arguments.loops or config.total_ut_steps,
         context=arguments.context,
         requests=arguments.requests,
         step_tokens=arguments.step_tokens,
         kv_dtype=arguments.kv_dtype,
-        weight_bytes=plan.KV_BYTES[arguments.dtype],
+        weight_bytes=capacity.KV_BYTES[arguments.dtype],
     )
     chunk_size = arguments.chunk_size or getattr(config, "chunk_size", 512)
-    device = None if arguments.device_memory is None else int(arguments.device_memory * plan.GB)
-    plans = plan.compare(config, load, chunk_size, device)
+    device = None if arguments.device_memory is None else int(arguments.device_memory * capacity.GB)
+    plans = capacity.compare(config, load, chunk_size, device)
     tokens = f"{load.requests:,} x {load.context:,} tokens"
     print(f"{arguments.model}, T={load.loops}, C={chunk_size}, {tokens}, rows in {load.kv_dtype}")
-    print(plan.table(plans))
+    print(capacity.table(plans))
     if arguments.json:
         print(json.dumps({"rows": [{**asdict(each), "total": each.total} for each in plans]}))
     return 0

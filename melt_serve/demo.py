@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.serve import command
-from melt_serve.train.tasks import SILENT_STEPS, Question, questions
+from melt_serve.task.who_is_where import SILENT_STEPS, Question, questions
 
 if TYPE_CHECKING:
     from openai import OpenAI

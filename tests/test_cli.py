@@ -11,7 +11,7 @@ from typing import get_args
 from melt_serve import cli
 from melt_serve.config import DecodeMode, GateType, InitialState
 from melt_serve.modeling import MeltForCausalLM
-from tests.tiny import tiny_looplm
+from tests.tiny_models import tiny_looplm
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "melt-serve"
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from melt_serve.config import AT_LEAST_ONE, LoopLMConfig, MeltConfig, kv_bytes_per_token, sharing_unit, weight_shapes
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
-from tests.tiny import SHAPE, tiny_looplm, tiny_melt, tokens
+from tests.tiny_models import SHAPE, tiny_looplm, tiny_melt, tokens
 
 GATES = [(kind, None) for kind in ("elementwise", "scalar", "mean", "ema", "last")] + [("elementwise", 3)]
 """Types, each with a rank."""

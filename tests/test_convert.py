@@ -19,7 +19,7 @@ from melt_serve.config import LoopLMConfig, weight_shapes
 from melt_serve.convert import ConversionError, convert
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from tests.signals import hear_ctrl_c
-from tests.tiny import tiny_looplm, tokens
+from tests.tiny_models import tiny_looplm, tokens
 
 OURO_FIELDS = {
     "architectures": ["OuroForCausalLM"],

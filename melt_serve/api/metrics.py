@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
-from melt_serve.engine.counts import StepCounts
+from melt_serve.engine.scheduler_stats import StepCounts
 
 ENGINE = ["engine"]
 """Its number; with data parallelism there are several."""

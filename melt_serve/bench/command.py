@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from melt_serve.commandline import byte_count, fail, loop_list, positive, two_depths, whole, words_of
+from melt_serve.terminal import byte_count, fail, loop_list, positive, two_depths, whole, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, scaled_shape
 from melt_serve.bench.throughput import STEP_TOKENS, refuse
 from melt_serve.bundled import MELT
-from melt_serve.columns import columns
 from melt_serve.config import DecodeMode, MeltConfig, kv_bytes_per_token
+from melt_serve.terminal import columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

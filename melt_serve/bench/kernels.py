@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from melt_serve.bench.device import device_of
 from melt_serve.bench.engine import BenchError
 from melt_serve.bench.layers import BLOCK, measure_layers, measure_training, rotary_table
 from melt_serve.bench.shapes import shape
-from melt_serve.columns import columns
 from melt_serve.config import MeltConfig
+from melt_serve.device import Rates, device_of, measure_rates, seconds
 from melt_serve.kernels import gate, rows
+from melt_serve.kernels.dispatch import chosen
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.kernels.rows import write_rows
-from melt_serve.kernels.switch import chosen
-from melt_serve.rates import Rates, measure_rates, seconds
+from melt_serve.terminal import columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

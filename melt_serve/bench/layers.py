@@ -12,15 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.device import seconds
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.kernels.rows import write_rows
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.modeling.looplm import DecoderLayer, SelfAttention
 from melt_serve.modeling.melt import MeltAttention
-from melt_serve.rates import seconds
-from melt_serve.train.data import Batch
-from melt_serve.train.losses import distillation_from_states
-from melt_serve.train.student import Student, ask_teacher
+from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.losses import distillation_from_states
+from melt_serve.train.distil.student import Student
+from melt_serve.train.distil.teacher import ask_teacher
 
 if TYPE_CHECKING:
     from melt_serve.bench.kernels import Options

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, Model, shape
-from melt_serve.columns import columns
 from melt_serve.config import DECODE_MODES, DecodeMode, kv_bytes_per_token
+from melt_serve.terminal import columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
 from melt_serve.engine.gate import KVGate
-from melt_serve.engine.model import LoopedForCausalLM
+from melt_serve.engine.looplm import LoopedForCausalLM
 
 PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (LinearBase, "matmuls"),

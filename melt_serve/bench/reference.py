@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from melt_serve.bench.device import device_of
 from melt_serve.bench.engine import BenchError
 from melt_serve.bench.shapes import shape
-from melt_serve.columns import columns
 from melt_serve.config import MeltConfig
+from melt_serve.device import device_of, name_of
 from melt_serve.modeling import MeltRows
-from melt_serve.rates import name_of
-from melt_serve.train.student import Student
+from melt_serve.terminal import columns
+from melt_serve.train.distil.student import Student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

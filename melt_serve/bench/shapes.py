@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from melt_serve.bundled import MELT
+from melt_serve.capacity import SHAPES
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
-from melt_serve.plan import SHAPES
 
 Model = Literal["melt", "looplm"]
 MODELS: tuple[Model, ...] = get_args(Model)

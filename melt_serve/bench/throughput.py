@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.shapes import BLOCK_SIZE, MODELS, Checkpoint, Model, scaled_shape
-from melt_serve.columns import columns
 from melt_serve.config import DecodeMode, kv_bytes_per_token, weight_shapes
+from melt_serve.terminal import columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -187,8 +187,8 @@ def share_right(llm: "LLM", questions: int, loops: int) -> float:
     """The share of the first held-out questions that a trained checkpoint answers right at this depth, greedily."""
     from vllm import SamplingParams, TokensPrompt
 
-    from melt_serve.train.data import prompt_ids
-    from melt_serve.train.evaluate import heldout, longest_reply
+    from melt_serve.task.evaluate import heldout, longest_reply
+    from melt_serve.task.tokenizer import prompt_ids
 
     asked, tokenizer = heldout(questions), llm.get_tokenizer()
     prompts = [TokensPrompt(prompt_token_ids=prompt_ids(question, tokenizer)) for question in asked]

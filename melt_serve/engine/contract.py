@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from melt_serve.config import MeltConfig, sharing_unit
 from melt_serve.engine import patches
-from melt_serve.kernels import switch
+from melt_serve.kernels import dispatch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.melt_serve")
 
 SCHEDULER = "melt_serve.engine.scheduler.ChunkGridScheduler"
-CPU_WORKER = "melt_serve.engine.worker.MeltCPUWorker"
+CPU_WORKER = "melt_serve.engine.cpu_worker.MeltCPUWorker"
 
 
 class MeltStartup(VerifyAndUpdateConfig):
@@ -155,7 +155,7 @@ def record_kernels(vllm_config: "VllmConfig") -> None:
         ValueError: `MELT_KERNELS` is none of the words it may be.
     """
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config[switch.VARIABLE] = switch.chosen()
+        vllm_config.additional_config[dispatch.VARIABLE] = dispatch.chosen()
 
 
 def choose_block_size(vllm_config: "VllmConfig") -> None:

@@ -26,7 +26,10 @@ def register() -> None:
 
     config.register()
     patches.sleep_while_waiting()  # before it is known what model is served: for every process
-    for architecture, startup in (("MeltForCausalLM", MeltStartup), ("OuroForCausalLM", LoopLMStartup)):
+    for module, architecture, startup in (
+        ("melt", "MeltForCausalLM", MeltStartup),
+        ("looplm", "OuroForCausalLM", LoopLMStartup),
+    ):
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, f"melt_serve.engine.model:{architecture}")
+            ModelRegistry.register_model(architecture, f"melt_serve.engine.{module}:{architecture}")
         MODELS_CONFIG_MAP[architecture] = startup

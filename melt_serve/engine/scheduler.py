@@ -1,7 +1,6 @@
 """The chunk grid: which tokens of a request may run in one step, and whose turn it is (README.md, rules 1 to 4)."""
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -14,21 +13,10 @@ from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
-from melt_serve.engine.counts import StepCounts
 from melt_serve.engine.depth import depth_of
+from melt_serve.engine.scheduler_stats import StepCounts
+from melt_serve.engine.turns import PATIENCE, Turn
 from melt_serve.engine.usage import LOOPS, LOOPS_RUN
-
-PATIENCE = 4
-"""Steps a prompt waits for a budget that running requests use up, before it has a turn ahead of them."""
-
-
-@dataclass
-class Turn:
-    """A prompt that decodes have kept waiting: `tokens` of a step's budget are kept for `request_id`."""
-
-    request_id: str
-    tokens: int
-    steps_waited: int
 
 
 class ChunkGridScheduler(AsyncScheduler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from melt_serve.kernels.switch import jit, takes_triton, tl, triton
+from melt_serve.kernels.dispatch import jit, takes_triton, tl, triton
 
 BLOCK = 1024
 WIDEST_SCALAR = 16384

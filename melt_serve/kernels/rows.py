@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from melt_serve.kernels.switch import jit, takes_triton, tl, triton
+from melt_serve.kernels.dispatch import jit, takes_triton, tl, triton
 
 ROWS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 """Dtypes of the cache: that of k and v, or FP8."""

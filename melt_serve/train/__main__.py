@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melt_serve import commandline
+from melt_serve import terminal
 from melt_serve.bundled import CHECKPOINTS
-from melt_serve.train import ablate, lengths, memory, show_data, trial
+from melt_serve.train.cost import memory, trial
+from melt_serve.train.data import show
 from melt_serve.train.recipes import bundled_recipes
+from melt_serve.train.studies import ablate, lengths
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import PostTraining, Recipe
-    from melt_serve.train.trainer import Sitting
+    from melt_serve.train.session import Sitting
 
 DEMO_DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     trial.add_command(commands)
     add_recipe(memory.add_command(commands))
-    show_data.add_command(commands)
+    show.add_command(commands)
     ablate.add_command(commands)
     lengths.add_command(commands)
 
@@ -199,8 +201,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """`python -m melt_serve.train plan`."""
     import torch
 
-    from melt_serve.plan import PlanError
-    from melt_serve.train.plan import MEASURED_STEPS, plan, table, to_be_planned
+    from melt_serve.capacity import PlanError
+    from melt_serve.train.cost.plan import plan, table, to_be_planned
+    from melt_serve.train.cost.probe import MEASURED_STEPS
     from melt_serve.train.recipe_files import RecipeError
 
     try:
@@ -225,11 +228,11 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
     Args:
         again: the words that go on with the run.
     """
-    from melt_serve.train.datasets import DataError
-    from melt_serve.train.logs import LOG, plot_losses
-    from melt_serve.train.posttrain import post_train
+    from melt_serve.train.data.datasets import DataError
+    from melt_serve.train.loop.logs import LOG, plot_losses
     from melt_serve.train.recipe import PostTraining
-    from melt_serve.train.trainer import Paused, Sitting, TrainingError
+    from melt_serve.train.run import post_train
+    from melt_serve.train.session import Paused, Sitting, TrainingError
 
     again = f"go on with: python -m melt_serve.train {again}"
     sitting = Sitting(arguments.minutes)
@@ -260,8 +263,8 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
 
 def make_bundled(recipe: "Recipe", folder: Path, sitting: "Sitting", questions: int) -> str:
     """Make both checkpoints of the bundled kind, show their table, and say where they are."""
-    from melt_serve.train.demo import make_checkpoints
-    from melt_serve.train.evaluate import table
+    from melt_serve.task.evaluate import table
+    from melt_serve.train.bundled import make_checkpoints
 
     target = Path(recipe.output or CHECKPOINTS)
     print(table(make_checkpoints(recipe, folder, target, sitting, questions)))
@@ -275,7 +278,7 @@ def speaks() -> bool:
 
 def fail(error: Exception) -> int:
     """Say what went wrong in one line, once for all processes; the exit code of a failure."""
-    return commandline.fail(error, "melt_serve.train") if speaks() else 1
+    return terminal.fail(error, "melt_serve.train") if speaks() else 1
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from melt_serve.commandline import fail
+from melt_serve.terminal import fail
+from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.trainer import Sitting
+    from melt_serve.train.session import Sitting
+
 
 Row = dict[str, Any]
-
-
-class StudyError(ValueError):
-    """Something that is asked for does not exist, or the rows cannot be read; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def minutes(text: str) -> float:
 
 def exit_code(work: Callable[["Sitting"], None], minutes: float) -> int:
     """Do a command's work in a sitting of so many minutes, and say in one line how it ended if it is not done."""
-    from melt_serve.train.trainer import Paused, Sitting, TrainingError
+    from melt_serve.train.session import Paused, Sitting, TrainingError
 
     sitting = Sitting(minutes)
     again = "the same command goes on"

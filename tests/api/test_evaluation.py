@@ -13,11 +13,11 @@ import pytest
 
 from melt_serve import cli
 from melt_serve.bundled import MELT
-from melt_serve.train.evaluate import heldout
+from melt_serve.task.evaluate import heldout
 
 QUESTIONS = 8
 TWO_LOOPS = {"vllm_xargs": {"loops": 2}}
-TASKS = Path(cli.__file__).parent / "train" / "lm_eval"
+TASKS = Path(cli.__file__).parent / "task" / "lm_eval"
 
 
 def right_answers(server: str, **depth: object) -> list[bool]:

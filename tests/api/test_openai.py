@@ -11,7 +11,7 @@ import pytest
 
 from melt_serve.bundled import MELT
 from melt_serve.config import MeltConfig
-from melt_serve.train.tasks import questions
+from melt_serve.task.who_is_where import questions
 from tests.conftest import healthy
 
 MODEL = "melt-demo"

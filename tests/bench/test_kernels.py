@@ -11,7 +11,7 @@ from melt_serve import cli
 from melt_serve.bench.kernels import Measured, Part, table
 from melt_serve.bench.shapes import shape
 from melt_serve.config import MeltConfig, weight_shapes
-from melt_serve.rates import Rates
+from melt_serve.device import Rates
 
 TINY = "--device cpu --tokens 32 --batch 2 --context 20 --train-tokens 16 --rounds 2 --no-compile".split()
 D, TOKENS, TRAINED, LOOPS = 256, 32, 16, 4

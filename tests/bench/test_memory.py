@@ -12,7 +12,7 @@ import pytest
 from melt_serve import cli
 from melt_serve.bench.shapes import shape
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
-from tests.processor import needs_fp8_rows
+from tests.requires import needs_fp8_rows
 from tests.signals import hear_ctrl_c
 
 LAYERS, HIDDEN = 1, 192

@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy import draw_panels
 from deploy.draw_panels import DASHBOARD, Window, every, panels_of, series_of
 from melt_serve.serve import command
-from melt_serve.train.tasks import questions
+from melt_serve.task.who_is_where import questions
 
 DEPLOY = DASHBOARD.parents[2]
 PROMETHEUS = DEPLOY / "prometheus"

@@ -16,7 +16,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.outputs import CompletionOutput
 
 from melt_serve.modeling import LoopLMConfig, MeltConfig, MeltForCausalLM, OuroForCausalLM
-from tests.tiny import enliven
+from tests.tiny_models import enliven
 
 VOCABULARY = 128
 GENERATED = 8

@@ -5,10 +5,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
 from melt_serve.bundled import MELT
-from melt_serve.train.data import prompt_ids
-from melt_serve.train.evaluate import answers, heldout, longest_reply
+from melt_serve.task.evaluate import answers, heldout, longest_reply
+from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import engine
-from tests.processor import needs_fp8_rows
+from tests.requires import needs_fp8_rows
 
 TOKENIZER = AutoTokenizer.from_pretrained(MELT)
 

@@ -15,8 +15,8 @@ from vllm.sampling_params import BeamSearchParams
 from melt_serve.bundled import MELT
 from melt_serve.engine import patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
-from melt_serve.train.data import prompt_ids
-from melt_serve.train.evaluate import heldout
+from melt_serve.task.evaluate import heldout
+from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import engine, generate, prompts, save_melt
 
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from melt_serve.engine import attention
 from melt_serve.kernels import rows
-from melt_serve.kernels.switch import KernelError
+from melt_serve.kernels.dispatch import KernelError
 from tests.engine.engines import distance, engine, generate, prompts, save_melt
 
 

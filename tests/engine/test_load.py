@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.engine.engines import engine, engine_logprobs, generate, reference_logprobs, save_melt
 from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
-from tests.processor import needs_fp8_rows
+from tests.requires import needs_fp8_rows
 
 FLOAT32 = 1e-4
 LOOPS, MAX_LOOPS = 4, 6

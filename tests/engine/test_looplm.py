@@ -8,8 +8,8 @@ from vllm import SamplingParams, TokensPrompt
 from melt_serve.bundled import LOOPLM
 from melt_serve.config import kv_bytes_per_token
 from melt_serve.modeling import OuroForCausalLM
-from melt_serve.train.data import prompt_ids
-from melt_serve.train.evaluate import heldout
+from melt_serve.task.evaluate import heldout
+from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import engine, engine_logprobs, generate, prompts, save_looplm
 
 LENGTHS = (1, 2, 31, 64, 65, 203)

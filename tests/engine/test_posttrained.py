@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from melt_serve.task.tokenizer import VOCABULARY, build_tokenizer
 from melt_serve.train.__main__ import main
-from melt_serve.train.tokenizer import VOCABULARY, build_tokenizer
 from tests.engine.engines import engine, generate, prompts, save_looplm
 from tests.train.tiny_run import prepare
 

@@ -17,7 +17,7 @@ from tests.engine.engines import (
     save_looplm,
     save_melt,
 )
-from tests.processor import needs_four_bits
+from tests.requires import needs_four_bits
 
 GROUP = 32
 

@@ -3,7 +3,8 @@
 import pytest
 
 from melt_serve.engine import scheduler
-from melt_serve.engine.scheduler import PATIENCE, tokens_in_step
+from melt_serve.engine.scheduler import tokens_in_step
+from melt_serve.engine.turns import PATIENCE
 from tests.engine.engines import distance, engine, everything, generate, prompts, save_melt
 
 MODES = pytest.mark.parametrize("mode", ["token", "chunk"])

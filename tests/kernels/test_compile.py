@@ -3,7 +3,7 @@
 import pytest
 
 from melt_serve.kernels import gate, rows
-from melt_serve.kernels.switch import INTERPRETED, tl, triton
+from melt_serve.kernels.dispatch import INTERPRETED, tl, triton
 
 pytestmark = pytest.mark.skipif(triton is None or INTERPRETED, reason="no Triton compiler")
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from melt_serve.config import MeltConfig
+from melt_serve.kernels.dispatch import KernelError, chosen
 from melt_serve.kernels.gate import gate_blend
-from melt_serve.kernels.switch import KernelError, chosen
 from melt_serve.modeling.gate import KVGate
-from tests.kernels.where import DEVICE, needs_triton
+from tests.kernels.device import DEVICE, needs_triton
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GATES = ("elementwise", "scalar")

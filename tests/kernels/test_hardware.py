@@ -4,8 +4,8 @@ import torch
 
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.kernels.rows import write_rows
+from tests.kernels.device import needs_gpu
 from tests.kernels.test_rows import Case
-from tests.kernels.where import needs_gpu
 
 pytestmark = needs_gpu
 

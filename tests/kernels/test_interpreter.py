@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from melt_serve.kernels.switch import triton
+from melt_serve.kernels.dispatch import triton
 
 HERE = Path(__file__).parent
 INTERPRETER = {"TRITON_INTERPRET": "1", "MELT_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}

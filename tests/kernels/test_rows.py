@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from melt_serve.config import LoopLMConfig
+from melt_serve.kernels.dispatch import KernelError, chosen
 from melt_serve.kernels.rows import write_rows
-from melt_serve.kernels.switch import KernelError, chosen
 from melt_serve.modeling.looplm import rotary_tables, rotate
-from tests.kernels.where import DEVICE
+from tests.kernels.device import DEVICE
 
 BLOCKS, PLACES, LONGEST = 5, 4, 50
 FP8 = torch.float8_e4m3fn

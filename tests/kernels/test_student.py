@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from melt_serve.modeling import MeltForCausalLM
-from melt_serve.train.student import Student
-from tests.kernels.where import DEVICE, TRITON
-from tests.tiny import tiny_melt, tokens
+from melt_serve.train.distil.student import Student
+from tests.kernels.device import DEVICE, TRITON
+from tests.tiny_models import tiny_melt, tokens
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """The states that the fused gate was asked to blend."""
-    from melt_serve.train import student
+    from melt_serve.train.distil import student
 
     seen = []
     fused = student.gate_blend

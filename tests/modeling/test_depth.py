@@ -5,8 +5,8 @@ import torch
 
 from tests.modeling.plain import PlainMelt
 from tests.modeling.test_melt import CLOSE, MODES, feed
-from tests.tiny import tiny_looplm, tokens
-from tests.tiny import tiny_melt as lively_melt
+from tests.tiny_models import tiny_looplm, tokens
+from tests.tiny_models import tiny_melt as lively_melt
 
 BOTH_MODES = pytest.mark.parametrize("mode", MODES)
 CHUNKS = pytest.mark.parametrize("chunk_size", [1, 4, 5, 16])

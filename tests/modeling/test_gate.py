@@ -7,7 +7,7 @@ import torch
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, KVGate
-from tests.tiny import SHAPE, tiny_melt, tokens
+from tests.tiny_models import SHAPE, tiny_melt, tokens
 
 GATE_TYPES = ("elementwise", "scalar", "mean", "ema", "last")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from melt_serve.modeling import looplm
 from tests.modeling.plain import PlainLoopLM
-from tests.tiny import tiny_looplm, tokens
+from tests.tiny_models import tiny_looplm, tokens
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from melt_serve.modeling import MeltForCausalLM, MeltRows
 from tests.modeling.plain import PlainMelt
-from tests.tiny import tiny_looplm, tiny_melt, tokens
+from tests.tiny_models import tiny_looplm, tiny_melt, tokens
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 GATE_TYPES = ("elementwise", "scalar", "mean", "ema", "last")

@@ -5,7 +5,7 @@ import torch
 
 from melt_serve.config import kv_bytes_per_token
 from melt_serve.modeling import MeltForCausalLM, MeltRows
-from tests.tiny import tiny_melt, tokens
+from tests.tiny_models import tiny_melt, tokens
 
 LAYERS = 2
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
-from melt_serve.train.tasks import questions
-from melt_serve.train.tokenizer import VOCABULARY, build_tokenizer
-from tests.tiny import enliven
+from melt_serve.task.tokenizer import VOCABULARY, build_tokenizer
+from melt_serve.task.who_is_where import questions
+from tests.tiny_models import enliven
 
 RECIPE = """
 kind = "post-training"

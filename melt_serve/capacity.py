@@ -1,0 +1,137 @@
+"""`melt-serve plan`: what a model's parts take of a device's memory, and how many requests fit. Arithmetic only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import AutoConfig
+
+from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig, kv_bytes_per_token, weight_shapes
+from melt_serve.terminal import columns
+
+GB = 10**9
+KV_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+OURO = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "total_ut_steps": 4,
+}
+SHAPES = {
+    "ouro-1.4b": {**OURO, "num_hidden_layers": 24},
+    "ouro-2.6b": {**OURO, "num_hidden_layers": 48},
+}
+"""Published shapes (Ouro, arXiv 2510.25741)."""
+
+
+class PlanError(ValueError):
+    """There is no such shape to plan with."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be served.
+
+    Attributes:
+        loops: T.
+        context: tokens a request holds, prompt and answer.
+        requests: how many run at once.
+        step_tokens: tokens in one step of the engine (`--max-num-batched-tokens`).
+        kv_dtype: of the rows, a key of `KV_BYTES`.
+        weight_bytes: bytes a weight, and a value of the transient state.
+    """
+
+    loops: int
+    context: int
+    requests: int
+    step_tokens: int
+    kv_dtype: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device, part by part.
+
+    Attributes:
+        kv_per_token: final rows of one token, over all layers.
+        open_chunk: `chunk` mode: rows per loop of one request's open chunk.
+        kv: rows of all requests.
+        transient: the state h of one step's tokens, over all layers.
+        fits: requests that fit in the device's memory beside weights and transient state; None if not asked.
+    """
+
+    model: str
+    weights: int
+    kv_per_token: int
+    open_chunk: int
+    kv: int
+    transient: int
+    fits: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.weights + self.kv + self.transient
+
+
+def plan(name: str, config: LoopLMConfig, load: Load, device_bytes: int | None = None) -> Plan:
+    """Add up one model's parts; the loops are the load's, not the config's."""
+    row = kv_bytes_per_token(config, KV_BYTES[load.kv_dtype], load.loops)
+    open_chunk = transient = 0
+    if isinstance(config, MeltConfig):
+        if config.decode_mode == "chunk":
+            open_chunk = (load.loops - 1) * config.chunk_size * row
+        transient = config.num_hidden_layers * load.step_tokens * config.hidden_size * load.weight_bytes
+    weights = load.weight_bytes * sum(math.prod(shape) for _, shape in weight_shapes(config))
+    request = load.context * row + open_chunk
+    planned = Plan(name, weights, row, open_chunk, load.requests * request, transient)
+    if device_bytes is None:
+        return planned
+    return replace(planned, fits=max(0, device_bytes - weights - transient) // request)
+
+
+def compare(config: LoopLMConfig, load: Load, chunk_size: int, device_bytes: int | None = None) -> list[Plan]:
+    """The shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop)."""
+    facts = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    looplm = LoopLMConfig(**facts)
+    loops = {"total_ut_steps": load.loops, "max_loops": load.loops}
+    plans = []
+    for mode in DECODE_MODES:
+        melt = MeltConfig(**{**facts, **loops, "chunk_size": chunk_size, "decode_mode": mode})
+        plans.append(plan(f"MELT, {mode} mode", melt, load, device_bytes))
+    plans.append(plan("LoopLM", looplm, load, device_bytes))
+    plans.append(plan("plain transformer", looplm, replace(load, loops=1), device_bytes))
+    return plans
+
+
+def shape_of(model: str) -> LoopLMConfig:
+    """The config of a published shape, or of a checkpoint's folder or config.json.
+
+    Raises:
+        PlanError: neither of them, or a config of another kind.
+    """
+    if model in SHAPES:
+        return LoopLMConfig(**SHAPES[model])
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        shapes = ", ".join(SHAPES)
+        raise PlanError(f"{model} is no checkpoint or config.json that can be read, and none of {shapes}") from None
+    if not isinstance(config, LoopLMConfig):
+        raise PlanError(f"{model} is a {config.model_type!r} model; only 'melt' and 'ouro' can be planned")
+    return config
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """The plans in columns; GB are 10^9 bytes."""
+    head = ("model", "KV a token", "open chunk", "KV", "weights", "transient", "sum")
+    lines: list[tuple[str, ...]] = [(*head, "requests that fit") if plans[0].fits is not None else head]
+    for each in plans:
+        parts = [f"{part / GB:.2f} GB" for part in (each.kv, each.weights, each.transient, each.total)]
+        line = (each.model, f"{each.kv_per_token:,} B", f"{each.open_chunk:,} B", *parts)
+        lines.append((*line, f"{each.fits:,}") if each.fits is not None else line)
+    return columns(lines)

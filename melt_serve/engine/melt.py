@@ -1,0 +1,214 @@
+"""MELTs in vLLM: one KV row a layer and token, rewritten by every loop. Laid beside modeling/melt.py."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.sequence import IntermediateTensors
+
+from melt_serve.config import MeltConfig
+from melt_serve.engine.attention import FinalRows, OpenRows
+from melt_serve.engine.depth import Depth, StepDepths
+from melt_serve.engine.gate import KVGate
+from melt_serve.engine.looplm import (
+    MLP_WEIGHTS,
+    LoopedForCausalLM,
+    LoopedModel,
+    cache_name,
+    local_kv_heads,
+    paged_attention,
+    rotary_embedding,
+)
+from melt_serve.engine.lora import TokenAdapters
+from melt_serve.engine.step import StepRows
+
+
+class MeltAttention(nn.Module):
+    """Queries from n, K and V rows from the gated state h.
+
+    The cache keeps the row of the last loop: in `token` mode every loop writes the same slots again. In `chunk`
+    mode the loops before a request's last write other slots, which last as long as their chunk is open.
+    """
+
+    def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str, layer: int):
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.kv_size = local_kv_heads(config) * config.head_dim
+        quant = vllm_config.quant_config
+        self.kv_gate = KVGate(config, vllm_config, prefix=f"{prefix}.kv_gate")
+        self.q_proj = ColumnParallelLinear(
+            config.hidden_size, heads * config.head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
+        )
+        self.kv_proj = QKVParallelLinear(
+            config.hidden_size, config.head_dim, 0, kv_heads, bias=False, quant_config=quant, prefix=f"{prefix}.kv_proj"
+        )
+        self.o_proj = RowParallelLinear(
+            heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        self.rotary_emb = rotary_embedding(config)
+        # First the final rows: their cache group and its tables come before those that are laid over them.
+        self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
+        assert config.max_loops is not None
+        self.open_rows = nn.ModuleList(
+            paged_attention(
+                OpenRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn", loop=loop
+            )
+            for loop in (range(1, config.max_loops) if config.decode_mode == "chunk" else ())
+        )
+
+    def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
+        """W_O attn(...) and the new state h, both [tokens, hidden]."""
+        h = self.kv_gate(n, h, loop)
+        q, _ = self.q_proj(n)
+        kv, _ = self.kv_proj(h)
+        k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
+        output, _ = self.o_proj(self.attn.rotate_and_attend(positions, q, k, v, self.rotary_emb))
+        return output, h
+
+    def project_rows(self, positions: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V rows of state h, [tokens, KV heads * head_dim] each, as `forward` writes them."""
+        kv, _ = self.kv_proj(h)
+        k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
+        k, _ = self.rotary_emb(positions, k.contiguous())
+        return k, v
+
+
+@support_torch_compile
+class FirstLoop(nn.Module):
+    """A MELT's loop 1, from embeddings."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
+        super().__init__()
+        self.model = (model,)  # in a tuple: its weights are not this module's
+
+    def forward(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after the loop, [tokens, hidden], and h of every layer, [N, tokens, hidden]."""
+        x, states = self.model[0].run_loop(positions, x, None, positions.new_ones(()))
+        return x, torch.stack(states)
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "x": 0, "h": 1})
+class LaterLoop(nn.Module):
+    """A MELT's loop 2 or later. All are the same computation, so they are compiled once."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
+        super().__init__()
+        self.model = (model,)
+
+    def forward(self, positions: Tensor, x: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
+        """As `FirstLoop`, from the loop before; h may be overwritten."""
+        x, states = self.model[0].run_loop(positions, x, h, loop)
+        return x, h if self.model[0].layers[0].self_attn.kv_gate.overwrites else torch.stack(states)
+
+
+class MeltModel(LoopedModel):
+    """A MELT's layers and loops. Tokens that have run all of theirs leave the step: no loop is paid for nothing.
+
+    Attributes:
+        token_loops: [tokens], the loops that the tokens of the last step ran.
+    """
+
+    attention = MeltAttention
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config: MeltConfig = vllm_config.model_config.hf_config
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.default_depth = Depth(config.total_ut_steps, config.early_exit_threshold)
+        self.token_loops: Tensor | None = None
+        with set_model_tag("first_loop"):
+            self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)
+        with set_model_tag("later_loop"):
+            self.later_loop = LaterLoop(vllm_config=vllm_config, model=self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+        depths: Sequence[Depth] | None = None,
+    ) -> Tensor:
+        """The normed state after every token's last loop, [tokens, hidden], for tokens packed as vLLM packs them.
+
+        Args:
+            depths: each request's; by default the checkpoint's for all.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if get_forward_context().attn_metadata is None:  # vLLM warms up, or measures memory
+            x, h = self.first_loop(positions, x)
+            for loop in range(2, self.loops + 1):
+                x, h = self.later_loop(positions, x, h, torch.tensor(loop))
+            return x
+        attention = [layer.self_attn for layer in self.layers]
+        final, open_rows = [each.attn for each in attention], attention[0].open_rows
+        depths = depths or [self.default_depth] * final[0].step.common.num_reqs
+        rows = StepRows(final, open_rows, positions, depths)
+        step = StepDepths(depths, rows.requests, self.early_exit_gate)
+        adapters = TokenAdapters(self.layers[0].mlp.down_proj)
+        finished, h = torch.empty_like(x), None
+        with adapters.restored():
+            for loop in range(1, rows.deepest + 1):
+                with rows.at(loop):
+                    if h is None:
+                        x, h = self.first_loop(positions, x)
+                    else:
+                        x, h = self.later_loop(positions, x, h, torch.tensor(loop))
+                staying = step.staying(loop, rows.tokens, x)
+                if staying is None:
+                    continue
+                leaving = ~staying
+                finished[rows.tokens[leaving]] = x[leaving]
+                if open_rows and step.may_exit and loop < rows.deepest:
+                    with adapters.only(leaving):
+                        self.write_later_rows(*rows.slots_after(loop, leaving), positions[leaving], h[:, leaving])
+                if not staying.any():
+                    break
+                rows.keep(staying)
+                adapters.keep(staying)
+                positions, x, h = positions[staying], x[staying], h[:, staying]
+        self.token_loops = step.ran
+        return finished
+
+    def write_later_rows(self, slots: Tensor, rows: Tensor, positions: Tensor, h: Tensor) -> None:
+        """Give tokens that exit early a row in the loops they do not run: that of their last.
+
+        Args:
+            slots: [W], to write.
+            rows: [W], which token's row goes there.
+            positions: [L], of the tokens.
+            h: [N, L, hidden], their last states.
+        """
+        for layer, state in zip(self.layers, h, strict=True):
+            attention = layer.self_attn
+            k, v = attention.project_rows(positions, state)
+            cache = attention.attn
+            k, v = (each.unflatten(-1, (cache.num_kv_heads, cache.head_size))[rows] for each in (k, v))
+            cache.impl.do_kv_cache_update(cache, k, v, cache.kv_cache, slots)
+
+
+class MeltForCausalLM(LoopedForCausalLM):
+    """The architecture that `melt` checkpoints name: one KV row a (layer, token), whatever the loops."""
+
+    backbone = MeltModel
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".k_proj": (".kv_proj", "k"), ".v_proj": (".kv_proj", "v"), **MLP_WEIGHTS},
+    )
+    packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+
+    def get_model_state_cls(self) -> type:
+        """vLLM's GPU runner asks for it; a CPU has no use for its imports."""
+        from melt_serve.engine.gpu_model_state import MeltModelState
+
+        return MeltModelState

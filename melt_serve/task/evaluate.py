@@ -1,0 +1,234 @@
+"""How many held-out questions a checkpoint answers right, by loops, exits and decode mode: `melt-serve eval`."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.task.tokenizer import prompt_ids
+from melt_serve.task.who_is_where import NAMES, PLACES, SENTENCES, Question, questions
+from melt_serve.terminal import columns
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+
+HELDOUT_SEED = 1
+BATCH = 100
+CONNECTIONS = 16
+RETRIES = 2
+"""Of a question that a server has no time for; the client waits longer before each."""
+
+
+class EvaluationError(ValueError):
+    """What was asked for cannot be evaluated; the message says why."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the table; `chunk_size`, `decode_mode` and `exit_threshold` are a MELT's.
+
+    Attributes:
+        loops: the most that a token runs; unknown of a server, as `mean_loops`.
+        mean_loops: over the tokens of prompts and replies.
+        accuracy: the share of right answers.
+    """
+
+    checkpoint: str
+    loops: int | None
+    chunk_size: int | None
+    decode_mode: DecodeMode | None
+    exit_threshold: float | None
+    mean_loops: float | None
+    questions: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said.
+
+    Attributes:
+        answer: after its reasoning.
+        tokens: that ran, of prompt and reply.
+        loops: that they ran, all together.
+    """
+
+    answer: str
+    tokens: int
+    loops: int
+
+
+def heldout(count: int) -> list[Question]:
+    """The first questions of the held-out set, which is the same for everyone."""
+    return list(islice(questions("heldout", HELDOUT_SEED), count))
+
+
+def evaluate_checkpoints(
+    paths: Sequence[Path],
+    count: int,
+    loops: Sequence[int] | None = None,
+    modes: Sequence[DecodeMode] | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> list[Score]:
+    """Score LoopLM and MELT checkpoints with the reference model in float32, greedily.
+
+    Args:
+        paths: folders; none for the bundled ones.
+        loops: depths to run, by default the checkpoint's own.
+        modes: a MELT's decode modes, by default its own.
+        thresholds: a MELT's exit thresholds, by default its own.
+
+    Raises:
+        EvaluationError: not a checkpoint of ours, or too many loops. Before anything is run.
+        OSError: files that cannot be read.
+    """
+    paths = paths or (LOOPLM, MELT)
+    configs = [AutoConfig.from_pretrained(path) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        if not isinstance(config, LoopLMConfig):
+            raise EvaluationError(f"{path} is a {config.model_type!r} model; only 'melt' and 'ouro' can be evaluated")
+        if loops and isinstance(config, MeltConfig) and max(loops) > config.max_loops:  # type: ignore[operator]
+            raise EvaluationError(f"{path} runs at most max_loops={config.max_loops} loops, not {max(loops)}")
+    scores = []
+    for path, config in zip(paths, configs, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes, thresholds)
+    return scores
+
+
+def score(
+    model: OuroForCausalLM | MeltForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    loops: Sequence[int],
+    count: int,
+    modes: Sequence[DecodeMode] | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> list[Score]:
+    """The model's table: a line for each depth, and of a MELT for each decode mode and exit threshold."""
+    asked = heldout(count)
+    if not isinstance(model, MeltForCausalLM):
+        return [
+            Score(name, t, None, None, None, *measure(model, tokenizer, asked, f"{name} T={t}", loops=t)) for t in loops
+        ]
+    own, scores = model.config.decode_mode, []
+    for mode, t, threshold in product(modes or [own], loops, thresholds or [model.config.early_exit_threshold]):
+        model.config.decode_mode = mode
+        label = f"{name} {mode} T={t} exit={threshold}"
+        facts = measure(model, tokenizer, asked, label, loops=t, exit_threshold=threshold)
+        scores.append(Score(name, t, model.config.chunk_size, mode, threshold, *facts))
+    model.config.decode_mode = own
+    return scores
+
+
+def measure(
+    model: OuroForCausalLM | MeltForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: Sequence[Question],
+    label: str,
+    **depth: float,
+) -> tuple[float, int, float]:
+    """The mean loops of all tokens, the questions, and the share of them that `generate` answers right, greedily."""
+    replies: list[Reply] = []
+    for first in tqdm(range(0, len(asked), BATCH), desc=label, unit="batch", leave=False):
+        replies += answers(model, tokenizer, asked[first : first + BATCH], **depth)
+    right = sum(question.check(reply.answer) for question, reply in zip(asked, replies, strict=True))
+    mean_loops = sum(reply.loops for reply in replies) / sum(reply.tokens for reply in replies)
+    return mean_loops, len(asked), right / len(asked)
+
+
+@torch.inference_mode()
+def answers(
+    model: OuroForCausalLM | MeltForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: Sequence[Question],
+    **depth: float,
+) -> list[Reply]:
+    """What the model says, one batch; `depth` are `loops` and a MELT's `exit_threshold`."""
+    prompts = tokenizer.pad({"input_ids": [prompt_ids(question, tokenizer) for question in asked]}, return_tensors="pt")
+    prompt, lengths = prompts["input_ids"], prompts["attention_mask"].sum(-1)
+    output = model.generate(**prompts, **depth, max_new_tokens=longest_reply(tokenizer), do_sample=False)
+    reply = output[:, prompt.shape[1] :]
+    ended = (reply == tokenizer.eos_token_id).cumsum(-1) > 0
+    ran = torch.cat((prompts["attention_mask"], (~ended).long()), dim=-1)
+    if depth.get("exit_threshold", 1.0) < 1:
+        again = model(output, attention_mask=ran, prompt_lengths=lengths, **depth)  # generate does not tell depths
+        loops = again.depths.sum(-1)
+    else:
+        loops = ran.sum(-1) * int(depth["loops"])
+    texts = tokenizer.batch_decode(reply, skip_special_tokens=True)
+    return [
+        Reply(text.partition("</think>")[2], *facts)
+        for text, *facts in zip(texts, ran.sum(-1).tolist(), loops.tolist(), strict=True)
+    ]
+
+
+def longest_reply(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of the longest right reply, its end mark included."""
+    chain = " ".join(["Follow", *NAMES[:SENTENCES], PLACES[0]])
+    return len(tokenizer.encode(f"<think>{chain}</think>In {PLACES[0]}.")) + 1
+
+
+def evaluate_server(url: str, count: int, model: str | None = None, api_key: str | None = None) -> Score:
+    """Score what an OpenAI-compatible server answers, greedily; with or without a reasoning parser.
+
+    Args:
+        model: by its name there; by default the first that the server lists.
+        api_key: by default OPENAI_API_KEY, or none.
+
+    Raises:
+        EvaluationError: nobody answers there, or not as a chat model does.
+    """
+    try:
+        from openai import OpenAI, OpenAIError
+    except ModuleNotFoundError:
+        raise EvaluationError("asking a server needs the openai package: pip install openai") from None
+
+    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
+
+    def ask(question: Question) -> bool:
+        reply = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": question.prompt}], temperature=0
+        )
+        # Without a reasoning parser, the reasoning still stands in front of the answer.
+        return question.check((reply.choices[0].message.content or "").rpartition("</think>")[2])
+
+    try:
+        name = model or first_model(client)
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            right = sum(tqdm(pool.map(ask, heldout(count)), total=count, desc=name, unit="question", leave=False))
+    except OpenAIError as error:
+        raise EvaluationError(f"{url}: {error}") from None
+    return Score(name, None, None, None, None, None, count, right / count)
+
+
+def first_model(client: "OpenAI") -> str:
+    """The first model that a server lists."""
+    models = client.models.list().data
+    if not models:
+        raise EvaluationError(f"{client.base_url} lists no models: name one with --model")
+    return models[0].id
+
+
+def table(scores: Sequence[Score]) -> str:
+    """The scores in columns."""
+    lines: list[tuple[str, ...]] = [("checkpoint", "loops", "C", "mode", "exit", "mean loops", "questions", "right")]
+    for each in scores:
+        facts = (each.loops, each.chunk_size, each.decode_mode, each.exit_threshold)
+        mean_loops = None if each.mean_loops is None else f"{each.mean_loops:.2f}"
+        known = ["-" if fact is None else str(fact) for fact in (*facts, mean_loops)]
+        lines.append((each.checkpoint, *known, f"{each.questions:,}", f"{each.accuracy:.1%}"))
+    return columns(lines)

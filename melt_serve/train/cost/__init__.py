@@ -1,0 +1,1 @@
+"""What a post-training takes: memory, arithmetic and time, planned and measured."""

@@ -1,0 +1,73 @@
+"""What a step takes by arithmetic: FLOPs, and bytes on each device by part."""
+
+import math
+from statistics import mean
+
+from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, kv_bytes_per_token, weight_shapes
+from melt_serve.train.distil.build import DTYPES, student_config
+from melt_serve.train.distil.losses import ANSWERS_AT_ONCE
+from melt_serve.train.recipe import Distillation, PostTraining
+
+
+def sequence_flops(student: MeltConfig, recipe: PostTraining, stage: Distillation) -> float:
+    """Of a sequence in a step: teacher forward, student forward and backward, and forward again where checkpointed.
+
+    Matmuls and attention; a multiplication and an addition are two.
+    """
+    assert student.num_key_value_heads is not None and student.head_dim is not None
+    d, length, loops = student.hidden_size, recipe.sequence_length, mean(stage.loops)
+    q, kv = student.num_attention_heads * student.head_dim, student.num_key_value_heads * student.head_dim
+    layer = 2 * d * (2 * q + 2 * kv + 3 * student.intermediate_size) + 2 * q * length  # half of the keys are visible
+    extra = 4 * d * gate_width(student) + (4 * d * kv if stage.interpolate else 0)
+    head = 2 * d * student.vocab_size
+    layers, depth = student.num_hidden_layers, length * loops
+    student_layers = depth * layers * (layer + extra)
+    forward = depth * (layers * layer + head) + student_layers + depth * head
+    again = student_layers if recipe.checkpoint_chunks else 0
+    return forward + 2 * (student_layers + depth * head) + again
+
+
+def memory(
+    teacher: LoopLMConfig,
+    recipe: PostTraining,
+    stage: Distillation,
+    processes: int,
+    kept: float,
+) -> dict[str, int]:
+    """Bytes on each device, by part; temporary copies are not counted.
+
+    Args:
+        kept: see `kept_for_backward`.
+    """
+    student, size = student_config(recipe, teacher), DTYPES[recipe.dtype].itemsize
+    weights, of_teacher = (sum(math.prod(shape) for _, shape in weight_shapes(each)) for each in (student, teacher))
+    sharded = processes > 1 or recipe.dtype != "float32"
+    parts = {
+        "weights, float32, sharded": 4 * weights / processes,
+        f"weights gathered, {recipe.dtype}": size * weights * sharded,
+        "gradients": 4 * weights * (1 + sharded / processes),
+        "optimizer states": 8 * weights / processes,
+        "teacher": size * of_teacher,
+        **step_memory(teacher, recipe, stage, kept),
+    }
+    return {part: round(each) for part, each in parts.items()}
+
+
+def step_memory(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, kept: float) -> dict[str, float]:
+    """Bytes that are there while a step runs, by part: `memory` without what is there between steps."""
+    student, size = student_config(recipe, teacher), DTYPES[recipe.dtype].itemsize
+    loops, tokens, again = max(stage.loops), recipe.micro_batch * recipe.sequence_length, recipe.checkpoint_chunks
+    rows = tokens * kv_bytes_per_token(student, size)
+    layer_states = student.num_hidden_layers * student.hidden_size * tokens * size
+    logits = min(ANSWERS_AT_ONCE, loops * tokens) * student.vocab_size * (3 * size + 5 * 4)
+    if again:
+        logits = max(0.0, logits - kept)  # they are gone before the last chunk runs again
+    return {
+        "teacher's attention outputs": loops * layer_states if stage.alignment else 0,
+        "final rows and gradients": 2 * rows if again else 0,
+        "phase 1's rows per loop and gradients": 2 * loops * rows if again and stage.interpolate else 0,
+        "embeddings, states of every loop, their gradients": (2 * loops + 1) * tokens * student.hidden_size * size,
+        "kept for backward, of the last chunk" if again else "kept for backward": kept,
+        "logits of the loss, beyond the last chunk" if again else "logits of the loss": logits,
+        "gradient of the head": student.vocab_size * student.hidden_size * (2 * size + 4),
+    }

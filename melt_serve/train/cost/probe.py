@@ -1,0 +1,136 @@
+"""What a step takes, measured: some real steps at a reduced shape."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from melt_serve.config import LoopLMConfig
+from melt_serve.modeling import OuroForCausalLM
+from melt_serve.train.cost.arithmetic import sequence_flops
+from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.build import DTYPES, student_config
+from melt_serve.train.distil.phase import phase_losses
+from melt_serve.train.distil.student import Student
+from melt_serve.train.recipe import Distillation, PostTraining
+
+MEASURED_STEPS = 2
+
+
+def reduced(teacher: LoopLMConfig, recipe: PostTraining, scale: int) -> tuple[LoopLMConfig, PostTraining]:
+    """The same run with the width divided by `scale`, two layers, few words and sequences of two chunks.
+
+    Loops, chunks and the shares of queries, rows and MLP stay, so that what grows with N * d can be scaled up again.
+    """
+    assert teacher.num_key_value_heads is not None
+    facts = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}
+    heads = math.gcd(teacher.num_attention_heads, teacher.num_key_value_heads)
+    fewer = math.gcd(heads, scale)
+    facts |= {
+        "vocab_size": min(teacher.vocab_size, 512),
+        "hidden_size": max(8, teacher.hidden_size // scale),
+        "intermediate_size": max(8, teacher.intermediate_size // scale),
+        "num_hidden_layers": min(teacher.num_hidden_layers, 2),
+        "num_attention_heads": teacher.num_attention_heads // fewer,
+        "num_key_value_heads": teacher.num_key_value_heads // fewer,
+        "head_dim": max(2, teacher.head_dim * fewer // scale // 2 * 2),  # type: ignore[operator]
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    length = max(2, 2 * recipe.chunk_size)
+    return LoopLMConfig(**facts), replace(recipe, sequence_length=length, batch_tokens=length * recipe.micro_batch)
+
+
+def measured_rate(teacher_config: LoopLMConfig, recipe: PostTraining, stage: Distillation) -> float:
+    """FLOPs a second of real steps of one micro-batch, the median, on this machine's device."""
+    student, loss = random_step(teacher_config, recipe, stage)
+    student.checkpoint_chunks = recipe.checkpoint_chunks
+    optimizer = AdamW(student.parameters(), lr=0.0)
+    seconds = []
+    for _ in range(1 + MEASURED_STEPS):  # the first one warms up
+        begun = time.monotonic()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if student.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - begun)
+    deepest = replace(stage, loops=(max(stage.loops),))
+    return recipe.micro_batch * sequence_flops(student.config, recipe, deepest) / median(seconds[1:])
+
+
+def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, scale: int) -> float:
+    """Bytes kept within chunks: of the last one where chunks are run again, else of all.
+
+    Counted at two small widths, for all of it is linear in the width, the layers, and the rows a chunk sees.
+    """
+    chunks = max(1.0, recipe.sequence_length / recipe.chunk_size)
+    points = []
+    for each in (2 * scale, scale):
+        small_teacher, small = reduced(teacher, recipe, each)
+        student, loss = random_step(small_teacher, small, stage)
+        with kept_bytes(student) as counts:
+            loss()
+        first, second = (after - before for before, after in zip(counts[::2], counts[1::2], strict=True))
+        last, middle = (first + (chunk - 1) * (second - first) for chunk in (chunks, (1 + chunks) / 2))
+        kept = last if recipe.checkpoint_chunks else chunks * middle
+        points.append((small_teacher.hidden_size, kept / small_teacher.num_hidden_layers))
+    (width, kept), (wider, more) = points
+    return teacher.num_hidden_layers * (kept + (teacher.hidden_size - width) * (more - kept) / (wider - width))
+
+
+def random_step(
+    teacher_config: LoopLMConfig, recipe: PostTraining, stage: Distillation
+) -> tuple[Student, Callable[[], Tensor]]:
+    """A student with random weights, and a step's loss on random tokens, all learnt, at the most loops."""
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[recipe.dtype]
+    torch.manual_seed(recipe.seed)
+    teacher = OuroForCausalLM(teacher_config).to(device, dtype).eval().requires_grad_(False)
+    student = Student(student_config(recipe, teacher_config)).to(device, dtype).train()
+    ids = torch.randint(teacher_config.vocab_size, (recipe.micro_batch, recipe.sequence_length), device=device)
+    batch = Batch(ids, torch.ones_like(ids), ids, torch.zeros(len(ids), dtype=torch.long, device=device), ids[:1])
+    deepest = replace(stage, loops=(max(stage.loops),), decode_aware_from=1.0)
+
+    def loss() -> Tensor:
+        middle = stage.steps // 2
+        return phase_losses(deepest, middle, 0, teacher, student, batch, ids.numel(), batch.real.sum())["loss"]
+
+    return student, loss
+
+
+@contextmanager
+def kept_bytes(student: Student) -> Iterator[list[int]]:
+    """Bytes kept for the backward pass, weights left out: before and after each chunk."""
+    counts: list[int] = []
+    kept: dict[int, Tensor] = {}
+    weights = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
+    run_loops = student.run_loops
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[address] = tensor  # so that its address is not used again
+        return tensor
+
+    def size() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    def counted(*arguments: Any) -> list[Tensor]:
+        counts.append(size())
+        states = run_loops(*arguments)
+        counts.append(size())
+        return states
+
+    student.run_loops = counted  # type: ignore[method-assign, assignment]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield counts
+    finally:
+        del student.run_loops

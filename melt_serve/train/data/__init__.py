@@ -1,0 +1,1 @@
+"""What is learnt from: records, documents, packs, batches."""

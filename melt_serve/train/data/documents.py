@@ -1,0 +1,156 @@
+"""A record as tokens, with those marked that are to be learnt: the assistant's in a chat, all of a text."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from melt_serve.train.data.datasets import BrokenRecord, DataError, Record
+
+TooLong = Literal["cut", "split", "drop"]
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What is learnt from without looking at anything else.
+
+    Attributes:
+        tokens: [L], int32.
+        supervised: [L], true for tokens whose prediction is learnt.
+    """
+
+    tokens: Tensor
+    supervised: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "Document":
+        return Document(self.tokens[part], self.supervised[part])
+
+
+def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
+    """The record's documents.
+
+    A text is one, all of it supervised, with an end mark if the tokenizer has one. A chat is one, the assistant's
+    replies and their end marks supervised: as the chat template's `{% generation %}` marks say, or, without such,
+    what it adds for a message to what it renders as the prompt before it. Where a template renders a reply
+    in another way once the chat has gone on (reasoning is often left out), the chat becomes several documents, so that
+    each reply is learnt after the prompt that will be there when it is to be given.
+
+    Raises:
+        BrokenRecord: it cannot be rendered, or has nothing to learn.
+        DataError: a chat, but the tokenizer has no chat template.
+    """
+    chat = record.chat
+    if chat is None:
+        documents = [text_document(record.text or "", tokenizer)]
+    elif not tokenizer.chat_template:
+        raise DataError(f"{record.place}: a chat, but the tokenizer has no chat template")
+    else:
+        try:
+            if GENERATION.search(template_of(tokenizer)):
+                documents = [marked_document(chat, record.tools, tokenizer)]
+            else:
+                documents = [
+                    spans_document(text, spans, tokenizer)
+                    for text, spans in rendered_replies(chat, record.tools, tokenizer)
+                ]
+        except (TemplateError, TypeError, KeyError, UnrenderableReply) as error:
+            says = " ".join(str(error).split())
+            raise BrokenRecord(f"{record.place}: the chat template does not take it: {says}") from None
+    documents = [document for document in documents if document.supervised[1:].any()]
+    if not documents:
+        raise BrokenRecord(f"{record.place}: nothing to learn: no reply of an assistant, or less than two tokens")
+    return documents
+
+
+def fitted(document: Document, length: int, too_long: TooLong) -> list[Document]:
+    """The document in at most so many tokens: its beginning (`cut`), all of it as several (`split`), or none (`drop`).
+
+    Parts that supervise nothing are left out.
+    """
+    if len(document) <= length:
+        return [document]
+    if too_long == "drop":
+        return []
+    starts = range(0, len(document), length) if too_long == "split" else [0]
+    parts = [document[start : start + length] for start in starts]
+    return [part for part in parts if part.supervised[1:].any()]
+
+
+class UnrenderableReply(ValueError):
+    """A chat template does not begin a reply as it begins the prompt for one."""
+
+
+def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template for plain chats, where a tokenizer has several."""
+    return tokenizer.get_chat_template()
+
+
+def text_document(text: str, tokenizer: PreTrainedTokenizerFast) -> Document:
+    """All of a text, and that it ends."""
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    return document_of(tokens, [True] * len(tokens))
+
+
+def marked_document(
+    chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
+) -> Document:
+    """A chat, supervised as the template's own marks say."""
+    encoded = tokenizer.apply_chat_template(chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    return document_of(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])
+
+
+def rendered_replies(
+    chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Texts that hold every reply once as it is given, with the replies' first and last places in them."""
+
+    def render(messages: list[dict[str, Any]], **options: bool) -> str:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+
+    replies = {}
+    for number, message in enumerate(chat):
+        if message["role"] == "assistant" and number:
+            prompt = render(chat[:number], add_generation_prompt=True)
+            said = render(chat[: number + 1])
+            if not said.startswith(prompt):
+                raise UnrenderableReply(
+                    f"message {number + 1} is not rendered as what add_generation_prompt begins; "
+                    "give the template {% generation %} marks"
+                )
+            replies[number] = (prompt, said)
+    while replies:
+        _, whole = replies[max(replies)]
+        given = {number: (prompt, said) for number, (prompt, said) in replies.items() if whole.startswith(said)}
+        yield whole, [(len(prompt), reply_end(said, tokenizer)) for prompt, said in given.values()]
+        replies = {number: reply for number, reply in replies.items() if number not in given}
+
+
+def reply_end(said: str, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Where a reply's end mark ends: the white space that templates put after it is never generated."""
+    stripped = said.rstrip()
+    return len(stripped) if stripped.endswith(tuple(tokenizer.all_special_tokens)) else len(said)
+
+
+def spans_document(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> Document:
+    """A rendered chat; a token is supervised if all of it lies in one of the spans."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    supervised = [
+        any(start <= first < last <= end for start, end in spans) for first, last in encoded["offset_mapping"]
+    ]
+    return document_of(encoded["input_ids"], supervised)
+
+
+def document_of(tokens: list[int], supervised: list[bool]) -> Document:
+    """Compactly."""
+    return Document(torch.tensor(tokens, dtype=torch.int32), torch.tensor(supervised, dtype=torch.bool))

@@ -1,0 +1,109 @@
+"""Where the sequences of a post-training come from: by number, so that a step's are the same whenever it runs."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from melt_serve.train.data.batch import IGNORED, Batch
+from melt_serve.train.data.datasets import Corpus
+from melt_serve.train.data.packing import Batches, Packing, collate
+from melt_serve.train.recipe import PostTraining
+
+INDEX = "data.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class Sequences:
+    """A run's sequences: packs of documents, or a document each.
+
+    They come from a stream that only goes forward. Where its windows of records begin is noted in the run's folder, a
+    line each, so that a run that is resumed reads one window, not all that came before.
+    """
+
+    def __init__(self, recipe: PostTraining, tokenizer: PreTrainedTokenizerFast, folder: Path):
+        """Nothing is read yet.
+
+        Raises:
+            DataError: the files are missing, or none that can be read.
+        """
+        data = recipe.data
+        self.packing = Packing(
+            length=recipe.sequence_length,
+            chunk_size=recipe.chunk_size,
+            seed=recipe.seed,
+            streaming=data.streaming,
+            window=data.window,
+            too_long=data.too_long,
+            broken=data.broken,
+            alone=not data.pack,
+        )
+        self.stream = Batches(Corpus(data.files), tokenizer, self.packing)
+        self.index = folder / INDEX
+        self.start = self.stream.state_dict()
+        self.windows: list[tuple[int, dict[str, Any]]] = []
+        if self.index.exists():
+            self.windows = [(entry["first"], entry["state"]) for entry in map(parsed, self.index.open()) if entry]
+        self.next = 0
+
+    def __call__(self, numbers: range) -> Batch:
+        """The sequences with these numbers, as a batch.
+
+        Raises:
+            DataError: see `Batches`.
+        """
+        self.go_to(numbers.start)
+        batch = collate([self.next_pack() for _ in numbers], self.packing)
+        return batch if not self.packing.alone else one_document_a_row(batch)
+
+    def go_to(self, number: int) -> None:
+        """Let this sequence be the next one."""
+        known = [(first, state) for first, state in self.windows if first <= number]
+        first, state = max(known, key=lambda window: window[0], default=(0, None))
+        if number < self.next or first > self.next:
+            self.stream.load_state_dict(state or self.start)
+            self.next = first
+        while self.next < number:
+            self.next_pack()
+
+    def next_pack(self) -> list[Any]:
+        """The next sequence's documents."""
+        pack = self.stream.next_pack()
+        if self.stream.used == 1 and all(first != self.next for first, _ in self.windows):
+            self.windows.append((self.next, {**self.stream.state_dict(), "used": 0}))
+            self.note()
+        self.next += 1
+        return pack
+
+    def note(self) -> None:
+        """Write the window that has just begun to the run's folder. (All ranks do: they read the same.)"""
+        first, state = self.windows[-1]
+        try:
+            with self.index.open("a", encoding="utf-8") as index:
+                index.write(json.dumps({"first": first, "state": state}) + "\n")
+        except OSError as error:
+            logger.warning("%s: %s; to resume this run will take longer", self.index, error)
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """What a line of the index says; nothing, if the run was killed while it was written."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def one_document_a_row(batch: Batch) -> Batch:
+    """No packs, but documents that may run token by token from the first that is learnt on."""
+    width = int(batch.attention_mask.sum(-1).max())
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, :width],
+        attention_mask=batch.attention_mask[:, :width],
+        labels=batch.labels[:, :width],
+        prompt_lengths=(batch.labels != IGNORED).int().argmax(-1),
+        document_starts=None,
+    )

@@ -1,0 +1,1 @@
+"""How the student learns: its rows, its teacher, the losses, a phase."""

@@ -1,0 +1,139 @@
+"""One phase of post-training: rows become MELT's, or attention follows the teacher's, or tokens learn to leave.
+
+Source: arXiv 2605.07721; README.md.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from melt_serve.modeling import OuroForCausalLM
+from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.losses import distillation_from_states
+from melt_serve.train.distil.student import Student
+from melt_serve.train.distil.teacher import ask_teacher
+from melt_serve.train.loop.distributed import exchange_gradients, rank, total, world
+from melt_serve.train.loop.trainer import EVERY_MINUTE, Losses, Saving, run_stage
+from melt_serve.train.recipe import Distillation, Stage
+from melt_serve.train.session import Sitting
+
+
+def run_phase(
+    name: str,
+    stage: Distillation,
+    teacher: OuroForCausalLM,
+    student: Student,
+    batches: Callable[[int], Sequence[Batch]],
+    folder: Path,
+    sitting: Sitting,
+    saving: Saving = EVERY_MINUTE,
+) -> None:
+    """Train the student on what the teacher says.
+
+    Args:
+        batches: this process's micro-batches of step i; the gradients of all are added up, as if they were one batch.
+
+    Raises:
+        Paused, TrainingError: see `run_stage`.
+    """
+
+    def losses(step: int) -> Losses:
+        micro_batches = batches(step)
+        answers = sum(int(wanted_tokens(stage, batch).sum()) for batch in micro_batches)
+        tokens = torch.stack([batch.real.sum() for batch in micro_batches]).sum()
+        counts = total(torch.stack([tokens.new_tensor(answers), tokens]))
+        done: Losses = {}
+        for i, batch in enumerate(micro_batches):
+            last = i + 1 == len(micro_batches)
+            exchange_gradients(student, last)
+            number = rank() + i * world()
+            parts = phase_losses(stage, step, number, teacher, student, batch, int(counts[0]), counts[1])
+            if not last:
+                (world() * parts["loss"]).backward()
+            done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
+        return done if world() == 1 else of_all_processes(done)
+
+    gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
+    base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
+    groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
+    optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
+    run_stage(name, stage, student, [optimizer], losses, folder, sitting, saving)
+
+
+def of_all_processes(losses: Losses) -> Losses:
+    """The values of the whole step; the gradient is this process's share, times as many as FSDP divides it by."""
+    values = dict(zip(losses, total(torch.stack([value.detach() for value in losses.values()])), strict=True))
+    own = world() * losses["loss"]
+    return {**values, "loss": own + (values["loss"] - own).detach()}
+
+
+def phase_losses(
+    stage: Distillation,
+    step: int,
+    number: int,
+    teacher: OuroForCausalLM,
+    student: Student,
+    batch: Batch,
+    answers: int,
+    tokens: Tensor,
+) -> Losses:
+    """One micro-batch's share of a step's loss, and its parts.
+
+    Args:
+        number: the micro-batch's in its step.
+        answers, tokens: of the whole step, that means are taken over: those with a distilled answer, and all.
+    """
+    wanted_at = wanted_tokens(stage, batch)
+    loops = loops_of(stage, step)
+    wanted = ask_teacher(teacher, batch, wanted_at, loops, attention=stage.alignment > 0)
+    given = student.study(
+        batch,
+        wanted_at,
+        loops,
+        alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
+        teacher_attention=wanted.attention,
+        decode_aware=runs_as_decoded(stage, step),
+        thresholds=drawn_thresholds(stage, step, batch, number),
+        detach_rows=stage.detach_rows,
+    )
+    compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
+    of_teacher, of_student = wanted.states[compared], given.states[compared]
+    parts = {"kd": distillation_from_states(of_teacher, wanted.head, of_student, given.head, answers)}
+    loss = parts["kd"]
+    if stage.alignment:
+        parts["attention"] = given.distance / tokens / (student.config.num_hidden_layers * loops)
+        loss = loss + stage.alignment * parts["attention"]
+    if given.loops_run is not None:
+        parts["loops"] = given.loops_run / tokens
+        loss = loss + stage.loop_price * parts["loops"]
+    return {"loss": loss, **parts}
+
+
+def wanted_tokens(stage: Distillation, batch: Batch) -> Tensor:
+    """[B, S], true where the student's answer is compared with the teacher's."""
+    return batch.real if stage.loss_on == "all" else batch.before_reply
+
+
+def loops_of(stage: Stage, step: int) -> int:
+    """The loops this batch runs."""
+    return random.Random(f"loops {stage.seed} {step}").choice(stage.loops)
+
+
+def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int = 0) -> Tensor | None:
+    """An exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
+    draw = random.Random(f"thresholds {stage.seed} {step}")
+    if not stage.loop_price or draw.random() >= stage.exit_share:
+        return None
+    generator = torch.Generator().manual_seed(draw.getrandbits(63) + number)
+    return torch.rand(batch.input_ids.shape, generator=generator).to(batch.input_ids.device)
+
+
+def runs_as_decoded(stage: Distillation, step: int) -> bool:
+    """Whether this batch's replies run token by token."""
+    if step < stage.decode_aware_from * stage.steps:
+        return False
+    return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share

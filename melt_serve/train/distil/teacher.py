@@ -1,0 +1,107 @@
+"""The frozen LoopLM, and what it says about a batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.modeling import OuroForCausalLM
+from melt_serve.train.data.batch import Batch
+from melt_serve.train.recipe import PostTraining
+from melt_serve.train.session import TrainingError
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a looped model says about a batch.
+
+    Attributes:
+        states: [T, tokens, d], after every loop, of the tokens asked for.
+        head: [V, d], the vocabulary head's weight.
+        attention: teacher only: o of every loop and layer, T times N of [B, S, d].
+        distance: student only: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2.
+        loops_run: the loops that a student's tokens, where they leave, are expected to run, summed over tokens.
+    """
+
+    states: Tensor
+    head: Tensor
+    attention: list[Tensor] | None = None
+    distance: Tensor | None = None
+    loops_run: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, tokens, V], all at once."""
+        return F.linear(self.states, self.head)
+
+
+@torch.no_grad()
+def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: int, attention: bool) -> Answers:
+    """The frozen LoopLM's answers to a batch, and its attention outputs where they are asked for."""
+    with attention_outputs(teacher) as outputs:
+        answered = teacher(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            document_starts=batch.document_starts,
+            loops=loops,
+            output_states=True,
+        )
+    states, head = answered.loop_states[:, tokens], teacher.lm_head.weight
+    return Answers(states, head, attention=outputs if attention else None)
+
+
+@contextmanager
+def attention_outputs(model: OuroForCausalLM) -> Iterator[list[Tensor]]:
+    """Collect o = W_O attn(...) of every loop and layer, in the order they are computed."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.self_attn.o_proj.register_forward_hook(lambda module, arguments, o: outputs.append(o))
+        for layer in model.model.layers
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
+    """The frozen LoopLM in float32, and its tokenizer.
+
+    Raises:
+        TrainingError: the folder holds no whole LoopLM, or one that the recipe does not fit.
+    """
+    path = Path(recipe.teacher)
+    config = teacher_config(recipe)
+    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
+        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise TrainingError(
+            f"sequence_length={recipe.sequence_length} is more than the teacher's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    teacher, report = OuroForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise TrainingError(f"teacher={path} lacks the tensor {missing[0]} and {len(missing) - 1} more")
+    return teacher.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+
+def teacher_config(recipe: PostTraining) -> LoopLMConfig:
+    """The teacher's shape.
+
+    Raises:
+        TrainingError: the folder holds no LoopLM.
+    """
+    path = Path(recipe.teacher)
+    if not (path / "config.json").is_file():
+        raise TrainingError(f"teacher={path} is not the folder of a checkpoint: it holds no config.json")
+    config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, LoopLMConfig) or isinstance(config, MeltConfig):
+        raise TrainingError(f"teacher={path} is a {config.model_type!r} model; a teacher is a LoopLM ('ouro')")
+    return config

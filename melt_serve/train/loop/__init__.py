@@ -1,0 +1,1 @@
+"""How a run survives: the loop of steps, states, logs, several processes, export."""

@@ -1,0 +1,1 @@
+"""What each part is worth: ablations, and accuracy against length."""

@@ -1,0 +1,202 @@
+"""The ablations: which recipes are compared, at which size, and what the paper says of them (arXiv 2605.07721).
+
+The paper names its ablations in a few words; what they are here:
+
+- *without attention alignment*: beta = 0; phase 2 goes on with L_KD alone.
+- *without interpolation*: alpha = 1 from the first step; as many steps.
+- *without distillation at all loops*: L_KD compares the last loop's answers only, in both phases.
+- *without chunks*: C is the whole sequence in training, so that no token ever reads another's final row before its own
+  last loop, and no batch is decode-aware. It is served in both decode modes with the size's C, and in one chunk, where
+  `token` mode still decodes from final rows; `chunk` mode in one chunk would keep every loop's rows, as a LoopLM does.
+- *conversion only*: the teacher with a fresh gate.
+
+Gates are compared without attention alignment, as the paper compares them before it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from melt_serve.config import GateType
+from melt_serve.train.recipe import DEPTHS, Recipe
+from melt_serve.train.studies.cheap_gates import CheapGate
+
+WHOLE_SEQUENCE = 2048
+"""A chunk that no question of the task fills."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long a run is.
+
+    Attributes:
+        steps: of phase 1 and of phase 2.
+        batch: questions a step.
+        loops: each batch runs one of these.
+        chunk_size: C, where a variant does not say otherwise.
+        questions: held out, to measure on.
+        minutes: that a run took with one thread on 2 CPU cores, for `--list` before there are rows.
+    """
+
+    name: str
+    steps: tuple[int, int]
+    batch: int
+    loops: tuple[int, ...]
+    warmup: int
+    chunk_size: int
+    questions: int
+    minutes: float
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("small", (40, 80), 4, (3, 4), 10, 16, 80, 2.5),
+        Size("demo", (300, 500), 24, DEPTHS, 30, 32, 1000, 40),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to post-train, as changes of the full recipe.
+
+    Attributes:
+        what: in words.
+        start: the bundled checkpoint it begins with: the LoopLM with a fresh gate, or the MELT, whose trained gate is
+            made as cheap as `cheap_gate` says.
+        gate_type, cheap_gate: the gate.
+        gate_bias: b_z of a fresh gate; None for the recipe's.
+        chunk_size: C in training; None for the size's.
+        transition, alignment: changed fields of phases 1 and 2.
+        paper: what the paper reports of it.
+    """
+
+    name: str
+    what: str
+    start: Literal["looplm", "melt"] = "looplm"
+    gate_type: GateType = "elementwise"
+    cheap_gate: CheapGate | None = None
+    gate_bias: float | None = None
+    chunk_size: int | None = None
+    transition: Mapping[str, Any] = field(default_factory=dict)
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    paper: str = ""
+
+    def seeds(self, asked: Sequence[int]) -> Sequence[int]:
+        """Those that make a difference: one is enough where nothing is fresh and nothing is trained."""
+        return asked[:1] if self.start == "melt" else asked
+
+    def served_chunk_sizes(self, size: Size) -> tuple[int, ...]:
+        """C as it was trained; without chunks, the size's first: no server keeps all loops of a whole sequence."""
+        if self.chunk_size == WHOLE_SEQUENCE:
+            return (size.chunk_size, WHOLE_SEQUENCE)
+        return (self.chunk_size or size.chunk_size,)
+
+    def recipe(self, size: Size, seed: int) -> Recipe:
+        """All of it; only shape, seed, `transition` and `alignment` are used."""
+        demo = Recipe().seeded(seed)
+        common = {"batch": size.batch, "loops": size.loops, "warmup": size.warmup}
+        first, second = ({"steps": steps, **common} for steps in size.steps)
+        return replace(
+            demo,
+            shape=replace(demo.shape, chunk_size=self.chunk_size or size.chunk_size),
+            transition=replace(demo.transition, **{**first, **self.transition}),
+            alignment=replace(demo.alignment, **{**second, **self.alignment}),
+        )
+
+    def gate_multiply_adds(self, hidden_size: int, loops: int) -> int:
+        """Of the gate's matrices, for one token in one layer over T loops, of which the first has no gate."""
+        if self.cheap_gate is not None:
+            return self.cheap_gate.multiply_adds(hidden_size, loops)
+        width = {"elementwise": hidden_size, "scalar": 1}.get(self.gate_type, 0)
+        return 2 * hidden_size * width * (loops - 1)
+
+
+GRID_ONLY = {"decode_aware_from": 1.0}
+NO_ALIGNMENT = {"alignment": 0.0}
+UNTRAINED = {"steps": 0}
+FULL = Variant("full", "the recipe of the bundled MELT")
+RECIPE = (
+    FULL,
+    Variant("no-alignment", "beta = 0", alignment=NO_ALIGNMENT, paper="2 to 3 points less"),
+    Variant("converted", "a fresh gate, no step of training", transition=UNTRAINED, alignment=UNTRAINED),
+    Variant("no-interpolation", "alpha = 1 from the start", transition={"interpolate": False}, paper="about 10 less"),
+    Variant(
+        "last-loop-kd",
+        "L_KD of the last loop only, both phases",
+        transition={"kd_at": "last"},
+        alignment={"kd_at": "last"},
+        paper="less than without interpolation",
+    ),
+    Variant(
+        "no-chunks",
+        "trained with C = the whole sequence, no decode-aware batches",
+        chunk_size=WHOLE_SEQUENCE,
+        alignment=GRID_ONLY,
+        paper="0.0",
+    ),
+    Variant(
+        "detached",
+        "no gradient through the rows of earlier chunks, both phases",
+        transition={"detach_rows": True},
+        alignment={"detach_rows": True},
+    ),
+    Variant("grid-only", "no decode-aware batches: the paper's own recipe", alignment=GRID_ONLY),
+    Variant("small-beta", "beta = 0.0001: both parts of the loss weigh alike", alignment={"alignment": 1e-4}),
+)
+
+
+def gated(name: str, what: str, paper: str = "", **gate: Any) -> Variant:
+    """A gate, trained without attention alignment: the paper compares gates before it, and so they differ more."""
+    return Variant(name, what, alignment=NO_ALIGNMENT, paper=paper, **gate)
+
+
+ELEMENTWISE = gated("elementwise", "the paper's gate, full W_z and U_z", "77.7")
+SCALAR = gated("scalar", "one z a token", "66.9", gate_type="scalar")
+LAST = gated("last", "h_t = n_t: the last loop's row, nothing to learn", "69.7", gate_type="last")
+GATES = (
+    ELEMENTWISE,
+    LAST,
+    gated("rank-24", "W_z, U_z of rank 24 (d/8)", cheap_gate=CheapGate(rank=24)),
+    gated("constant", "z = sigmoid(b_z): d learned constants (rank 0)", cheap_gate=CheapGate(rank=0)),
+    gated("blocks-8", "W_z, U_z of 8 blocks", cheap_gate=CheapGate(blocks=8)),
+    gated("shared-half", "loop 3 uses the z of loop 2", cheap_gate=CheapGate(shared=True)),
+    gated("diagonal", "W_z, U_z of d blocks: z_i of n_i and h_i alone", cheap_gate=CheapGate(blocks=192)),
+    gated("rank-6", "W_z, U_z of rank 6 (d/32)", cheap_gate=CheapGate(rank=6)),
+    SCALAR,
+)
+
+
+def compressed(name: str, what: str, cheap_gate: CheapGate | None) -> Variant:
+    """The bundled MELT with its trained gate replaced by the nearest cheap one, and no step of training after that."""
+    of_demo: dict[str, Any] = {"chunk_size": Recipe().shape.chunk_size, "transition": UNTRAINED, "alignment": UNTRAINED}
+    return Variant(name, what, start="melt", cheap_gate=cheap_gate, **of_demo)
+
+
+COMPRESSED = (
+    compressed("as-trained", "the bundled MELT", None),
+    *(compressed(f"to-rank-{rank}", f"rank {rank} of 192", CheapGate(rank=rank)) for rank in (96, 48, 24, 12, 6, 3, 1)),
+    *(compressed(f"to-blocks-{blocks}", f"{blocks} blocks", CheapGate(blocks=blocks)) for blocks in (2, 8, 192)),
+    compressed("to-bias", "z = sigmoid(b_z)", CheapGate(rank=0)),
+    compressed("to-shared-half", "loop 3 uses the z of loop 2", CheapGate(shared=True)),
+)
+PAPER_GATES = (
+    ELEMENTWISE,
+    LAST,
+    gated("mean", "h_t is the mean of n_1..n_t", "68.8", gate_type="mean"),
+    gated("ema", "h_t = 0.2 h_{t-1} + 0.8 n_t", "68.6", gate_type="ema"),
+    SCALAR,
+    gated("half-open", "element-wise, b_z = 0 at the start instead of -2: z near 1/2", gate_bias=0.0),
+)
+CHUNKS = (
+    FULL,
+    *(Variant(f"chunk-{size}", f"trained and served with C = {size}", chunk_size=size) for size in (8, 32, 64)),
+)
+STUDIES: dict[str, tuple[Variant, ...]] = {
+    "gates": GATES,
+    "compressed": COMPRESSED,
+    "recipe": RECIPE,
+    "paper-gates": PAPER_GATES,
+    "chunks": CHUNKS,
+}

@@ -1,0 +1,81 @@
+"""What a post-training takes: the arithmetic, held against what really is counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from melt_serve.capacity import shape_of
+from melt_serve.modeling import LoopLMConfig
+from melt_serve.train.__main__ import main
+from melt_serve.train.cost.arithmetic import memory, sequence_flops
+from melt_serve.train.cost.probe import kept_bytes, kept_for_backward, random_step
+from melt_serve.train.distil.build import student_config
+from melt_serve.train.recipe_files import load_recipe
+from tests.tiny_models import SHAPE
+
+OWN = ["teacher=ouro-1.4b", "data.files=-", "output=-", "dtype=float32"]
+TEACHER = LoopLMConfig(**{**SHAPE, "num_hidden_layers": 3, "num_key_value_heads": 4, "vocab_size": 512})
+
+
+def small(**changes):
+    recipe = replace(load_recipe("melt-1.6b", OWN), chunk_size=8, sequence_length=40, batch_tokens=80)
+    return replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(("stage", "again"), [("transition", True), ("alignment", False)])
+def test_the_arithmetic_is_that_of_real_steps(stage, again):
+    recipe = small(checkpoint_chunks=again)
+    student, loss = random_step(TEACHER, recipe, recipe.stages[stage])
+    student.checkpoint_chunks = again
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    expected = sequence_flops(student_config(recipe, TEACHER), recipe, recipe.stages[stage])
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("stage", ["transition", "alignment"])
+def test_bytes_kept_are_those_counted_at_the_true_shape(stage):
+    """Extrapolated from an eighth and a quarter of the width, two layers and two chunks."""
+    recipe = small(checkpoint_chunks=False)
+    wide = LoopLMConfig(**{**TEACHER.to_dict(), "hidden_size": 128, "intermediate_size": 192, "head_dim": 32})
+    student, loss = random_step(wide, recipe, recipe.stages[stage])
+    with kept_bytes(student) as counts:
+        loss()
+    assert kept_for_backward(wide, recipe, recipe.stages[stage], 2) == pytest.approx(counts[-1], rel=0.1)
+    last = counts[-1] - counts[-2]
+    again = replace(recipe, checkpoint_chunks=True)
+    assert kept_for_backward(wide, again, again.stages[stage], 2) == pytest.approx(last, rel=0.1)
+
+
+def test_phase_1_keeps_rows_of_every_loop_and_more_devices_share_the_states():
+    teacher, recipe = shape_of("ouro-1.4b"), load_recipe("melt-1.6b", [*OWN, "dtype=bfloat16"])
+    transition, alignment = (memory(teacher, recipe, stage, 1, 0.0) for stage in recipe.stages.values())
+    per_loop = "phase 1's rows per loop and gradients"
+    assert transition["final rows and gradients"] == 2 * 10_000 * 196_608
+    assert transition[per_loop] == 4 * transition["final rows and gradients"] and alignment[per_loop] == 0
+    assert alignment["teacher's attention outputs"] == 4 * 24 * 10_000 * 2048 * 2
+    assert transition["teacher"] == pytest.approx(2.87e9, rel=0.01)
+    eight = memory(teacher, recipe, recipe.transition, 8, 0.0)
+    assert eight["optimizer states"] == pytest.approx(transition["optimizer states"] / 8)
+    assert eight["teacher"] == transition["teacher"]
+
+
+def test_plan_prints_steps_tokens_memory_and_time(capsys):
+    torch.set_num_threads(1)
+    words = ["melt-1.6b", "chunk_size=16", "dtype=float32", "--scale", "64", "--processes", "8"]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out
+    for part in ("160,000,000", "96,000,000", "256,000,000", "hours", "optimizer states", "phase 1's rows", "1/64"):
+        assert part in said
+
+
+def test_what_cannot_be_planned_is_one_line(capsys):
+    for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "is no checkpoint")):
+        assert main(["plan", *words]) == 1
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+    for words in (["--scale", "0"], ["--processes", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", "melt-1.6b", *words])

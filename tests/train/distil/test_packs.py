@@ -1,0 +1,200 @@
+"""Packs on the model's side: several documents in a row of the batch compute what each computes alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
+from melt_serve.train.data.batch import IGNORED, Batch
+from melt_serve.train.distil import losses, phase
+from melt_serve.train.distil.losses import cross_entropy_over_loops, distillation
+from melt_serve.train.distil.student import Student
+from melt_serve.train.distil.teacher import ask_teacher
+from melt_serve.train.recipe import Distillation
+from tests.tiny_models import SHAPE, enliven, tiny_melt, tokens
+
+CHUNK = 4
+LOOPS = 3
+LENGTHS = ((5, 8, 1, 6), (3, 13), (4, 2))
+"""Documents of each pack: with and without a tail in their last chunk; the last pack is shorter than the others."""
+EXACT = {"atol": 1e-10, "rtol": 1e-8}
+
+
+def documents() -> list[list[Tensor]]:
+    return [[tokens(n, seed=100 * row + n) for n in lengths] for row, lengths in enumerate(LENGTHS)]
+
+
+def packed() -> Batch:
+    """Written out by hand: every document on the next multiple of C."""
+    width = 26  # no multiple of C
+    ids, mask, labels, starts = (torch.zeros(len(LENGTHS), width, dtype=torch.long) for _ in range(4))
+    labels.fill_(IGNORED)
+    for row, texts in enumerate(documents()):
+        column = 0
+        for text in texts:
+            here = slice(column, column + len(text))
+            ids[row, here], mask[row, here], labels[row, here], starts[row, here] = text, 1, text, column
+            labels[row, column] = IGNORED
+            column += -(-len(text) // CHUNK) * CHUNK
+    return Batch(ids, mask, labels, document_starts=starts)
+
+
+def unpacked() -> Batch:
+    """One document a row, in the packs' order."""
+    texts = [text for pack in documents() for text in pack]
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(text) for text in texts], batch_first=True)
+    return Batch(pad(texts, batch_first=True), mask, pad(texts, batch_first=True, padding_value=IGNORED))
+
+
+def models(mode: str) -> tuple[OuroForCausalLM, Student]:
+    torch.manual_seed(7)
+    teacher = enliven(OuroForCausalLM(LoopLMConfig(**SHAPE))).double()
+    student = Student(tiny_melt(chunk_size=CHUNK, decode_mode=mode).config).double()
+    student.load_state_dict(tiny_melt(chunk_size=CHUNK).state_dict())
+    return teacher, student
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    given = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, given, strict=True))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for key, gradient in one.items():
+        torch.testing.assert_close(gradient, other[key], **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+    assert sum(bool(gradient.any()) for gradient in one.values()) > len(one) / 2
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("run_again", [False, True], ids=["", "chunks-run-again"])
+def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode, run_again):
+    teacher, student = models(mode)
+    student.checkpoint_chunks = run_again
+    results = []
+    for batch in (packed(), unpacked()):
+        wanted = ask_teacher(teacher, batch, batch.before_reply, LOOPS, attention=True)
+        given = student.study(batch, batch.before_reply, LOOPS, alpha, wanted.attention)
+        loss = distillation(wanted.logits, given.logits)
+        results.append((given.logits, loss, given.distance, gradients(student, loss + given.distance)))
+    (logits, loss, distance, of_packed), (logits_alone, loss_alone, distance_alone, of_unpacked) = results
+    torch.testing.assert_close(logits, logits_alone, **EXACT)
+    torch.testing.assert_close(loss, loss_alone, **EXACT)
+    torch.testing.assert_close(distance, distance_alone, **EXACT)
+    assert_same(of_packed, of_unpacked)
+
+
+@pytest.mark.parametrize("kd_at", ["all", "last"])
+@pytest.mark.parametrize("exits", [False, True], ids=["", "exits"])
+def test_a_steps_losses_and_gradients_do_not_depend_on_slices_of_logits(exits, kd_at, monkeypatch):
+    """Against the logits of all tokens and loops at once."""
+    teacher, student = models("token")
+    student.checkpoint_chunks = True
+    stage = Distillation(steps=4, learning_rate=1.0, loops=(LOOPS,), kd_at=kd_at, alignment=0.1)
+    if exits:
+        stage = replace(stage, loop_price=0.5, exit_share=1.0)
+    batch = packed()
+
+    def results() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parts = phase.phase_losses(stage, 2, 0, teacher, student, batch, 30, batch.real.sum())
+        return {part: value.detach() for part, value in parts.items()}, gradients(student, parts["loss"])
+
+    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", 7)
+    parts, of_slices = results()
+    at_once = lambda teacher, its_head, student, head, *count: distillation(  # noqa: E731
+        F.linear(teacher, its_head), F.linear(student, head), *count
+    )
+    monkeypatch.setattr(phase, "distillation_from_states", at_once)
+    expected, of_all = results()
+    torch.testing.assert_close(parts, expected, **EXACT)
+    assert_same(of_slices, of_all)
+
+
+def test_the_teachers_loss_and_gradients_do_not_depend_on_packing():
+    teacher, _ = models("token")
+    results = []
+    for batch in (packed(), unpacked()):
+        output = teacher(
+            batch.input_ids, batch.attention_mask, document_starts=batch.document_starts, loops=LOOPS, output_loops=True
+        )
+        targets = batch.labels.roll(-1, dims=1)[batch.before_reply].expand(LOOPS, -1)
+        loss = cross_entropy_over_loops(output.loop_logits[:, batch.before_reply], targets)
+        results.append((loss, gradients(teacher, loss)))
+    torch.testing.assert_close(results[0][0], results[1][0], **EXACT)
+    assert_same(results[0][1], results[1][1])
+
+
+def test_a_documents_answers_do_not_depend_on_its_neighbours_tokens():
+    """In every row, the second document of the pack is replaced; nothing else changes, and that does."""
+    teacher, student = models("token")
+    batch, other = packed(), packed()
+    replaced = torch.zeros_like(batch.real)
+    for row, (first, second, *_) in enumerate(LENGTHS):
+        start = -(-first // CHUNK) * CHUNK
+        replaced[row, start : start + second] = True
+    other.input_ids[replaced] = tokens(int(replaced.sum()), seed=9)
+    with torch.no_grad():
+        for model in (teacher, student):
+            logits, changed = (
+                model(each.input_ids, each.attention_mask, document_starts=each.document_starts).logits
+                for each in (batch, other)
+            )
+            kept = batch.real & ~replaced
+            torch.testing.assert_close(logits[kept], changed[kept], **EXACT)
+            assert not torch.allclose(logits[replaced], changed[replaced])
+
+
+@torch.no_grad()
+def test_rows_of_finished_documents_are_dropped():
+    """So that a pack of short documents costs what they cost, not what one long document does."""
+    _, student = models("token")
+    batch = packed()
+    rows = student(
+        batch.input_ids[:1], batch.attention_mask[:1], document_starts=batch.document_starts[:1], use_cache=True
+    ).past_key_values
+    last = LENGTHS[0][-1]
+    assert rows.final_positions.shape[1] <= -(-last // CHUNK) * CHUNK
+    assert rows.final_rows(0)[0].shape[1] == last == rows.lengths
+
+
+@torch.no_grad()
+def test_every_pack_of_a_width_runs_the_same_number_of_chunks():
+    """Ranks that gather shards of the weights for every chunk must all do so equally often."""
+    _, student = models("token")
+    sizes = []
+    run_chunk = student.run_chunk
+    student.run_chunk = lambda x, *rest: sizes.append(x.shape[1]) or run_chunk(x, *rest)
+    batch = packed()
+    for row in range(len(LENGTHS)):
+        here = slice(row, row + 1)
+        student(batch.input_ids[here], batch.attention_mask[here], document_starts=batch.document_starts[here])
+    assert sizes == [CHUNK, CHUNK, CHUNK, CHUNK, CHUNK, CHUNK, 2] * len(LENGTHS)
+
+
+@torch.no_grad()
+def test_bad_packs_are_refused():
+    _, student = models("token")
+    batch = packed()
+
+    def run(**changed: Tensor) -> None:
+        given = {"attention_mask": batch.attention_mask, "document_starts": batch.document_starts, **changed}
+        student(batch.input_ids, **given)
+
+    late = (torch.arange(26) >= 2).long().expand(3, -1)
+    with pytest.raises(ValueError, match="begins at column 2 of a pack, no multiple of chunk_size=4"):
+        run(document_starts=torch.full_like(late, 2), attention_mask=late)
+    with pytest.raises(ValueError, match="hole"):
+        run(document_starts=torch.zeros_like(late), attention_mask=late)
+    hole = batch.attention_mask.clone()
+    hole[0, 2] = 0
+    with pytest.raises(ValueError, match="hole"):
+        run(attention_mask=hole)
+    with pytest.raises(ValueError, match="without prompt_lengths"):
+        run(prompt_lengths=torch.tensor([1, 1, 1]))
+    with pytest.raises(ValueError, match="one chat a row"):
+        student.study(batch, batch.before_reply, LOOPS, decode_aware=True)

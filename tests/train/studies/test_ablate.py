@@ -1,0 +1,263 @@
+"""Ablations: runs that are done stay done, what is measured is what is served, and the report shows all of it."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from melt_serve.modeling import MeltConfig
+from melt_serve.modeling.gate import GATE_WEIGHT_STD, KVGate
+from melt_serve.task.evaluate import heldout
+from melt_serve.task.tokenizer import prompt_ids
+from melt_serve.train.data.task_batches import encode
+from melt_serve.train.results import append_row, read_rows
+from melt_serve.train.session import Paused, Sitting
+from melt_serve.train.studies.ablate import add_command, run_all
+from melt_serve.train.studies.ablation_report import write_report
+from melt_serve.train.studies.ablation_run import Laboratory, answers, divergence, right_share
+from melt_serve.train.studies.ablations import (
+    COMPRESSED,
+    ELEMENTWISE,
+    GATES,
+    LAST,
+    RECIPE,
+    SIZES,
+    STUDIES,
+    WHOLE_SEQUENCE,
+    Variant,
+)
+from melt_serve.train.studies.cheap_gates import CheapGate, LowRank
+
+SIZE = replace(SIZES["small"], steps=(2, 2), batch=2, questions=4)
+SQUARE = MeltConfig(hidden_size=24, num_attention_heads=2)
+
+
+@pytest.fixture(scope="module")
+def laboratory():
+    return Laboratory()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    rows = tmp_path_factory.mktemp("ablate") / "rows.jsonl"
+    run_all({"gates": (ELEMENTWISE, LAST), "recipe": RECIPE[1:2]}, SIZE, (0, 1), rows, Sitting())
+    return rows
+
+
+def test_a_run_that_two_studies_share_is_done_once(done):
+    rows = read_rows(done)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("elementwise", 0),
+        ("last", 0),
+        ("elementwise", 1),
+        ("last", 1),
+    ]
+    assert [path.name for path in done.parent.iterdir()] == ["rows.jsonl"]
+    for row in rows:
+        assert [(each["mode"], each["chunk_size"]) for each in row["outcomes"]] == [("token", 16), ("chunk", 16)]
+        assert all(each["kd"] > 0.01 for each in row["outcomes"])
+    kd = [row["outcomes"][0]["kd"] for row in rows]
+    assert len(set(kd)) == 4
+
+
+def test_a_run_that_is_done_is_not_repeated(done):
+    before = done.read_bytes()
+    run_all({"gates": (ELEMENTWISE, LAST)}, SIZE, (0,), done, Sitting(minutes=0))
+    assert done.read_bytes() == before
+
+
+def test_a_run_of_other_settings_is_another_run(done, tmp_path):
+    rows = Path(shutil.copy(done, tmp_path))
+    with pytest.raises(Paused):
+        run_all({"gates": (ELEMENTWISE,)}, replace(SIZE, batch=3), (0,), rows, Sitting(minutes=0))
+
+
+def test_a_run_cut_in_sittings_gives_the_row_of_an_unbroken_one(done, tmp_path):
+    rows, sittings = tmp_path / "rows.jsonl", 0
+    while sittings < 50:
+        try:
+            run_all({"gates": (ELEMENTWISE,)}, SIZE, (0,), rows, Sitting(minutes=0.001))
+            break
+        except Paused:
+            sittings += 1
+    assert sittings > 0
+    assert read_rows(rows)[0]["outcomes"] == read_rows(done)[0]["outcomes"]
+
+
+def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
+    rows = read_rows(done)
+    markdown, plot, numbers = write_report(tmp_path / "report.md", {"gates": GATES}, SIZE, rows)
+    assert json.loads(numbers.read_text()) == rows and plot.read_text().startswith("<?xml")
+    lines = {line.split("|")[1].strip(): line.split("|") for line in markdown.read_text().splitlines() if "|" in line}
+    kd = [row["outcomes"][1]["kd"] for row in rows if row["variant"] == "last"]
+    assert all(path.parent == tmp_path for path in (markdown, plot, numbers))
+    assert f"{sum(kd) / 2:.4f} ({min(kd):.4f} to {max(kd):.4f})" in "|".join(lines["`last`"])
+    assert "`scalar`" not in lines
+
+
+@torch.no_grad()
+def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(laboratory):
+    """With a student that is right sometimes: the teacher's weights in one large chunk, a loop short."""
+    student = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+    asked, tokenizer = heldout(12), laboratory.tokenizer
+    batch = encode(asked, tokenizer)
+    for mode in ("token", "chunk"):
+        student.config.decode_mode = mode
+        greedy = 0
+        for question in asked:
+            prompt = torch.tensor([prompt_ids(question, tokenizer)])
+            expected = tokenizer.encode(question.reply + tokenizer.eos_token)
+            output = student.generate(prompt, loops=3, max_new_tokens=len(expected), do_sample=False)
+            greedy += output[0, prompt.shape[1] :].tolist() == expected
+        given = student.study(batch, batch.before_reply, 3, decode_aware=mode == "token").logits[-1]
+        assert right_share([batch], [given]) == greedy / 12
+    assert 0 < greedy < 12
+
+
+@torch.no_grad()
+def test_the_divergence_is_none_from_the_teacher_itself(laboratory):
+    batch = encode(heldout(3), laboratory.tokenizer)
+    wanted = laboratory.wanted(batch)
+    whole = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+    given = answers(whole, batch, "chunk")  # one chunk of the last loops' rows is the LoopLM
+    assert abs(divergence([wanted], [given])) < 1e-6 < 1e-2 < divergence([wanted], [given.roll(1, -1)])
+
+
+@pytest.mark.parametrize("rank", [1, 5, 24])
+def test_a_low_rank_gate_starts_as_spread_as_the_full_one(rank):
+    torch.manual_seed(0)
+    factors = LowRank(512, rank, bias=False)
+    product = factors.up @ factors.down
+    assert product.std().item() == pytest.approx(GATE_WEIGHT_STD, rel=0.15)
+    assert torch.linalg.matrix_rank(product) == rank
+
+
+@pytest.mark.parametrize(
+    "cheap",
+    [CheapGate(rank=3), CheapGate(rank=0), CheapGate(blocks=4), CheapGate(blocks=24)],
+)
+@torch.no_grad()
+def test_a_cheap_gate_is_the_full_gate_with_its_matrices_written_out(cheap):
+    gate, full, unit = cheap.build(SQUARE), KVGate(SQUARE), torch.eye(24)
+    bias = gate.input_proj(torch.zeros(24))
+    full.input_proj.weight.copy_((gate.input_proj(unit) - bias).T)
+    full.input_proj.bias.copy_(bias)
+    full.state_proj.weight.copy_((gate.state_proj(unit) * torch.ones(24, 24)).T)
+    n, h = torch.randn(2, 7, 24)
+    torch.testing.assert_close(gate(n, h, 2), full(n, h, 2))
+    assert torch.equal(gate(n, None, 1), n)
+
+
+@pytest.mark.parametrize("cheap", [CheapGate(rank=24), CheapGate(blocks=1)])
+@torch.no_grad()
+def test_a_cheap_gate_that_leaves_nothing_out_is_the_trained_one(cheap):
+    trained, (n, h) = KVGate(SQUARE), torch.randn(2, 7, 24)
+    torch.testing.assert_close(cheap.approximate(trained, SQUARE)(n, h, 2), trained(n, h, 2))
+
+
+@torch.no_grad()
+def test_a_trained_gate_is_approximated_by_the_nearest_one():
+    trained = KVGate(SQUARE)
+    weight = trained.state_proj.weight
+    low = CheapGate(rank=5).approximate(trained, SQUARE).state_proj
+    missed = (low.up @ low.down - weight).square().sum()
+    torch.testing.assert_close(missed, torch.linalg.svdvals(weight)[5:].square().sum())
+    blocks = CheapGate(blocks=3).approximate(trained, SQUARE).state_proj(torch.eye(24)).T
+    torch.testing.assert_close(blocks, torch.block_diag(*(weight[i : i + 8, i : i + 8] for i in (0, 8, 16))))
+
+
+@pytest.mark.parametrize(("loops", "sharing"), [(1, []), (2, []), (3, []), (4, [3]), (8, [3, 4, 5])])
+def test_the_first_half_of_the_gated_loops_shares_the_z_of_loop_two(loops, sharing):
+    config = MeltConfig(hidden_size=24, num_attention_heads=2, total_ut_steps=loops)
+    gate, h, z = CheapGate(shared=True).build(config), None, {}
+    for loop in range(1, loops + 1):
+        h = gate(torch.randn(5, 24), h, loop)
+        z[loop] = getattr(gate, "z", None)
+    assert [loop for loop in range(3, loops + 1) if z[loop] is z[2]] == sharing
+
+
+@pytest.mark.parametrize("variant", GATES + COMPRESSED, ids=lambda each: each.name)
+def test_a_gates_multiply_adds_are_its_matrices_weights_in_every_loop_that_computes_z(laboratory, variant):
+    gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
+    matrices = sum(weight.numel() for key, weight in gate.named_parameters() if not key.endswith("bias"))
+    computing = 2 if "shared-half" in variant.name else 3
+    assert variant.gate_multiply_adds(192, 4) == matrices * computing
+
+
+def test_a_gate_can_start_half_open(laboratory):
+    """The usual one starts near `last`."""
+    shares = {}
+    for name in ("elementwise", "half-open"):
+        (variant,) = (each for each in STUDIES["paper-gates"] if each.name == name)
+        gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
+        shares[name] = gate.keep(*torch.randn(2, 50, 192), 2).mean().item()
+    assert shares == {"elementwise": pytest.approx(0.12, abs=0.02), "half-open": pytest.approx(0.5, abs=0.02)}
+
+
+def test_what_is_not_trained_runs_with_one_seed(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), rows, Sitting())
+    assert [row["seed"] for row in read_rows(rows)] == [1]
+
+
+def test_names_are_unique_within_a_study():
+    for study in STUDIES.values():
+        assert len({variant.name for variant in study}) == len(study)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    append_row(rows, {"variant": "full"})
+    rows.write_text(rows.read_text() + "{\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(rows)
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    add_command(parser.add_subparsers())
+    arguments = parser.parse_args(["ablate", *words])
+    return arguments.run_command(arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["gate"], "no study 'gate'"),
+        (["--variants", "x"], "no variant 'x'"),
+        (["--size", "x"], "no size 'x'"),
+        (["--report", "a.md"], "no run"),
+    ],
+)
+def test_bad_words_end_in_one_line(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(*words) == 1
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_list_says_what_is_done(done, capsys, monkeypatch):
+    monkeypatch.setitem(SIZES, "small", SIZE)
+    assert command("gates", "--list", "--rows", str(done)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[1:3]] == ["2", "2"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
+
+    def interrupt():
+        while not any(tmp_path.glob("*/losses.jsonl")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert command("gates", "--seeds", "0", "--rows", str(tmp_path / "rows.jsonl")) == 130
+    assert "goes on" in capsys.readouterr().err and len(list(tmp_path.glob("*/transition.state.pt"))) == 1

@@ -1,0 +1,133 @@
+"""The bundled checkpoints: the pipeline that makes them, on tiny models, and what is bundled."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.train.bundled import fresh_student, make_checkpoints, plain
+from melt_serve.train.loop.trainer import LOG
+from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Shape
+from melt_serve.train.session import Paused, Sitting
+
+RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}
+TINY = Recipe(
+    shape=Shape(hidden_size=32, intermediate_size=64, heads=2, max_loops=5),
+    teacher=Pretraining(steps=30, **RATE),
+    shallow=Pretraining(steps=2, **RATE),
+    transition=Distillation(steps=8, interpolate=True, decay_from=1.0, **RATE),
+    alignment=Distillation(steps=16, loops=(2, 4), alignment=0.1, decode_aware_from=0.5, **RATE),
+    exits=Distillation(steps=16, decode_aware_from=0.5, loop_price=0.5, gate_learning_rate=0.1, **RATE),
+)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    return folder, make_checkpoints(TINY, folder / "run", folder / "out", Sitting(), 4)
+
+
+def test_every_stage_lowers_its_loss(made):
+    folder, _ = made
+    by_stage = {}
+    for line in logged(folder / "run"):
+        by_stage.setdefault(line["stage"], []).append(line)
+    assert {name: len(lines) for name, lines in by_stage.items()} == {
+        "teacher": 30,
+        "shallow": 2,
+        "transition": 8,
+        "alignment": 16,
+        "exits": 16,
+    }
+    for name, parts in (("teacher", ["loss"]), ("alignment", ["kd", "attention"])):
+        for part in parts:
+            losses = [line[part] for line in by_stage[name]]
+            assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), (name, part)
+    transition = [line["loss"] for line in by_stage["transition"]]
+    assert transition[0] < 1e-6 < 1e-3 < transition[1]  # at alpha 0 the student is the teacher
+    for line in by_stage["alignment"]:
+        assert line["loss"] == pytest.approx(line["kd"] + 0.1 * line["attention"])
+    left = [line for line in by_stage["exits"] if "loops" in line]
+    assert 4 <= len(left) <= 12
+    for line in left:
+        assert line["loss"] == pytest.approx(line["kd"] + 0.5 * line["loops"]) and 1 <= line["loops"] <= 4
+    assert left[-1]["loops"] < 0.9 * left[0]["loops"]
+
+
+def test_what_is_written_is_what_transformers_loads(made):
+    folder, scores = made
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "out" / "looplm-demo")
+    melt = AutoModelForCausalLM.from_pretrained(folder / "out" / "melt-demo")
+    assert type(teacher) is OuroForCausalLM and type(melt) is MeltForCausalLM
+    assert melt.config.architectures == ["MeltForCausalLM"] and melt.config.model_type == "melt"
+    assert len(AutoTokenizer.from_pretrained(folder / "out" / "melt-demo")) <= melt.config.vocab_size
+    card = (folder / "out" / "melt-demo" / "README.md").read_text()
+    assert all(f"| {score.checkpoint} | {score.loops} |" in card for score in scores)
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["looplm-demo", "melt-demo"]
+
+
+def test_many_sittings_make_the_same_checkpoints_bit_for_bit(made, tmp_path):
+    folder, scores = made
+    sittings = 0
+    while True:
+        try:
+            again = make_checkpoints(TINY, tmp_path / "run", tmp_path / "out", Sitting(minutes=0.02), 4)
+            break
+        except Paused:
+            sittings += 1
+            assert not (tmp_path / "out").exists()
+    assert sittings > 1 and again == scores
+    for name in ("looplm-demo", "melt-demo"):
+        weights = [(place / name / "model.safetensors").read_bytes() for place in (folder / "out", tmp_path / "out")]
+        assert weights[0] == weights[1]
+    strip = [[{**line, "seconds": 0} for line in logged(place / "run")] for place in (folder, tmp_path)]
+    assert strip[0] == strip[1]
+
+
+def test_a_fresh_student_is_the_teacher_with_a_gate():
+    teacher = AutoModelForCausalLM.from_pretrained(LOOPLM)
+    student = fresh_student(teacher, replace(Recipe(), shape=Shape()))
+    assert all(torch.equal(weight, student.state_dict()[key]) for key, weight in teacher.state_dict().items())
+    assert all("kv_gate" in key for key in student.state_dict().keys() - teacher.state_dict().keys())
+    assert type(plain(student)) is MeltForCausalLM
+
+
+def test_the_bundled_checkpoints_are_small_and_whole():
+    for path in (LOOPLM, MELT):
+        names = {file.name for file in path.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert sum(file.stat().st_size for path in (LOOPLM, MELT) for file in path.iterdir()) < 16 << 20
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_sitting_ends_saves_and_says_how_to_go_on(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    first = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0")
+    assert first.returncode == 3 and "--resume" in first.stderr and "Traceback" not in first.stderr
+    assert len(logged(run)) == 1 and not out.exists()
+    again = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0")
+    assert again.returncode == 1 and "holds a run already" in again.stderr
+    resumed = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0", "--resume")
+    assert resumed.returncode == 3 and len(logged(run)) == 2
+
+
+def test_help_teaches_and_bad_words_are_one_error():
+    assert "--resume" in command("demo", "--help").stdout
+    for words in (["--seed", "x"], ["--questions", "0"], ["--minutes", "-1"]):
+        wrong = command("demo", *words)
+        assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

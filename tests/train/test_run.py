@@ -1,0 +1,254 @@
+"""A LoopLM of one's own into a MELT, on the command line: it learns, survives, and writes what is served."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.task.tokenizer import build_tokenizer
+from melt_serve.train.__main__ import main
+from melt_serve.train.distil.build import fresh_student
+from melt_serve.train.recipe_files import load_recipe
+from tests.signals import hear_ctrl_c
+from tests.train.tiny_run import assert_close, logged, prepare
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = prepare(folder)
+    assert main(["run", str(recipe), "--run", str(folder / "run")]) == 0
+    return folder
+
+
+def run(folder, name, *words):
+    return main(
+        ["run", str(folder / "recipe.toml"), f"output={folder / name}-melt", "--run", str(folder / name), *words]
+    )
+
+
+def start(folder, name, *words, **arguments):
+    """The same in a process of its own."""
+    command = ["run", str(folder / "recipe.toml"), f"output={folder / name}-melt", "--run", str(folder / name), *words]
+    return subprocess.Popen(
+        [sys.executable, "-m", "melt_serve.train", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **arguments,
+    )
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_what_comes_out_is_a_plain_melt_checkpoint(unbroken):
+    melt = AutoModelForCausalLM.from_pretrained(unbroken / "melt")
+    assert type(melt) is MeltForCausalLM and melt.dtype == torch.float32
+    config = json.loads((unbroken / "melt" / "config.json").read_text())
+    assert config["model_type"] == "melt" and config["architectures"] == ["MeltForCausalLM"]
+    assert (config["chunk_size"], config["decode_mode"], config["max_loops"]) == (16, "token", 3)
+    tokenizer = AutoTokenizer.from_pretrained(unbroken / "melt")
+    assert tokenizer.chat_template == build_tokenizer().chat_template
+    card = (unbroken / "melt" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "`teacher`" in card and "| transition | kd |" in card
+    names = {path.name for path in (unbroken / "melt").iterdir()}
+    assert {"generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+
+
+def test_the_student_starts_as_the_teacher_and_learns(unbroken):
+    entries = logged(unbroken / "run")
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [
+        (stage, step) for stage in ("transition", "alignment") for step in range(4)
+    ]
+    assert entries[0]["kd"] < 1e-6 < entries[1]["kd"]
+    for entry in entries[4:]:
+        assert entry["loss"] == pytest.approx(entry["kd"] + 0.1 * entry["attention"])
+    teacher = AutoModelForCausalLM.from_pretrained(unbroken / "teacher")
+    assert type(teacher) is OuroForCausalLM
+    trained = AutoModelForCausalLM.from_pretrained(unbroken / "melt").state_dict()
+    moved = [key for key, weight in teacher.state_dict().items() if not torch.equal(weight, trained[key])]
+    assert len(moved) == len(teacher.state_dict()) - 2  # but the exit gate, which no token has learnt to use
+
+
+def test_a_run_leaves_its_recipe_logs_and_a_plot(unbroken):
+    run = unbroken / "run"
+    assert json.loads((run / "recipe.json").read_text())["batch_tokens"] == 256
+    picture = (run / "losses.svg").read_text()
+    assert picture.startswith("<?xml") and "</svg>" in picture
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard" / "alignment")).Reload()
+    entries = [entry for entry in logged(run) if entry["stage"] == "alignment"]
+    for part in ("loss", "kd", "attention", "gradient_norm"):
+        shown = [(event.step, event.value) for event in events.Scalars(part)]
+        assert shown == [(entry["step"], pytest.approx(entry[part])) for entry in entries]
+
+
+def test_micro_batches_are_one_batch(unbroken):
+    """The gradients of a step do not depend on how many sequences are run at once.
+
+    Without mixed rows: at alpha 0 the gradient is rounding alone, which AdamW makes a step of.
+    """
+    for size in (1, 4):
+        assert run(unbroken, f"micro-{size}", f"micro_batch={size}", "transition.interpolate=false") == 0
+    assert_close(logged(unbroken / "micro-1"), logged(unbroken / "micro-4"))
+
+
+def test_many_sittings_are_the_unbroken_run_bit_for_bit(unbroken):
+    for _ in range(3):
+        assert run(unbroken, "sittings", "--minutes", "0", "--resume") == 3
+        assert not (unbroken / "sittings-melt").exists()
+    assert len(logged(unbroken / "sittings")) == 3
+    assert run(unbroken, "sittings", "--resume") == 0
+    assert logged(unbroken / "sittings") == logged(unbroken / "run")
+    assert weights(unbroken / "sittings-melt") == weights(unbroken / "melt")
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_ctrl_c_saves_and_after_kill_9_a_run_goes_on_bit_for_bit(unbroken):
+    state = unbroken / "killed" / "transition.state.pt"
+    process = start(unbroken, "killed", "save_steps=1", preexec_fn=hear_ctrl_c)
+    wait_for(state, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "paused, everything is saved; go on with: python" in said, said
+    assert "Traceback" not in said and "--resume" in said
+    done = len(logged(unbroken / "killed"))
+    assert done >= 1 and (unbroken / "killed" / "losses.svg").exists()
+
+    state.unlink()  # as if it had been killed before anything was saved
+    process = start(unbroken, "killed", "save_steps=1", "--resume")
+    wait_for(state, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (unbroken / "killed-melt").exists()
+    process.communicate()
+    assert run(unbroken, "killed", "--resume") == 0
+    assert logged(unbroken / "killed") == logged(unbroken / "run")
+    assert weights(unbroken / "killed-melt") == weights(unbroken / "melt")
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A disk that takes no larger file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def one_error(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if line.startswith("melt_serve.train: error:")]
+    assert len(said) == 1 and "Traceback" not in "".join(lines)
+    return said[0]
+
+
+def test_a_disk_that_is_full_ends_the_run_and_keeps_what_is_saved(unbroken, capsys):
+    assert run(unbroken, "full", "--minutes", "0") == 3
+    state = unbroken / "full" / "transition.state.pt"
+    before = state.read_bytes()
+    capsys.readouterr()
+    with files_of_at_most(100_000):
+        assert run(unbroken, "full", "--resume", "--minutes", "0") == 1
+    said = one_error(capsys)
+    assert "transition.state.pt cannot be saved" in said and "File too large" in said and "is whole" in said
+    assert state.read_bytes() == before and not list((unbroken / "full").glob(".*partial"))
+    assert run(unbroken, "full", "--resume") == 0
+    assert logged(unbroken / "full") == logged(unbroken / "run")
+
+
+def test_a_disk_too_full_for_the_checkpoint_keeps_the_one_before(unbroken, capsys):
+    before = weights(unbroken / "melt")
+    with files_of_at_most(100_000):
+        assert main(["run", str(unbroken / "recipe.toml"), "--run", str(unbroken / "run"), "--resume"]) == 1
+    assert "cannot be written" in one_error(capsys)
+    assert weights(unbroken / "melt") == before
+    assert not list(unbroken.glob(".*partial"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_is_saved(unbroken, capsys):
+    words = ("transition.learning_rate=1e30", "save_steps=1")
+    assert run(unbroken, "nan", *words, "--minutes", "0") == 3
+    before = (unbroken / "nan" / "transition.state.pt").read_bytes()
+    assert run(unbroken, "nan", *words, "--resume") == 1
+    assert "transition: the gradient of step 1 is not finite (loss " in one_error(capsys)
+    assert (unbroken / "nan" / "transition.state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["teacher={folder}/nowhere"], "is not the folder of a checkpoint: it holds no config.json"),
+        (["teacher={folder}/melt"], "is a 'melt' model; a teacher is a LoopLM"),
+        (["data.files={folder}/nothing.jsonl"], "No such file or directory"),
+        (["data.files={folder}/recipe.toml"], "is none of: a .jsonl or .parquet file"),
+        (["output={folder}"], "holds something that is not a MELT checkpoint"),
+        (["sequence_length=512", "batch_tokens=4096"], "max_position_embeddings=256"),
+        (["alignment.decode_aware_from=0.5"], "set data.pack=false"),
+        (["stages=3"], "there is no field stages"),
+        (["chunk_size=8", "--run", "{folder}/run", "--resume"], "another recipe (chunk_size differ)"),
+        (["--run", "{folder}/run"], "holds a run already: add --resume"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(unbroken, capsys, words, says):
+    words = [word.format(folder=unbroken) for word in words]
+    assert main(["run", str(unbroken / "recipe.toml"), "--run", str(unbroken / "none"), *words]) == 1
+    assert says in one_error(capsys)
+
+
+def test_a_broken_line_is_named_by_file_and_number(unbroken, tmp_path, capsys):
+    good = (unbroken / "chats.jsonl").read_text().splitlines()
+    for line, says in (("{", "not JSON"), ('{"messages": [{"role": "user", "content": "Hi"}]}', "nothing to learn")):
+        (tmp_path / "chats.jsonl").write_text("\n".join([good[0], line, good[1]]))
+        assert run(unbroken, "broken", f"data.files={tmp_path}/chats.jsonl") == 1
+        said = one_error(capsys)
+        assert f"{tmp_path}/chats.jsonl:2: " in said and says in said
+        shutil.rmtree(unbroken / "broken")
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    said = capsys.readouterr().out
+    assert "demo, melt-1.6b" in said and '{"messages"' in said and "--resume" in said and "chunk_size=500" in said
+
+
+def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
+    """No step is run again, and nothing but the gate is another."""
+    shutil.copytree(unbroken / "run", unbroken / "cut")
+    assert run(unbroken, "cut", "--resume", "gate_rank=3") == 0
+    assert logged(unbroken / "cut") == logged(unbroken / "run")
+    whole, cut = (AutoModelForCausalLM.from_pretrained(unbroken / each) for each in ("melt", "cut-melt"))
+    assert cut.config.kv_gate_rank == 3 and "cut to rank 3" in (unbroken / "cut-melt" / "README.md").read_text()
+    assert cut.config.to_diff_dict() == {**whole.config.to_diff_dict(), "kv_gate_rank": 3}
+    of_cut = cut.state_dict()
+    changed = {key for key, each in whole.state_dict().items() if not torch.equal(each, of_cut[key])}
+    gates = {key for key in of_cut if "kv_gate." in key and key.endswith("_proj.weight")}
+    assert changed == gates and len(gates) == 4  # W_z and U_z of two layers
+
+
+def test_the_gate_starts_where_the_recipe_says(unbroken):
+    for bias in (-2.0, 0.0):
+        recipe = load_recipe(str(unbroken / "recipe.toml"), [f"gate_bias={bias}"])
+        student = fresh_student(recipe, AutoModelForCausalLM.from_pretrained(unbroken / "teacher"))
+        assert all((layer.self_attn.kv_gate.input_proj.bias == bias).all() for layer in student.model.layers)
