@@ -133,7 +133,7 @@ def measure_training(
         student.zero_grad()
         loops = config.total_ut_steps
         wanted = ask_teacher(teacher, batch, batch.real, loops, attention=True)
-        given = student.study(batch, batch.real, loops, teacher_attention=wanted.attention)
+        given = student.run_batch(batch, batch.real, loops, teacher_attention=wanted.attention)
         assert given.distance is not None
         aligned = given.distance / (loops * config.num_hidden_layers * ids.numel())
         answered = distillation_from_states(wanted.states, wanted.head, given.states, given.head)

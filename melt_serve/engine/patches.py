@@ -38,12 +38,12 @@ def apply() -> None:
     _replace(InputProcessor, "process_inputs", _settle_depth)
     for request in (ChatCompletionRequest, ResponsesRequest):
         _replace(request, "to_sampling_params", _pass_effort_on)
-    _replace(OutputProcessor, "process_outputs", _take_loops_in)
-    _replace(OpenAIServingChat, "chat_completion_full_generator", usage.told_whole)
-    _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.told_in_stream(results_at=1))
-    _replace(OpenAIServingCompletion, "request_output_to_completion_response", usage.told_at_once)
-    _replace(OpenAIServingCompletion, "completion_stream_generator", usage.told_in_stream(results_at=2))
-    _replace(OpenAIServingResponses, "responses_full_generator", usage.told_last)
+    _replace(OutputProcessor, "process_outputs", _record_loops)
+    _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_chat_response)
+    _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.wrap_stream(results_at=1))
+    _replace(OpenAIServingCompletion, "request_output_to_completion_response", usage.wrap_completions)
+    _replace(OpenAIServingCompletion, "completion_stream_generator", usage.wrap_stream(results_at=2))
+    _replace(OpenAIServingResponses, "responses_full_generator", usage.wrap_responses)
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
@@ -147,10 +147,10 @@ def _settle_depth(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
-def _take_loops_in(original: Callable[..., Any]) -> Callable[..., Any]:
+def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_outputs(self: OutputProcessor, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-        usage.take_in(outputs, self.request_states)
+        usage.record_finished(outputs, self.request_states)
         return original(self, outputs, *args, **kwargs)
 
     process_outputs.melt_serve = True  # type: ignore[attr-defined]

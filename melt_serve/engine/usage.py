@@ -29,7 +29,7 @@ TOKEN_LOOPS = prometheus_client.Histogram(
 )
 
 
-def take_in(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:
+def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:
     """Observe what finished requests ran; let each of several answers to a prompt tell of all that are finished.
 
     Args:
@@ -49,7 +49,7 @@ def take_in(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None
             params[LOOPS_RUN] = dict(all_answers)
 
 
-class Told:
+class LoopUsage:
     """The loops of one response's tokens, as its results come in."""
 
     def __init__(self) -> None:
@@ -80,12 +80,12 @@ class Told:
         return {"mean": sum(loops * tokens for loops, tokens in total.items()) / total.total(), "max": max(total)}
 
 
-def told_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
     """For vLLM's chat responses: (self, request, results, ...) -> response."""
 
     @functools.wraps(original)
     async def respond(self: Any, request: Any, results: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        told = Told()
+        told = LoopUsage()
         response = await original(self, request, told.pass_on(results), *args, **kwargs)
         return add_usage(response, told)
 
@@ -93,12 +93,12 @@ def told_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     return respond
 
 
-def told_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_completions(original: Callable[..., Any]) -> Callable[..., Any]:
     """For vLLM's completions: (self, outputs, ...) -> response."""
 
     @functools.wraps(original)
     def respond(self: Any, outputs: list[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        told = Told()
+        told = LoopUsage()
         for prompt, output in enumerate(outputs):
             told.listen(output, prompt)
         return add_usage(original(self, outputs, *args, **kwargs), told)
@@ -107,12 +107,12 @@ def told_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     return respond
 
 
-def told_last(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_responses(original: Callable[..., Any]) -> Callable[..., Any]:
     """For vLLM's Responses API, streamed or not: (self, ...) -> response, which repeats what its last result said."""
 
     @functools.wraps(original)
     async def respond(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told, response = Told(), await original(self, *args, **kwargs)
+        told, response = LoopUsage(), await original(self, *args, **kwargs)
         if getattr(response, "kv_transfer_params", None):  # an error has none
             told.listen(response)
         return add_usage(response, told)
@@ -121,14 +121,14 @@ def told_last(original: Callable[..., Any]) -> Callable[..., Any]:
     return respond
 
 
-def add_usage(response: Any, told: Told) -> Any:
+def add_usage(response: Any, told: LoopUsage) -> Any:
     """`usage.loops`, where the response has a usage (an error has none)."""
     if told.usage and getattr(response, "usage", None) is not None:
         response.usage.loops = told.usage
     return response
 
 
-def told_in_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For vLLM's streams of server-sent events: the event with the usage tells the loops, too.
 
     Args:
@@ -138,7 +138,7 @@ def told_in_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[.
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-            told, arguments = Told(), list(args)
+            told, arguments = LoopUsage(), list(args)
             arguments[results_at] = told.pass_on(arguments[results_at])
             async for event in original(self, *arguments, **kwargs):
                 if told.usage and '"usage":{' in event:

@@ -17,14 +17,14 @@ from melt_serve.train.studies import ablate, lengths
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import PostTraining, Recipe
-    from melt_serve.train.session import Sitting
+    from melt_serve.train.session import Session
 
 DEMO_DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
 measure both on held-out questions, and write them with their cards. About half an hour on
 2 CPU cores.
 
-A run can be cut into sittings: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
+A run can be cut into sessions: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
 minute anyway. --resume goes on, and computes exactly what an unbroken run would have."""
 
 DEMO_EXAMPLES = """\
@@ -84,7 +84,7 @@ HELP_RUN = "folder for states and logs (default: runs/RECIPE); torchrun takes --
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit code: 0 when done, 3 when a sitting ended first, 130 after Ctrl-C.
+    """Run one subcommand; the exit code: 0 when done, 3 when a session ended first, 130 after Ctrl-C.
 
     Args:
         argv: the words after `python -m melt_serve.train`, by default the process's own.
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
     add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
-    add_sitting(demo)
+    add_session(demo)
     add_questions(demo)
 
     run = commands.add_parser(
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.set_defaults(run_command=run_recipe)
     add_recipe(run)
     run.add_argument("--run", "--run-folder", type=Path, help=HELP_RUN)
-    add_sitting(run)
+    add_session(run)
     add_questions(run)
 
     plan = commands.add_parser(
@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return arguments.run_command(arguments)
 
 
-def add_sitting(command: argparse.ArgumentParser) -> None:
-    """The flags of a run in many sittings."""
+def add_session(command: argparse.ArgumentParser) -> None:
+    """The flags of a run in many sessions."""
     command.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     command.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after M minutes")
 
@@ -223,7 +223,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folder: Path, again: str) -> int:
-    """Run what a recipe says, whichever kind it is, for one sitting.
+    """Run what a recipe says, whichever kind it is, for one session.
 
     Args:
         again: the words that go on with the run.
@@ -232,23 +232,23 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
     from melt_serve.train.loop.logs import LOG, plot_losses
     from melt_serve.train.recipe import PostTraining
     from melt_serve.train.run import post_train
-    from melt_serve.train.session import Paused, Sitting, TrainingError
+    from melt_serve.train.session import Paused, Session, TrainingError
 
     again = f"go on with: python -m melt_serve.train {again}"
-    sitting = Sitting(arguments.minutes)
+    session = Session(arguments.minutes)
     try:
         if not arguments.resume and any(folder.glob("*.state.pt")):
             raise TrainingError(f"{folder} holds a run already: add --resume, or choose another --run folder")
         if isinstance(recipe, PostTraining):
-            post_train(recipe, folder, sitting)
+            post_train(recipe, folder, session)
             wrote = recipe.output
         else:
-            wrote = make_bundled(recipe, folder, sitting, arguments.questions)
+            wrote = make_bundled(recipe, folder, session, arguments.questions)
     except Paused:
         if speaks():
             plot_losses(folder)
             print(f"paused, everything is saved; {again}", file=sys.stderr)
-        return 3 if sitting.signal is None else 128 + sitting.signal
+        return 3 if session.signal is None else 128 + session.signal
     except KeyboardInterrupt:
         print(f"\nstopped, the training is saved; {again}", file=sys.stderr)
         return 130
@@ -261,13 +261,13 @@ def follow(recipe: "Recipe | PostTraining", arguments: argparse.Namespace, folde
     return 0
 
 
-def make_bundled(recipe: "Recipe", folder: Path, sitting: "Sitting", questions: int) -> str:
+def make_bundled(recipe: "Recipe", folder: Path, session: "Session", questions: int) -> str:
     """Make both checkpoints of the bundled kind, show their table, and say where they are."""
     from melt_serve.task.evaluate import table
     from melt_serve.train.bundled import make_checkpoints
 
     target = Path(recipe.output or CHECKPOINTS)
-    print(table(make_checkpoints(recipe, folder, target, sitting, questions)))
+    print(table(make_checkpoints(recipe, folder, target, session, questions)))
     return f"{target}/looplm-demo and {target}/melt-demo"
 
 

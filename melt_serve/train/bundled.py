@@ -25,7 +25,7 @@ from melt_serve.train.loop.export import export, student_card, teacher_card
 from melt_serve.train.loop.logs import LOG, minutes_trained
 from melt_serve.train.loop.trainer import Losses, run_stage
 from melt_serve.train.recipe import Distillation, Pretraining, Recipe
-from melt_serve.train.session import Sitting
+from melt_serve.train.session import Session
 
 EXIT_BIAS = -3.0
 """The exit gate's bias before it is trained: a token leaves after a loop with a probability of about one in twenty."""
@@ -33,11 +33,11 @@ EXIT_THRESHOLDS = (0.9, 0.5)
 """Measured at the usual depth."""
 
 
-def make_checkpoints(recipe: Recipe, folder: Path, target: Path, sitting: Sitting, count: int) -> list[Score]:
+def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Session, count: int) -> list[Score]:
     """Run all stages, measure on `count` held-out questions, and write both checkpoints with their cards.
 
     Args:
-        folder: holds states and logs; what an earlier sitting left there is gone on with.
+        folder: holds states and logs; what an earlier session left there is gone on with.
         target: `looplm-demo` and `melt-demo` in it are replaced when everything is done, and not before.
 
     Raises:
@@ -45,12 +45,12 @@ def make_checkpoints(recipe: Recipe, folder: Path, target: Path, sitting: Sittin
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, sitting)
-    shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, sitting)
+    teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
+    shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
     student = fresh_student(teacher, recipe)
     phases = (("transition", recipe.transition), ("alignment", recipe.alignment), ("exits", recipe.exits))
     for name, stage in phases:
-        distil(name, stage, teacher, student, tokenizer, folder, sitting)
+        distil(name, stage, teacher, student, tokenizer, folder, session)
     melt = plain(student)
     scores = measure(teacher, shallow, melt, recipe, count)
     minutes = minutes_trained(folder / LOG)
@@ -66,7 +66,7 @@ def pretrain(
     stage: Pretraining,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    sitting: Sitting,
+    session: Session,
 ) -> OuroForCausalLM:
     """Train a LoopLM from nothing: cross-entropy on the replies, at every loop."""
     model = fresh_looplm(recipe, stage, tokenizer)
@@ -86,7 +86,7 @@ def pretrain(
         Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         AdamW(others, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay),
     ]
-    run_stage(name, stage, model, optimizers, losses, folder, sitting)
+    run_stage(name, stage, model, optimizers, losses, folder, session)
     return model.eval().requires_grad_(False)
 
 
@@ -97,7 +97,7 @@ def distil(
     student: Student,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
-    sitting: Sitting,
+    session: Session,
 ) -> None:
     """One phase of post-training on the task's questions."""
     run_phase(
@@ -107,7 +107,7 @@ def distil(
         student,
         lambda step: [training_batch(tokenizer, stage.batch, stage.seed, step)],
         folder,
-        sitting,
+        session,
     )
 
 

@@ -16,7 +16,7 @@ from melt_serve.terminal import fail
 from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Sitting
+    from melt_serve.train.session import Session
 
 
 Row = dict[str, Any]
@@ -70,17 +70,17 @@ def minutes(text: str) -> float:
     return value
 
 
-def exit_code(work: Callable[["Sitting"], None], minutes: float) -> int:
-    """Do a command's work in a sitting of so many minutes, and say in one line how it ended if it is not done."""
-    from melt_serve.train.session import Paused, Sitting, TrainingError
+def exit_code(work: Callable[["Session"], None], minutes: float) -> int:
+    """Do a command's work in a session of so many minutes, and say in one line how it ended if it is not done."""
+    from melt_serve.train.session import Paused, Session, TrainingError
 
-    sitting = Sitting(minutes)
+    session = Session(minutes)
     again = "the same command goes on"
     try:
-        work(sitting)
+        work(session)
     except Paused:
         print(f"paused, everything is saved; {again}", file=sys.stderr)
-        return 3 if sitting.signal is None else 128 + sitting.signal
+        return 3 if session.signal is None else 128 + session.signal
     except KeyboardInterrupt:
         print(f"\nstopped, finished runs are saved; {again}", file=sys.stderr)
         return 130

@@ -16,34 +16,34 @@ from melt_serve.train.distil.build import DTYPES, compile_layers, fresh_student,
 from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
-from melt_serve.train.loop.distributed import processes, rank, shard, world
+from melt_serve.train.loop.distributed import process_group, rank, shard, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.logs import LOG
 from melt_serve.train.loop.trainer import Saving
 from melt_serve.train.recipe import PostTraining
-from melt_serve.train.session import Sitting, TrainingError
+from melt_serve.train.session import Session, TrainingError
 
 RECIPE = "recipe.json"
 MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks", "compile")
 """Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
 
 
-def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
+def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     """Run the recipe's stages, then write the MELT to its output.
 
     Args:
-        folder: holds recipe, states and logs; what an earlier sitting left there is gone on with.
+        folder: holds recipe, states and logs; what an earlier session left there is gone on with.
 
     Raises:
         TrainingError: no such teacher, no free output, or `folder` holds another recipe's run; see also `run_stage`.
         DataError: see `Sequences`.
-        Paused: the sitting ended first.
+        Paused: the session ended first.
     """
     check_output(Path(recipe.output))
     teacher, tokenizer = load_teacher(recipe)
     sequences = Sequences(recipe, tokenizer, folder)
     dtype, target = DTYPES[recipe.dtype], Path(recipe.output)
-    with processes(dtype) as device:
+    with process_group(dtype) as device:
         check_share(recipe)
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def post_train(recipe: PostTraining, folder: Path, sitting: Sitting) -> None:
         saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)
-            run_phase(name, stage, teacher, student, batches, folder, sitting, saving)
+            run_phase(name, stage, teacher, student, batches, folder, session, saving)
             first += stage.steps * recipe.sequences
         melt = plain(student)
         if rank() == 0:
@@ -75,10 +75,10 @@ def check_share(recipe: PostTraining) -> None:
         TrainingError: a step's micro-batches cannot be shared out evenly.
     """
     micro_batches = recipe.sequences // recipe.micro_batch
-    if micro_batches % world():
+    if micro_batches % world_size():
         raise TrainingError(
-            f"a step has {micro_batches} micro-batches of micro_batch={recipe.micro_batch} sequences, which {world()} "
-            "processes cannot share evenly; change batch_tokens, micro_batch or the processes"
+            f"a step has {micro_batches} micro-batches of micro_batch={recipe.micro_batch} sequences, which "
+            f"{world_size()} processes cannot share evenly; change batch_tokens, micro_batch or the processes"
         )
 
 
@@ -126,7 +126,7 @@ def batches_of(
 
     def batches(step: int) -> list[Batch]:
         begin = first + step * recipe.sequences
-        starts = range(begin, begin + recipe.sequences, size)[rank() :: world()]
+        starts = range(begin, begin + recipe.sequences, size)[rank() :: world_size()]
         return [moved(sequences(range(start, start + size)), device) for start in starts]
 
     return batches

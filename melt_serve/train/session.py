@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 
 class Paused(Exception):
-    """The sitting is over before the stage is; everything is saved."""
+    """The session is over before the stage is; everything is saved."""
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why, and what is on disk is good."""
 
 
-class Sitting:
+class Session:
     """One stretch of time in which stages may run, and the signals that end it early."""
 
     def __init__(self, minutes: float = math.inf):
@@ -30,7 +30,7 @@ class Sitting:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the sitting after the current step."""
+        """Let Ctrl-C and SIGTERM end the session after the current step."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

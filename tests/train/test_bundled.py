@@ -14,7 +14,7 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.bundled import fresh_student, make_checkpoints, plain
 from melt_serve.train.loop.trainer import LOG
 from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Shape
-from melt_serve.train.session import Paused, Sitting
+from melt_serve.train.session import Paused, Session
 
 RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}
 TINY = Recipe(
@@ -34,7 +34,7 @@ def logged(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    return folder, make_checkpoints(TINY, folder / "run", folder / "out", Sitting(), 4)
+    return folder, make_checkpoints(TINY, folder / "run", folder / "out", Session(), 4)
 
 
 def test_every_stage_lowers_its_loss(made):
@@ -78,15 +78,15 @@ def test_what_is_written_is_what_transformers_loads(made):
 
 def test_many_sittings_make_the_same_checkpoints_bit_for_bit(made, tmp_path):
     folder, scores = made
-    sittings = 0
+    sessions = 0
     while True:
         try:
-            again = make_checkpoints(TINY, tmp_path / "run", tmp_path / "out", Sitting(minutes=0.02), 4)
+            again = make_checkpoints(TINY, tmp_path / "run", tmp_path / "out", Session(minutes=0.02), 4)
             break
         except Paused:
-            sittings += 1
+            sessions += 1
             assert not (tmp_path / "out").exists()
-    assert sittings > 1 and again == scores
+    assert sessions > 1 and again == scores
     for name in ("looplm-demo", "melt-demo"):
         weights = [(place / name / "model.safetensors").read_bytes() for place in (folder / "out", tmp_path / "out")]
         assert weights[0] == weights[1]

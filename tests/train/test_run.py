@@ -108,12 +108,12 @@ def test_micro_batches_are_one_batch(unbroken):
 
 def test_many_sittings_are_the_unbroken_run_bit_for_bit(unbroken):
     for _ in range(3):
-        assert run(unbroken, "sittings", "--minutes", "0", "--resume") == 3
-        assert not (unbroken / "sittings-melt").exists()
-    assert len(logged(unbroken / "sittings")) == 3
-    assert run(unbroken, "sittings", "--resume") == 0
-    assert logged(unbroken / "sittings") == logged(unbroken / "run")
-    assert weights(unbroken / "sittings-melt") == weights(unbroken / "melt")
+        assert run(unbroken, "sessions", "--minutes", "0", "--resume") == 3
+        assert not (unbroken / "sessions-melt").exists()
+    assert len(logged(unbroken / "sessions")) == 3
+    assert run(unbroken, "sessions", "--resume") == 0
+    assert logged(unbroken / "sessions") == logged(unbroken / "run")
+    assert weights(unbroken / "sessions-melt") == weights(unbroken / "melt")
 
 
 def wait_for(path, process):

@@ -26,8 +26,8 @@ On a GPU the size is the true one. Without one it is reduced: 1/{CPU_SCALE} of t
 sequences of two chunks unless sequence_length= says otherwise; --scale 1 asks for the true size there, too. A step has
 two micro-batches unless batch_tokens= says otherwise.
 
-A trial can be cut into sittings: after --minutes, Ctrl-C or SIGTERM its state is saved, and the same command goes on.
-The first step of a phase in each sitting warms up and does not count. Each phase is a line of JSON in --rows; one that
+A trial can be cut into sessions: after --minutes, Ctrl-C or SIGTERM its state is saved, and the same command goes on.
+The first step of a phase in each session warms up and does not count. Each phase is a line of JSON in --rows; one that
 is there already, of the same settings and the same kind of device, is shown, not measured again.
 
 Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
@@ -72,9 +72,9 @@ def trial(arguments: argparse.Namespace) -> int:
     from melt_serve.capacity import PlanError
     from melt_serve.train.cost.trial_run import measure, prepare
     from melt_serve.train.recipe_files import RecipeError
-    from melt_serve.train.session import Paused, Sitting, StudyError, TrainingError
+    from melt_serve.train.session import Paused, Session, StudyError, TrainingError
 
-    sitting = Sitting(arguments.minutes)
+    session = Session(arguments.minutes)
     if "=" in arguments.recipe and not Path(arguments.recipe).exists():
         arguments.recipe, arguments.overrides = RECIPE, [arguments.recipe, *arguments.overrides]
     scale = arguments.reduced_by or (1 if torch.cuda.is_available() else CPU_SCALE)
@@ -82,13 +82,13 @@ def trial(arguments: argparse.Namespace) -> int:
     try:
         tried = prepare(arguments.recipe, arguments.overrides, scale, arguments.steps)
         print(head(arguments.recipe, tried), flush=True)
-        for row in measure(tried, arguments.rows, sitting):
+        for row in measure(tried, arguments.rows, session):
             rows.append(row)
     except Paused:
         print(f"paused, all is saved beside {arguments.rows}; the same command goes on", file=sys.stderr)
-        return 3 if sitting.signal is None else 128 + sitting.signal
+        return 3 if session.signal is None else 128 + session.signal
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from where the last sitting ended", file=sys.stderr)
+        print("\nstopped; the same command goes on from where the last session ended", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         return fail(

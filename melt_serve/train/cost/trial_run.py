@@ -23,17 +23,17 @@ from melt_serve.train.data.batch import IGNORED, Batch, moved
 from melt_serve.train.distil.build import DTYPES, compile_layers, fresh_student, student_config
 from melt_serve.train.distil.phase import loops_of, run_phase
 from melt_serve.train.distil.student import Student
-from melt_serve.train.loop.distributed import processes, shard, world
+from melt_serve.train.loop.distributed import process_group, shard, world_size
 from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.trainer import Saving
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.recipe_files import RecipeError, find_recipe, load_recipe, override, read_table
 from melt_serve.train.results import append_row, fingerprint, read_rows
-from melt_serve.train.session import Paused, Sitting, TrainingError
+from melt_serve.train.session import Paused, Session, TrainingError
 
 MICRO_BATCHES = 2
 CHUNKS = 2
-SITTINGS = "sittings.jsonl"
+SITTINGS = "sessions.jsonl"
 Row = dict[str, Any]
 
 
@@ -101,17 +101,17 @@ def prepare(name: str, overrides: Sequence[str], scale: int, steps: int) -> Tria
     return Trial(recipe, teacher, scale, tokens)
 
 
-def measure(tried: Trial, path: Path, sitting: Sitting) -> Iterator[Row]:
+def measure(tried: Trial, path: Path, session: Session) -> Iterator[Row]:
     """Every phase's row, in order; one that is not in the file yet is measured, and appended.
 
     Raises:
-        Paused: the sitting ended first.
+        Paused: the session ended first.
         TrainingError: torchrun started this, or no step of a phase could be measured; see also `run_stage`.
         StudyError: a line of the file is broken.
     """
     recipe = tried.recipe
-    with processes(DTYPES[recipe.dtype]) as device:
-        if world() > 1:
+    with process_group(DTYPES[recipe.dtype]) as device:
+        if world_size() > 1:
             raise TrainingError("a trial is one process on one device; start it without torchrun")
         settings = tried.settings(name_of(device))
         rows = {row["phase"]: row for row in read_rows(path) if row["settings"] == settings}
@@ -121,7 +121,7 @@ def measure(tried: Trial, path: Path, sitting: Sitting) -> Iterator[Row]:
             teacher, student = random_models(tried, device)
         for name in recipe.stages:
             if name not in rows:
-                take_steps(name, tried, teacher, student, folder, device, sitting)
+                take_steps(name, tried, teacher, student, folder, device, session)
                 rows[name] = row_of(name, tried, folder, settings)
                 append_row(path, rows[name])
                 (folder / f"{name}.state.pt").unlink(missing_ok=True)
@@ -152,9 +152,9 @@ def take_steps(
     student: Student,
     folder: Path,
     device: torch.device,
-    sitting: Sitting,
+    session: Session,
 ) -> None:
-    """One phase's steps, or what of them fits the sitting; what only this sitting knows becomes a line in `folder`.
+    """One phase's steps, or what of them fits the session; what only this session knows becomes a line in `folder`.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
@@ -171,7 +171,7 @@ def take_steps(
     forget_peak(device)
     saving = Saving(minutes=math.inf, at_end=False)  # at the true size a state is 20 GB
     try:
-        run_phase(name, recipe.stages[name], teacher, student, batches, folder, sitting, saving)
+        run_phase(name, recipe.stages[name], teacher, student, batches, folder, session, saving)
     except Paused as paused:
         pause = paused
     if steps:
@@ -211,19 +211,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def row_of(name: str, tried: Trial, folder: Path, settings: Row) -> Row:
-    """What a phase's steps of all sittings say.
+    """What a phase's steps of all sessions say.
 
     Raises:
-        TrainingError: all of them were the first of a sitting.
+        TrainingError: all of them were the first of a session.
     """
     recipe, stage = tried.recipe, tried.recipe.stages[name]
-    sittings = [entry for entry in read_log(folder / SITTINGS) if entry["phase"] == name]
-    warm_ups = {entry["first_step"] for entry in sittings}
+    sessions = [entry for entry in read_log(folder / SITTINGS) if entry["phase"] == name]
+    warm_ups = {entry["first_step"] for entry in sessions}
     entries = [entry for entry in read_log(folder / LOG) if entry["stage"] == name]
     counted = [entry for entry in entries if entry["step"] not in warm_ups]
     if not counted:
         raise TrainingError(
-            f"{name}: each of its {len(entries)} steps was the first of a sitting and warmed up, so none could be "
+            f"{name}: each of its {len(entries)} steps was the first of a session and warmed up, so none could be "
             "measured; give more --minutes and --steps"
         )
 
@@ -234,7 +234,7 @@ def row_of(name: str, tried: Trial, folder: Path, settings: Row) -> Row:
 
     seconds = [entry["seconds"] for entry in counted]
     tokens_per_second = recipe.batch_tokens / median(seconds)
-    multiplied = median(entry["matmul_rate"] for entry in sittings)
+    multiplied = median(entry["matmul_rate"] for entry in sessions)
     flops, with_repeats = flops_a_token(False), flops_a_token(recipe.checkpoint_chunks)
     return {
         "phase": name,
@@ -242,12 +242,12 @@ def row_of(name: str, tried: Trial, folder: Path, settings: Row) -> Row:
         "size": tried.size,
         "dtype": recipe.dtype,
         "steps": len(entries),
-        "sittings": len(sittings),
+        "sessions": len(sessions),
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "slowest": recipe.batch_tokens / max(seconds),
         "fastest": recipe.batch_tokens / min(seconds),
-        "peak_memory": max(entry["peak_memory"] for entry in sittings),
+        "peak_memory": max(entry["peak_memory"] for entry in sessions),
         "flops_per_token": flops,
         "flops_per_token_with_repeats": with_repeats,
         "flops_per_second": tokens_per_second * flops,

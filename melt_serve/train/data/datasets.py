@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm import tqdm
 
-Place = list[int]
+Cursor = list[int]
 """Where a stream goes on: the file's number, and what the file needs to find its next record. JSON."""
 
 
@@ -74,8 +74,8 @@ class Source(Protocol):
             BrokenRecord: it is none.
         """
 
-    def stream(self, place: Place) -> Iterator[tuple[Record | BrokenRecord, Place]]:
-        """Records in the order of the file from `place` on ([] is the beginning), each with the place after it."""
+    def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
+        """Records in the order of the file from `cursor` on ([] is the beginning), each with the cursor after it."""
 
     def identity(self) -> list[str | int]:
         """What tells it from other data, without reading it."""
@@ -110,9 +110,9 @@ class Corpus:
         except BrokenRecord as broken:
             return broken
 
-    def stream(self, place: Place) -> Iterator[tuple[Record | BrokenRecord, Place]]:
+    def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
         """As `Source.stream`, through all of them."""
-        first, *inside = place or [0]
+        first, *inside = cursor or [0]
         for number, source in enumerate(self.sources[first:], first):
             for record, after in source.stream(inside):
                 yield record, [number, *after]
@@ -175,9 +175,9 @@ class JsonLines:
         self.file.seek(begins[index])
         return self.parse(self.file.readline(), numbers[index])
 
-    def stream(self, place: Place) -> Iterator[tuple[Record | BrokenRecord, Place]]:
-        """See `Source`; a place is the byte and the number of the last line before it."""
-        offset, number = place or (0, 0)
+    def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
+        """See `Source`; a cursor is the byte and the number of the last line before it."""
+        offset, number = cursor or (0, 0)
         with self.path.open("rb") as file:
             file.seek(offset)
             for line in file:
@@ -229,9 +229,9 @@ class Table:
         """See `Source`."""
         return checked(self.rows[index], f"{self.path}: row {index}")
 
-    def stream(self, place: Place) -> Iterator[tuple[Record | BrokenRecord, Place]]:
-        """See `Source`; a place is the number of the next row."""
-        (first,) = place or [0]
+    def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
+        """See `Source`; a cursor is the number of the next row."""
+        (first,) = cursor or [0]
         for index in range(first, len(self.rows)):
             try:
                 yield self.read(index), [index + 1]

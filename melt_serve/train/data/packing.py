@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.train.data.batch import IGNORED, Batch
-from melt_serve.train.data.datasets import BrokenRecord, Corpus, DataError, Place, Record
+from melt_serve.train.data.datasets import BrokenRecord, Corpus, Cursor, DataError, Record
 from melt_serve.train.data.documents import Document, TooLong, documents_of, fitted
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,8 @@ class Batches:
         self.order: Streamed | Permuted = (Streamed if packing.streaming else Permuted)(corpus, packing)
         self.data = {"files": corpus.identity(), **asdict(replace(packing, batch=1, broken="skip"))}
         self.epoch = 0
-        self.place: Place = []
-        self.next_place: Place = []
+        self.cursor: Cursor = []
+        self.next_cursor: Cursor = []
         self.packs: list[Pack] = []
         self.used = 0
         self.counts = self.counts_before = Counts()
@@ -158,9 +158,9 @@ class Batches:
 
     def next_window(self) -> bool:
         """Read and pack the next window; false, where this epoch has none, and the next one begins."""
-        records, after = self.order.window(self.epoch, self.next_place)
+        records, after = self.order.window(self.epoch, self.next_cursor)
         if not records:
-            self.epoch, self.next_place = self.epoch + 1, []
+            self.epoch, self.next_cursor = self.epoch + 1, []
             return False
         before = replace(self.counts)
         documents = [document for record in records for document in self.documents_of(record)]
@@ -168,9 +168,9 @@ class Batches:
             chosen = [[number] for number in range(len(documents))]
         else:
             chosen = best_fit([len(document) for document in documents], self.packing.length, self.packing.chunk_size)
-        random.Random(f"packs {self.packing.seed} {self.epoch} {self.next_place}").shuffle(chosen)
+        random.Random(f"packs {self.packing.seed} {self.epoch} {self.next_cursor}").shuffle(chosen)
         # Only now, so that a window that could not be read leaves a state that is good.
-        self.place, self.next_place, self.counts_before = self.next_place, after, before
+        self.cursor, self.next_cursor, self.counts_before = self.next_cursor, after, before
         self.packs, self.used = [[documents[number] for number in pack] for pack in chosen], 0
         for pack in self.packs:
             self.count(pack)
@@ -209,7 +209,7 @@ class Batches:
         return {
             "data": self.data,
             "epoch": self.epoch,
-            "place": self.place,
+            "place": self.cursor,
             "used": self.used,
             "counts": asdict(self.counts_before),
         }
@@ -223,42 +223,42 @@ class Batches:
         changed = sorted(name for name, value in self.data.items() if state["data"].get(name) != value)
         if changed:
             raise DataError(f"the data is not the same as when the state was saved: {', '.join(changed)} differ")
-        self.epoch, self.next_place = state["epoch"], state["place"]
+        self.epoch, self.next_cursor = state["epoch"], state["place"]
         self.counts = Counts(**state["counts"])
         self.next_window()
         self.used = state["used"]
 
 
 class Permuted:
-    """All records of an epoch in random order. A place is how many of them are done."""
+    """All records of an epoch in random order. A cursor is how many of them are done."""
 
     def __init__(self, corpus: Corpus, packing: Packing):
         self.corpus, self.packing = corpus, packing
         self.epoch: int | None = None
 
-    def window(self, epoch: int, place: Place) -> tuple[list[Record | BrokenRecord], Place]:
-        """The records from this place on, none at the end, and the place after them."""
+    def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
+        """The records from this cursor on, none at the end, and the cursor after them."""
         if epoch != self.epoch:
             seed = random.Random(f"order {self.packing.seed} {epoch}").getrandbits(63)
             self.order = torch.randperm(len(self.corpus), generator=torch.Generator().manual_seed(seed))
             self.epoch = epoch
-        (done,) = place or [0]
+        (done,) = cursor or [0]
         chosen = self.order[done : done + self.packing.window].tolist()
         return [self.corpus.read(index) for index in chosen], [done + len(chosen)]
 
 
 class Streamed:
-    """Records in the files' order, shuffled within each window. A place is one in the files."""
+    """Records in the files' order, shuffled within each window. A cursor is one in the files."""
 
     def __init__(self, corpus: Corpus, packing: Packing):
         self.corpus, self.packing = corpus, packing
 
-    def window(self, epoch: int, place: Place) -> tuple[list[Record | BrokenRecord], Place]:
+    def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
         """As `Permuted.window`."""
-        read = list(islice(self.corpus.stream(place), self.packing.window))
+        read = list(islice(self.corpus.stream(cursor), self.packing.window))
         records = [record for record, _ in read]
-        random.Random(f"window {self.packing.seed} {epoch} {place}").shuffle(records)
-        return records, read[-1][1] if read else place
+        random.Random(f"window {self.packing.seed} {epoch} {cursor}").shuffle(records)
+        return records, read[-1][1] if read else cursor
 
 
 def best_fit(lengths: Sequence[int], width: int, grid: int) -> list[list[int]]:

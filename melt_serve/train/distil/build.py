@@ -8,7 +8,7 @@ import torch
 from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.distil.student import Student
-from melt_serve.train.loop.distributed import gathered
+from melt_serve.train.loop.distributed import full_tensors
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.session import TrainingError
 
@@ -38,7 +38,7 @@ def melt_config(teacher: LoopLMConfig, **melt: object) -> MeltConfig:
 def plain(student: Student) -> MeltForCausalLM:
     """The student as the reference model, to be evaluated and saved. All processes must call it."""
     melt = MeltForCausalLM(student.config)
-    melt.load_state_dict(gathered(student.state_dict()))
+    melt.load_state_dict(full_tensors(student.state_dict()))
     return melt.eval()
 
 

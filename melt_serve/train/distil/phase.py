@@ -16,10 +16,10 @@ from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import distillation_from_states
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
-from melt_serve.train.loop.distributed import exchange_gradients, rank, total, world
+from melt_serve.train.loop.distributed import all_reduce_sum, exchange_gradients, rank, world_size
 from melt_serve.train.loop.trainer import EVERY_MINUTE, Losses, Saving, run_stage
 from melt_serve.train.recipe import Distillation, Stage
-from melt_serve.train.session import Sitting
+from melt_serve.train.session import Session
 
 
 def run_phase(
@@ -29,7 +29,7 @@ def run_phase(
     student: Student,
     batches: Callable[[int], Sequence[Batch]],
     folder: Path,
-    sitting: Sitting,
+    session: Session,
     saving: Saving = EVERY_MINUTE,
 ) -> None:
     """Train the student on what the teacher says.
@@ -45,29 +45,29 @@ def run_phase(
         micro_batches = batches(step)
         answers = sum(int(wanted_tokens(stage, batch).sum()) for batch in micro_batches)
         tokens = torch.stack([batch.real.sum() for batch in micro_batches]).sum()
-        counts = total(torch.stack([tokens.new_tensor(answers), tokens]))
+        counts = all_reduce_sum(torch.stack([tokens.new_tensor(answers), tokens]))
         done: Losses = {}
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
             exchange_gradients(student, last)
-            number = rank() + i * world()
+            number = rank() + i * world_size()
             parts = phase_losses(stage, step, number, teacher, student, batch, int(counts[0]), counts[1])
             if not last:
-                (world() * parts["loss"]).backward()
+                (world_size() * parts["loss"]).backward()
             done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
-        return done if world() == 1 else of_all_processes(done)
+        return done if world_size() == 1 else of_all_processes(done)
 
     gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
     base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
-    run_stage(name, stage, student, [optimizer], losses, folder, sitting, saving)
+    run_stage(name, stage, student, [optimizer], losses, folder, session, saving)
 
 
 def of_all_processes(losses: Losses) -> Losses:
     """The values of the whole step; the gradient is this process's share, times as many as FSDP divides it by."""
-    values = dict(zip(losses, total(torch.stack([value.detach() for value in losses.values()])), strict=True))
-    own = world() * losses["loss"]
+    values = dict(zip(losses, all_reduce_sum(torch.stack([value.detach() for value in losses.values()])), strict=True))
+    own = world_size() * losses["loss"]
     return {**values, "loss": own + (values["loss"] - own).detach()}
 
 
@@ -90,7 +90,7 @@ def phase_losses(
     wanted_at = wanted_tokens(stage, batch)
     loops = loops_of(stage, step)
     wanted = ask_teacher(teacher, batch, wanted_at, loops, attention=stage.alignment > 0)
-    given = student.study(
+    given = student.run_batch(
         batch,
         wanted_at,
         loops,

@@ -27,20 +27,20 @@ class TrainingRows(MeltRows):
         teacher_attention: list[Tensor] | None,
         thresholds: Tensor | None,
         detached: bool,
-        in_pieces: bool,
+        chunked: bool,
     ):
         """Before the first chunk.
 
         Args:
             detached: a chunk's rows take no gradient from later ones.
-            in_pieces: many copies of the rows share their memory.
+            chunked: many copies of the rows share their memory.
         """
         device = batch.input_ids.device
         super().__init__(config, len(batch.input_ids), device)
         self.alpha = alpha
-        self.looplm: dict[tuple[int, int], DynamicLayer | Pieces] = {}
-        self.kind = Pieces if in_pieces else DynamicLayer
-        self.layers: list[DynamicLayer | Pieces] = [self.kind() for _ in range(config.num_hidden_layers)]
+        self.looplm: dict[tuple[int, int], DynamicLayer | ChunkedRows] = {}
+        self.kind = ChunkedRows if chunked else DynamicLayer
+        self.layers: list[DynamicLayer | ChunkedRows] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
         self.thresholds = thresholds
         self.detached = detached
@@ -70,7 +70,7 @@ class TrainingRows(MeltRows):
     def keep_columns(self, layers: Iterable[Any], needed: Tensor) -> None:
         """As for MELT's rows, also where they are in pieces."""
         for rows in layers:
-            if isinstance(rows, Pieces):
+            if isinstance(rows, ChunkedRows):
                 rows.keep(needed)
             else:
                 super().keep_columns([rows], needed)
@@ -82,7 +82,7 @@ class TrainingRows(MeltRows):
         del self.layers[self.config.num_hidden_layers :]
         if self.detached:
             for rows in (*self.layers, *self.looplm.values()):
-                if isinstance(rows, Pieces):
+                if isinstance(rows, ChunkedRows):
                     rows.pieces = tuple((keys.detach(), values.detach()) for keys, values in rows.pieces)
                 else:
                     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
@@ -107,7 +107,7 @@ class TrainingRows(MeltRows):
         self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0)
 
 
-class Pieces:
+class ChunkedRows:
     """Rows of one layer as the chunks wrote them, joined anew by everyone who reads: copies share all memory."""
 
     def __init__(self) -> None:

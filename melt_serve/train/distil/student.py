@@ -74,7 +74,7 @@ class Student(MeltForCausalLM):
     attention = FusedAttention
     checkpoint_chunks = False
 
-    def study(
+    def run_batch(
         self,
         batch: Batch,
         tokens: Tensor,
@@ -103,7 +103,7 @@ class Student(MeltForCausalLM):
         if decode_aware and batch.prompt_lengths is None:
             raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
         rows = TrainingRows(
-            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, in_pieces=self.checkpoint_chunks
+            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, chunked=self.checkpoint_chunks
         )
         output = self(
             batch.input_ids,

@@ -22,7 +22,7 @@ Tree = TypeVar("Tree")
 
 
 @contextmanager
-def processes(dtype: torch.dtype) -> Iterator[torch.device]:
+def process_group(dtype: torch.dtype) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; gives this one's device.
 
     Args:
@@ -48,7 +48,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -68,28 +68,28 @@ def exchange_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_of(flags: list[bool], device: torch.device) -> list[bool]:
     """Each flag as it is in all processes: true where it is in one."""
-    if world() == 1:
+    if world_size() == 1:
         return flags
     values = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.bool().tolist()
 
 
-def gathered(tree: Tree) -> Tree:
+def full_tensors(tree: Tree) -> Tree:
     """The same with whole tensors on the CPU for shared ones. All processes must call it."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
-def shared_out(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, that every process has, shared out as another one is."""
     if not isinstance(like, DTensor):
         return whole
@@ -99,7 +99,7 @@ def shared_out(whole: Tensor, like: Tensor) -> Tensor:
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Take up whole weights."""
     own = model.state_dict()
-    model.load_state_dict({key: shared_out(value, own[key]) for key, value in state.items()})
+    model.load_state_dict({key: shard_like(value, own[key]) for key, value in state.items()})
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = {
         number: {
-            key: shared_out(value, weights[number]) if torch.is_tensor(value) and value.ndim else value
+            key: shard_like(value, weights[number]) if torch.is_tensor(value) and value.ndim else value
             for key, value in values.items()
         }
         for number, values in state["state"].items()

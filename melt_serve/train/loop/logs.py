@@ -96,6 +96,6 @@ def keep_line(line: str, name: str, step: int) -> bool:
 
 
 def minutes_trained(log: Path) -> float:
-    """The minutes that all steps took together, over all sittings."""
+    """The minutes that all steps took together, over all sessions."""
     lines = log.read_text(encoding="utf-8").splitlines()
     return sum(json.loads(line)["seconds"] for line in lines) / 60

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from melt_serve.train.loop.distributed import any_of, gathered, load_model, load_optimizer, rank
+from melt_serve.train.loop.distributed import any_of, full_tensors, load_model, load_optimizer, rank
 from melt_serve.train.loop.logs import LOG, board, forget_after
 from melt_serve.train.recipe import Stage
-from melt_serve.train.session import Paused, Sitting, TrainingError
+from melt_serve.train.session import Paused, Session, TrainingError
 
 Losses = dict[str, Tensor]
 """The parts of a loss by name; `loss` is what is minimised."""
@@ -45,13 +45,13 @@ def run_stage(
     optimizers: Sequence[Optimizer],
     losses: Callable[[int], Losses],
     folder: Path,
-    sitting: Sitting,
+    session: Session,
     saving: Saving = EVERY_MINUTE,
 ) -> None:
     """Train `model` for the stage's steps, going on from what `folder` holds of it.
 
     Every step's losses become a line of `folder/losses.jsonl`, and points in TensorBoard. The state is saved as
-    `saving` says, and when the sitting is over; on one machine an interrupted run computes bit for bit
+    `saving` says, and when the session is over; on one machine an interrupted run computes bit for bit
     what an unbroken one does.
 
     Args:
@@ -59,7 +59,7 @@ def run_stage(
         losses: the loss of step i and its parts, from batch i.
 
     Raises:
-        Paused: the sitting ended first.
+        Paused: the session ended first.
         TrainingError: the gradient is not finite, the state cannot be saved, or `folder` holds that of another recipe.
     """
     state_file = folder / f"{name}.state.pt"
@@ -70,7 +70,7 @@ def run_stage(
     saved, saved_step = time.monotonic(), step
     parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     with (
-        sitting.listen(),
+        session.listen(),
         tqdm(
             total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True, disable=rank() > 0
         ) as bar,
@@ -86,7 +86,7 @@ def run_stage(
                 optimizer.zero_grad()
             parts = losses(step)
             parts["loss"].backward()
-            norm = gathered(nn.utils.clip_grad_norm_(parameters, stage.clip))
+            norm = full_tensors(nn.utils.clip_grad_norm_(parameters, stage.clip))
             numbers = {part: value.item() for part, value in parts.items()}
             if not norm.isfinite():
                 raise TrainingError(
@@ -102,7 +102,7 @@ def run_stage(
             bar.update()
             bar.set_postfix({part: f"{numbers[part]:.4f}" for part in parts}, refresh=False)
             due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
-            over, due = any_of([sitting.over, due], parameters[0].device)
+            over, due = any_of([session.over, due], parameters[0].device)
             if (step == stage.steps and saving.at_end) or over or due:
                 log.flush()
                 save_state(state_file, stage, step, model, optimizers)
@@ -127,8 +127,8 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     state = {
         "stage": asdict(stage),
         "step": step,
-        "model": gathered(model.state_dict()),
-        "optimizers": [gathered(optimizer.state_dict()) for optimizer in optimizers],
+        "model": full_tensors(model.state_dict()),
+        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
     }
     if rank() > 0:
         return

@@ -10,7 +10,7 @@ from melt_serve.train.results import Planned, Row, add_study_flags, exit_code, r
 from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Sitting
+    from melt_serve.train.session import Session
     from melt_serve.train.studies.ablations import Size, Variant
 
 
@@ -20,7 +20,7 @@ Post-train the bundled LoopLM in many ways and hold the outcomes side by side: t
 of the gate, chunk sizes, and cheaper gates. --list shows the studies with their variants.
 
 Every run is appended to --rows as one line of JSON when it is measured, and a run that is there is not repeated: a
-study may take many sittings. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
+study may take many sessions. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
 command goes on with it.
 
 Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
@@ -52,11 +52,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def ablate(arguments: argparse.Namespace) -> int:
     """Run, list or report what the command line asks for; the exit code."""
-    return exit_code(lambda sitting: carry_out(arguments, sitting), arguments.minutes)
+    return exit_code(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
-def carry_out(arguments: argparse.Namespace, sitting: "Sitting") -> None:
-    """What is asked for, in one sitting.
+def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
+    """What is asked for, in one session.
 
     Raises:
         StudyError: see `choose`, `read_rows` and `write_report`.
@@ -72,7 +72,7 @@ def carry_out(arguments: argparse.Namespace, sitting: "Sitting") -> None:
         for path in write_report(arguments.report, chosen, size, rows):
             print(f"wrote {path}")
     else:
-        run_all(chosen, size, arguments.seeds, arguments.rows, sitting)
+        run_all(chosen, size, arguments.seeds, arguments.rows, session)
 
 
 def choose(
@@ -100,21 +100,21 @@ def choose(
 
 
 def run_all(
-    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], path: Path, sitting: "Sitting"
+    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], path: Path, session: "Session"
 ) -> None:
     """Run what is not in the file yet: all variants with the first seed, then with the next.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
-    from melt_serve.train.studies.ablation_run import Laboratory, settings
+    from melt_serve.train.studies.ablation_run import AblationRunner, settings
 
-    laboratory = Laboratory()
+    runner = AblationRunner()
     planned = [
         Planned(
             f"{variant.name}, seed {seed}",
             settings(variant, size, seed),
-            partial(laboratory.run, variant, size, seed, sitting=sitting),
+            partial(runner.run, variant, size, seed, session=session),
         )
         for seed in seeds
         for study in studies.values()

@@ -24,7 +24,7 @@ from melt_serve.train.distil.build import start_gate
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.results import Row
-from melt_serve.train.session import Sitting
+from melt_serve.train.session import Session
 from melt_serve.train.studies.ablations import Size, Variant
 
 MEASURED_LOOPS = 4
@@ -60,7 +60,7 @@ def settings(variant: Variant, size: Size, seed: int) -> Row:
     return json.loads(json.dumps(facts))  # as it will be read from the file
 
 
-class Laboratory:
+class AblationRunner:
     """The teacher, the tokenizer and the held-out questions that all runs share."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Laboratory:
         self.teacher = AutoModelForCausalLM.from_pretrained(LOOPLM, dtype=torch.float32).eval().requires_grad_(False)
         self.asked: dict[int, tuple[list[Batch], list[Tensor]]] = {}
 
-    def run(self, variant: Variant, size: Size, seed: int, folder: Path, sitting: Sitting) -> Row:
+    def run(self, variant: Variant, size: Size, seed: int, folder: Path, session: Session) -> Row:
         """Train and measure; `folder` holds the run's states until it is done, and goes with it.
 
         Raises:
@@ -80,7 +80,7 @@ class Laboratory:
         folder.mkdir(parents=True, exist_ok=True)
         for name, stage in (("transition", recipe.transition), ("alignment", recipe.alignment)):
             if stage.steps:
-                distil(name, stage, self.teacher, student, self.tokenizer, folder, sitting)
+                distil(name, stage, self.teacher, student, self.tokenizer, folder, session)
         outcomes = self.measure(student.eval(), size, variant.served_chunk_sizes(size))
         shutil.rmtree(folder)
         return {
@@ -142,7 +142,7 @@ class Laboratory:
 @torch.inference_mode()
 def answers(student: Student, batch: Batch, mode: DecodeMode) -> Tensor:
     """The last loop's logits before every token of the replies, [tokens, V]; rows as this mode decodes make them."""
-    return student.study(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=mode == "token").logits[-1]
+    return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=mode == "token").logits[-1]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:

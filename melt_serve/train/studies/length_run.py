@@ -20,7 +20,7 @@ from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.trainer import Losses, run_stage
 from melt_serve.train.recipe import Count, Rate, Share, Stage
 from melt_serve.train.results import Row
-from melt_serve.train.session import Sitting
+from melt_serve.train.session import Session
 from melt_serve.train.studies.word_problems import PROBLEMS, Word, WordProblem, words
 
 STAGE = "words"
@@ -35,7 +35,7 @@ EMBEDDING_STD = 1.0
 
 
 @dataclass(frozen=True)
-class Course(Stage):
+class Curriculum(Stage):
     """How a model learns: cross-entropy of the last loop's answer after every letter.
 
     Attributes:
@@ -56,11 +56,11 @@ class Course(Stage):
         return round(self.first_length + (self.length - self.first_length) * grown)
 
 
-COURSE = Course(steps=400, learning_rate=3e-3, batch=64)
+CURRICULUM = Curriculum(steps=400, learning_rate=3e-3, batch=64)
 
 
 @dataclass(frozen=True)
-class Contender:
+class ModelUnderTest:
     """A model that is compared.
 
     Attributes:
@@ -69,7 +69,7 @@ class Contender:
         chunk_size: C of a MELT; None for a LoopLM.
         start: words are given with one more letter before the first, of its own kind. Without it a transformer cannot
             tell a word of one letter from that letter twice: what it attends to is alike.
-        patience: it takes this many times the course's steps.
+        patience: it takes this many times the curriculum's steps.
     """
 
     name: str
@@ -118,15 +118,15 @@ class Contender:
         return self.layers * self.loops * chunks
 
 
-PLAIN = Contender("plain", "a transformer of T layers, each with weights of its own", layers=4, loops=1)
-LOOPLM = Contender("looplm", "LoopLM, one layer")
-CONTENDERS: dict[str, Contender] = {
-    contender.name: contender
-    for contender in (
+PLAIN = ModelUnderTest("plain", "a transformer of T layers, each with weights of its own", layers=4, loops=1)
+LOOPLM = ModelUnderTest("looplm", "LoopLM, one layer")
+MODELS_UNDER_TEST: dict[str, ModelUnderTest] = {
+    under_test.name: under_test
+    for under_test in (
         PLAIN,
         LOOPLM,
-        Contender("melt-whole", "MELT, C = the whole word", chunk_size=WHOLE_WORD),
-        *(Contender(f"melt-{size}", f"MELT, C = {size}", chunk_size=size) for size in (8, 4, 1)),
+        ModelUnderTest("melt-whole", "MELT, C = the whole word", chunk_size=WHOLE_WORD),
+        *(ModelUnderTest(f"melt-{size}", f"MELT, C = {size}", chunk_size=size) for size in (8, 4, 1)),
         replace(PLAIN, name="plain-start", what="`plain`, with a start letter", start=True),
         replace(LOOPLM, name="looplm-start", what="`looplm`, with a start letter", start=True),
         replace(PLAIN, name="plain-4x", what="`plain`, four times the steps", patience=4),
@@ -135,38 +135,40 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def settings(contender: Contender, task: str, course: Course, seed: int) -> Row:
+def settings(under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed: int) -> Row:
     """What makes a run the run it is: of rows with the same settings one is enough."""
-    model = {key: value for key, value in asdict(contender).items() if key not in ("name", "what")}
+    model = {key: value for key, value in asdict(under_test).items() if key not in ("name", "what")}
     problem = {key: value for key, value in asdict(PROBLEMS[task]).items() if key != "what"}
-    facts = {"problem": problem, "seed": seed, "model": model, "course": asdict(course)}
+    facts = {"problem": problem, "seed": seed, "model": model, "course": asdict(curriculum)}
     asked = {"words": MEASURED_WORDS, "longer": LONGER}
     return json.loads(json.dumps({**facts, **asked}))  # as it will be read from the file
 
 
-def run(contender: Contender, task: str, course: Course, seed: int, folder: Path, sitting: Sitting) -> Row:
+def run(
+    under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed: int, folder: Path, session: Session
+) -> Row:
     """Train and measure; `folder` holds the run's states until it is done, and goes with it.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
     problem = PROBLEMS[task]
-    vocabulary = start_letter(problem) + contender.start
-    model = contender.model(vocabulary, seed)
-    own = replace(course, steps=contender.patience * course.steps, seed=seed)
+    vocabulary = start_letter(problem) + under_test.start
+    model = under_test.model(vocabulary, seed)
+    own = replace(curriculum, steps=under_test.patience * curriculum.steps, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
-    learn(model, problem, own, folder, sitting)
+    learn(model, problem, own, folder, session)
     log = read_log(folder / LOG)
-    right = measure(model, problem, LONGER * course.length)
+    right = measure(model, problem, LONGER * curriculum.length)
     shutil.rmtree(folder)
     return {
         "task": task,
-        "model": contender.name,
+        "model": under_test.name,
         "seed": seed,
         "steps": own.steps,
         "letters": own.batch * sum(map(own.length_at, range(own.steps))),
         "weights": sum(weight.numel() for weight in model.model.layers.parameters()),
-        "multiply_adds": contender.multiply_adds(vocabulary),
+        "multiply_adds": under_test.multiply_adds(vocabulary),
         "loss": log[-1]["loss"],
         "right": right,
         "seconds": round(sum(entry["seconds"] for entry in log), 1),
@@ -174,14 +176,18 @@ def run(contender: Contender, task: str, course: Course, seed: int, folder: Path
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "settings": settings(contender, task, course, seed),
+        "settings": settings(under_test, task, curriculum, seed),
     }
 
 
 def learn(
-    model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, course: Course, folder: Path, sitting: Sitting
+    model: OuroForCausalLM | MeltForCausalLM,
+    problem: WordProblem,
+    curriculum: Curriculum,
+    folder: Path,
+    session: Session,
 ) -> None:
-    """Follow the course; the log has the CPU seconds of every step, which a busy machine does not stretch.
+    """Follow the curriculum; the log has the CPU seconds of every step, which a busy machine does not stretch.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
@@ -191,7 +197,9 @@ def learn(
     def losses(step: int) -> Losses:
         nonlocal clock
         before, clock = clock, time.process_time()
-        batch = islice(words(problem, "train", f"{course.seed} {step}", course.length_at(step)), course.batch)
+        batch = islice(
+            words(problem, "train", f"{curriculum.seed} {step}", curriculum.length_at(step)), curriculum.batch
+        )
         letters, answers = tensors(batch)
         loss = F.cross_entropy(ask(model, problem, letters).flatten(0, 1), answers.flatten())
         return {"loss": loss, "cpu_seconds": torch.tensor(clock - before)}
@@ -200,10 +208,10 @@ def learn(
     inside = set(map(id, matrices))
     others = [weight for weight in model.parameters() if id(weight) not in inside]
     optimizers: list[Optimizer] = [
-        Muon(matrices, lr=course.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, lr=course.learning_rate, betas=(0.9, 0.98), weight_decay=course.weight_decay),
+        Muon(matrices, lr=curriculum.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        AdamW(others, lr=curriculum.learning_rate, betas=(0.9, 0.98), weight_decay=curriculum.weight_decay),
     ]
-    run_stage(STAGE, course, model, optimizers, losses, folder, sitting)
+    run_stage(STAGE, curriculum, model, optimizers, losses, folder, session)
 
 
 @torch.inference_mode()

@@ -21,8 +21,8 @@ from melt_serve.train.results import (
 from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Sitting
-    from melt_serve.train.studies.length_run import Contender, Course
+    from melt_serve.train.session import Session
+    from melt_serve.train.studies.length_run import Curriculum, ModelUnderTest
 
 
 ROWS = Path("runs/lengths/rows.jsonl")
@@ -33,7 +33,7 @@ word problems, with the same words in the same order, and ask each about words u
 tasks and models.
 
 Every run is appended to --rows as one line of JSON when it is measured, and a run that is there is not repeated: a
-study may take many sittings. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
+study may take many sessions. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
 command goes on with it.
 
 Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
@@ -65,54 +65,54 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def lengths(arguments: argparse.Namespace) -> int:
     """Run, list or report what the command line asks for; the exit code."""
-    return exit_code(lambda sitting: carry_out(arguments, sitting), arguments.minutes)
+    return exit_code(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
-def carry_out(arguments: argparse.Namespace, sitting: "Sitting") -> None:
-    """What is asked for, in one sitting.
+def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
+    """What is asked for, in one session.
 
     Raises:
         StudyError: see `choose`, `read_rows` and `write_report`.
         Paused, TrainingError: see `run_stage`.
     """
-    tasks, models, course = choose(arguments.tasks, arguments.models, arguments.steps)
+    tasks, models, curriculum = choose(arguments.tasks, arguments.models, arguments.steps)
     rows = read_rows(arguments.rows)
     if arguments.list:
-        print(listing(tasks, models, course, arguments.seeds, rows))
+        print(listing(tasks, models, curriculum, arguments.seeds, rows))
     elif arguments.report:
         from melt_serve.train.studies.lengths_report import write_report
 
-        for path in write_report(arguments.report, tasks, models, course, rows):
+        for path in write_report(arguments.report, tasks, models, curriculum, rows):
             print(f"wrote {path}")
     else:
-        run_all(tasks, models, course, arguments.seeds, arguments.rows, sitting)
+        run_all(tasks, models, curriculum, arguments.seeds, arguments.rows, session)
 
 
 def choose(
     tasks: Sequence[str] | None, models: Sequence[str] | None, steps: int | None
-) -> tuple[Sequence[str], Sequence["Contender"], "Course"]:
-    """The tasks by name, the models and the course asked for, by default all and the usual one.
+) -> tuple[Sequence[str], Sequence["ModelUnderTest"], "Curriculum"]:
+    """The tasks by name, the models and the curriculum asked for, by default all and the usual one.
 
     Raises:
         StudyError: one of them does not exist.
     """
-    from melt_serve.train.studies.length_run import CONTENDERS, COURSE
+    from melt_serve.train.studies.length_run import CURRICULUM, MODELS_UNDER_TEST
     from melt_serve.train.studies.word_problems import PROBLEMS
 
-    for kind, given, right in (("task", tasks, list(PROBLEMS)), ("model", models, list(CONTENDERS))):
+    for kind, given, right in (("task", tasks, list(PROBLEMS)), ("model", models, list(MODELS_UNDER_TEST))):
         if wrong := [each for each in given or () if each not in right]:
             raise StudyError(f"there is no {kind} {wrong[0]!r}, only {', '.join(right)}")
-    course = replace(COURSE, steps=steps or COURSE.steps)
-    return tasks or list(PROBLEMS), [CONTENDERS[name] for name in models or CONTENDERS], course
+    curriculum = replace(CURRICULUM, steps=steps or CURRICULUM.steps)
+    return tasks or list(PROBLEMS), [MODELS_UNDER_TEST[name] for name in models or MODELS_UNDER_TEST], curriculum
 
 
 def run_all(
     tasks: Sequence[str],
-    models: Sequence["Contender"],
-    course: "Course",
+    models: Sequence["ModelUnderTest"],
+    curriculum: "Curriculum",
     seeds: Sequence[int],
     path: Path,
-    sitting: "Sitting",
+    session: "Session",
 ) -> None:
     """Run what is not in the file yet: a seed's tasks one after another, each with all models.
 
@@ -124,8 +124,8 @@ def run_all(
     planned = [
         Planned(
             f"{task}, {model.name}, seed {seed}",
-            settings(model, task, course, seed),
-            partial(run, model, task, course, seed, sitting=sitting),
+            settings(model, task, curriculum, seed),
+            partial(run, model, task, curriculum, seed, session=session),
         )
         for seed in seeds
         for task in tasks
@@ -136,8 +136,8 @@ def run_all(
 
 def listing(
     tasks: Sequence[str],
-    models: Sequence["Contender"],
-    course: "Course",
+    models: Sequence["ModelUnderTest"],
+    curriculum: "Curriculum",
     seeds: Sequence[int],
     rows: Sequence[Row],
 ) -> str:
@@ -150,13 +150,13 @@ def listing(
     lines, left, taken = [("task", "model", "done", "minutes", "what")], 0, list(done.values())
     for task in tasks:
         for model in models:
-            ran = [done[key] for seed in seeds if (key := fingerprint(settings(model, task, course, seed))) in done]
+            ran = [done[key] for seed in seeds if (key := fingerprint(settings(model, task, curriculum, seed))) in done]
             left += len(seeds) - len(ran)
             spent = f"{sum(ran):.1f}" if ran else "-"
             lines.append((task, model.name, f"{len(ran)} of {len(seeds)}", spent, model.what))
     each = sum(taken) / len(taken) if taken else MINUTES
     what = "\n".join(f"{task}: {PROBLEMS[task].what}" for task in tasks)
-    to_go = f"{course.steps} steps; about {each:.1f} minutes a run, {left * each:.0f} minutes to go"
+    to_go = f"{curriculum.steps} steps; about {each:.1f} minutes a run, {left * each:.0f} minutes to go"
     return f"{what}\n\n{columns(lines)}\n\n{to_go}"
 
 

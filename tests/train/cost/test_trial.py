@@ -1,4 +1,4 @@
-"""Some steps of each phase with random weights: what is reported is what ran, in as many sittings as it took."""
+"""Some steps of each phase with random weights: what is reported is what ran, in as many sessions as it took."""
 
 import json
 from dataclasses import replace
@@ -63,7 +63,7 @@ def test_a_trial_goes_on_after_a_sitting_and_what_is_measured_is_not_measured_ag
     assert "the same command goes on" in capsys.readouterr().err and not rows.exists()
     assert trial(rows, "--steps", "3") == 0
     said = capsys.readouterr().out
-    assert [(row["sittings"], row["steps"], len(row["seconds"])) for row in read(rows)] == [(2, 3, 1), (1, 3, 2)]
+    assert [(row["sessions"], row["steps"], len(row["seconds"])) for row in read(rows)] == [(2, 3, 1), (1, 3, 2)]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     before = rows.read_bytes()
     assert trial(rows, "--steps", "3", "--minutes", "0") == 0
@@ -74,7 +74,7 @@ def test_steps_that_all_warmed_up_measure_nothing(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     words = ["dtype=float32", "--steps", "2", "--minutes", "0"]
     assert [trial(rows, *words) for _ in range(3)] == [3, 3, 1]
-    assert "each of its 2 steps was the first of a sitting" in capsys.readouterr().err
+    assert "each of its 2 steps was the first of a session" in capsys.readouterr().err
     assert not rows.exists()
 
 

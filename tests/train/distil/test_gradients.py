@@ -67,7 +67,7 @@ def test_chunks_have_the_gradients_of_one_graph_built_token_by_token(chunk_size)
     pieces = [plain.chunk(piece, LOOPS) for piece in ids[0].split(chunk_size)]
     expected = gradients(reference, loss_of(torch.cat(pieces), ids))
     batch = batch_of(ids)
-    given = student.study(batch, batch.real, LOOPS).logits[-1]
+    given = student.run_batch(batch, batch.real, LOOPS).logits[-1]
     assert_same(gradients(student, loss_of(given, ids)), expected)
 
 
@@ -75,7 +75,7 @@ def test_chunks_of_one_token_have_the_gradients_of_the_exact_model():
     reference, ids = tiny_melt(chunk_size=1).double(), tokens(1, LENGTH)
     student, batch = student_of(reference), batch_of(ids)
     expected = gradients(reference, loss_of(reference.token_sequential(ids[0], loops=LOOPS), ids))
-    given = student.study(batch, batch.real, LOOPS).logits[-1]
+    given = student.run_batch(batch, batch.real, LOOPS).logits[-1]
     assert_same(gradients(student, loss_of(given, ids)), expected)
 
 
@@ -87,7 +87,7 @@ def test_at_alpha_0_loss_and_gradients_are_the_looplms(chunk_size):
     reference.load_state_dict(teacher.state_dict(), strict=False)
     student, batch = student_of(reference), batch_of(ids)
     wanted = loss_of(teacher(ids, loops=LOOPS).logits[0], ids)
-    given = loss_of(student.study(batch, batch.real, LOOPS, alpha=0.0).logits[-1], ids)
+    given = loss_of(student.run_batch(batch, batch.real, LOOPS, alpha=0.0).logits[-1], ids)
     torch.testing.assert_close(given, wanted)
     of_student = gradients(student, given)
     of_gate = [key for key in of_student if "kv_gate" in key]
@@ -99,7 +99,7 @@ def test_gradients_reach_earlier_chunks_only_through_their_rows():
     """What the last token says of the first one's embedding, it says through three chunks' final rows."""
     reference, ids = tiny_melt(chunk_size=4).double(), tokens(1, 12)
     student, batch = student_of(reference), batch_of(ids)
-    logits = student.study(batch, batch.real, LOOPS).logits[-1]
+    logits = student.run_batch(batch, batch.real, LOOPS).logits[-1]
     first = int(ids[0, 0])
     assert first not in ids[0, 1:]
     gradient = gradients(student, logits[-1].logsumexp(-1))["model.embed_tokens.weight"]
@@ -113,8 +113,8 @@ def test_detached_rows_take_no_gradient_from_later_chunks(alpha, checkpointed):
     reference, ids = tiny_melt(chunk_size=4).double(), tokens(1, 12)
     student, batch = student_of(reference), batch_of(ids)
     student.checkpoint_chunks = checkpointed
-    whole = student.study(batch, batch.real, LOOPS, alpha).logits
-    logits = student.study(batch, batch.real, LOOPS, alpha, detach_rows=True).logits
+    whole = student.run_batch(batch, batch.real, LOOPS, alpha).logits
+    logits = student.run_batch(batch, batch.real, LOOPS, alpha, detach_rows=True).logits
     torch.testing.assert_close(logits, whole, atol=0, rtol=0)
     first, ninth = int(ids[0, 0]), int(ids[0, 8])
     assert first not in ids[0, 1:]

@@ -79,7 +79,7 @@ def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode,
     results = []
     for batch in (packed(), unpacked()):
         wanted = ask_teacher(teacher, batch, batch.before_reply, LOOPS, attention=True)
-        given = student.study(batch, batch.before_reply, LOOPS, alpha, wanted.attention)
+        given = student.run_batch(batch, batch.before_reply, LOOPS, alpha, wanted.attention)
         loss = distillation(wanted.logits, given.logits)
         results.append((given.logits, loss, given.distance, gradients(student, loss + given.distance)))
     (logits, loss, distance, of_packed), (logits_alone, loss_alone, distance_alone, of_unpacked) = results
@@ -197,4 +197,4 @@ def test_bad_packs_are_refused():
     with pytest.raises(ValueError, match="without prompt_lengths"):
         run(prompt_lengths=torch.tensor([1, 1, 1]))
     with pytest.raises(ValueError, match="one chat a row"):
-        student.study(batch, batch.before_reply, LOOPS, decode_aware=True)
+        student.run_batch(batch, batch.before_reply, LOOPS, decode_aware=True)

@@ -47,7 +47,7 @@ def test_alpha_of_zero_is_the_looplm(chunk_size, gate):
     teacher, batch = teacher_of(), ragged()
     student = student_of(teacher, chunk_size=chunk_size, kv_gate_type=gate)
     wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
-    given = student.study(batch, batch.real, 4, alpha=0.0, teacher_attention=wanted.attention)
+    given = student.run_batch(batch, batch.real, 4, alpha=0.0, teacher_attention=wanted.attention)
     torch.testing.assert_close(given.logits, wanted.logits, **CLOSE)
     assert given.distance < 1e-8 * given.logits.numel()
 
@@ -62,7 +62,7 @@ def test_alpha_of_one_is_melt(decode_aware):
     expected = reference(batch.input_ids, batch.attention_mask, prompt_lengths=lengths, output_loops=True).loop_logits
     student = student_of(teacher)
     for alpha in (1.0, 1.0 - 1e-9):  # the second goes through the mixing
-        given = student.study(batch, batch.real, 4, alpha, decode_aware=decode_aware)
+        given = student.run_batch(batch, batch.real, 4, alpha, decode_aware=decode_aware)
         torch.testing.assert_close(given.logits, expected[:, batch.real], **CLOSE)
 
 
@@ -105,7 +105,7 @@ class PlainTransition(PlainMelt):
 def test_rows_are_mixed_as_written_out_token_by_token(alpha, mode):
     """On the grid, both modes compute the same."""
     student, batch = student_of(teacher_of(), decode_mode=mode), ragged()
-    given = student.study(batch, batch.real, 4, alpha).logits.split([13, 6, 9], dim=1)
+    given = student.run_batch(batch, batch.real, 4, alpha).logits.split([13, 6, 9], dim=1)
     for ids, length, logits in zip(batch.input_ids.tolist(), (13, 6, 9), given, strict=True):
         plain = PlainTransition(student, alpha)
         chunks = [plain.chunk(ids[start : min(start + 4, length)], 4) for start in range(0, length, 4)]
@@ -121,7 +121,7 @@ def test_the_distance_is_that_of_the_attention_outputs():
     first = student.model.layers[0].self_attn.o_proj
     first.weight.mul_(2)
     student.model.layers[0].input_layernorm_2.eps *= 4  # the norm after it undoes the scale, eps included
-    given = student.study(batch, batch.real, 4, teacher_attention=wanted.attention)
+    given = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention)
     expected = sum(o[batch.real].square().sum() for o in wanted.attention[::2])
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(given.distance, expected, atol=1e-2, rtol=1e-3)
@@ -140,7 +140,7 @@ def lively_gate(student: Student) -> Student:
 def test_tokens_leave_in_training_as_they_are_served(chunk_size, threshold):
     student, batch = lively_gate(student_of(teacher_of(), chunk_size=chunk_size)), ragged()
     expected = student(batch.input_ids, batch.attention_mask, exit_threshold=threshold, output_loops=True)
-    given = student.study(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, threshold))
+    given = student.run_batch(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, threshold))
     torch.testing.assert_close(given.logits, expected.loop_logits[:, batch.real], **CLOSE)
     assert len(expected.depths[batch.real].unique()) > 2
 
@@ -150,7 +150,7 @@ def test_the_loops_run_are_those_of_tokens_whose_thresholds_are_drawn():
     """The expected loops are the mean of the loops run over many draws; one chunk, so that no draw sways another."""
     student, batch = lively_gate(student_of(teacher_of(), chunk_size=1)), ragged((1, 1, 1))
     student.model.embed_tokens.weight[1:] = student.model.embed_tokens.weight[1]
-    expected = student.study(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, 1.0)).loops_run / 3
+    expected = student.run_batch(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, 1.0)).loops_run / 3
     thresholds = torch.linspace(0.001, 0.999, 500).split(1)
     run = [student(batch.input_ids[:1], exit_threshold=threshold).depths.item() for threshold in thresholds]
     assert sum(run) / 500 == pytest.approx(expected.item(), abs=0.02) and len(set(run)) > 2
@@ -163,13 +163,13 @@ def test_the_exit_gate_learns_from_the_replies_and_from_the_price():
     thresholds = torch.rand(batch.real.shape, generator=torch.Generator().manual_seed(1))
     last = torch.zeros_like(batch.real)
     last[0, 12] = True
-    given = student.study(batch, last, 4, thresholds=thresholds)
+    given = student.run_batch(batch, last, 4, thresholds=thresholds)
     (of_price,) = torch.autograd.grad(given.loops_run, weight, retain_graph=True)
     (of_reply,) = torch.autograd.grad(given.logits[-1].logsumexp(-1).sum(), weight)
     assert of_price.any() and of_reply.any()
     with torch.no_grad():
         weight -= 0.01 * of_price
-        cheaper = student.study(batch, last, 4, thresholds=thresholds).loops_run
+        cheaper = student.run_batch(batch, last, 4, thresholds=thresholds).loops_run
     assert cheaper < given.loops_run
 
 
@@ -179,14 +179,14 @@ def test_every_weight_of_the_student_is_taught_and_none_of_the_teachers():
     wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
     for alpha in (0.5, 1.0):
         student.zero_grad()
-        given = student.study(batch, batch.real, 4, alpha, wanted.attention)
+        given = student.run_batch(batch, batch.real, 4, alpha, wanted.attention)
         (given.logits.square().mean() + given.distance).backward()
         missing = {key for key, weight in student.named_parameters() if weight.grad is None or not weight.grad.any()}
         assert missing == {"model.early_exit_gate.weight", "model.early_exit_gate.bias"}
     assert all(weight.grad is None for weight in teacher.parameters())
 
 
-def study(student, teacher, batch, checkpointed, **how):
+def run_batch(student, teacher, batch, checkpointed, **how):
     """A step's answers and gradients, and the bytes kept for the backward pass."""
     kept = {}
 
@@ -198,7 +198,7 @@ def study(student, teacher, batch, checkpointed, **how):
     student.checkpoint_chunks = checkpointed
     wanted = ask_teacher(teacher, batch, batch.real, 3, attention=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        given = student.study(batch, batch.real, 3, teacher_attention=wanted.attention, **how)
+        given = student.run_batch(batch, batch.real, 3, teacher_attention=wanted.attention, **how)
     loss = given.logits.square().mean() + given.distance
     if given.loops_run is not None:
         loss = loss + given.loops_run
@@ -215,8 +215,8 @@ def test_chunks_that_are_run_again_have_the_same_gradients_and_keep_less(mode, h
     thresholds = torch.rand(batch.real.shape, generator=torch.Generator().manual_seed(1))
     words = {"mixed": {"alpha": 0.4}, "melt": {}, "decode-aware": {"decode_aware": True}}
     words["exits"] = {"thresholds": thresholds}
-    expected, everything = study(student, teacher, batch, checkpointed=False, **words[how])
-    given, little = study(student, teacher, batch, checkpointed=True, **words[how])
+    expected, everything = run_batch(student, teacher, batch, checkpointed=False, **words[how])
+    given, little = run_batch(student, teacher, batch, checkpointed=True, **words[how])
     for one, other in zip(given, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert little < everything / 5
@@ -233,7 +233,7 @@ def test_all_layers_and_loops_keep_the_same_masks_of_a_chunk():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student_of(teacher).study(batch, batch.real, 4)
+        student_of(teacher).run_batch(batch, batch.real, 4)
     assert len(kept) == 2
 
 
@@ -243,7 +243,7 @@ def test_decode_aware_replies_see_the_rows_that_decoding_sees():
     tokenizer = build_tokenizer()
     batch = encode(list(islice(questions("train", 0, sentences=5), 1)), tokenizer)
     student = student_of(teacher_of(vocab_size=512), vocab_size=512, chunk_size=16)
-    given = student.study(batch, batch.before_reply, 4, decode_aware=True).logits[-1]
+    given = student.run_batch(batch, batch.before_reply, 4, decode_aware=True).logits[-1]
     length = int(batch.prompt_lengths[0])
     output = student(batch.input_ids[:, :length], use_cache=True)
     logits, rows = [output.logits[:, -1]], output.past_key_values
@@ -251,5 +251,5 @@ def test_decode_aware_replies_see_the_rows_that_decoding_sees():
         output = student(token.view(1, 1), past_key_values=rows, use_cache=True)
         logits.append(output.logits[:, -1])
     torch.testing.assert_close(given, torch.cat(logits), atol=1e-4, rtol=1e-4)
-    on_grid = student.study(batch, batch.before_reply, 4).logits[-1]
+    on_grid = student.run_batch(batch, batch.before_reply, 4).logits[-1]
     assert not torch.allclose(given, on_grid, atol=1e-3)

@@ -11,12 +11,12 @@ from torch import nn
 
 from melt_serve.train.loop.trainer import LOG, run_stage, share_of_rate
 from melt_serve.train.recipe import Stage
-from melt_serve.train.session import Paused, Sitting, TrainingError
+from melt_serve.train.session import Paused, Session, TrainingError
 
 STAGE = Stage(steps=9, learning_rate=0.05, warmup=2)
 
 
-def run(folder, stage=STAGE, sitting=None, losses=None):
+def run(folder, stage=STAGE, session=None, losses=None):
     """Fit a linear map with Muon and AdamW, from the same start at every call; give its weights."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
@@ -30,7 +30,7 @@ def run(folder, stage=STAGE, sitting=None, losses=None):
         return {"loss": (model(x) - x.flip(1)).square().mean()}
 
     folder.mkdir(exist_ok=True)
-    run_stage("fit", stage, model, optimizers, losses(model) if losses else squares, folder, sitting or Sitting())
+    run_stage("fit", stage, model, optimizers, losses(model) if losses else squares, folder, session or Session())
     return model.weight.detach().clone()
 
 
@@ -43,7 +43,7 @@ def test_a_run_of_many_sittings_is_the_unbroken_run(tmp_path):
     unbroken = run(tmp_path / "unbroken")
     for _ in range(STAGE.steps):
         with pytest.raises(Paused):
-            run(tmp_path / "broken", sitting=Sitting(minutes=0))
+            run(tmp_path / "broken", session=Session(minutes=0))
     assert torch.equal(run(tmp_path / "broken"), unbroken)
     assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
     assert [step for step, *_ in logged(tmp_path / "broken")] == list(range(STAGE.steps))
@@ -61,10 +61,10 @@ def test_a_signal_saves_the_step_it_interrupts(tmp_path, number):
 
         return losses
 
-    sitting = Sitting()
+    session = Session()
     with pytest.raises(Paused):
-        run(tmp_path / "broken", sitting=sitting, losses=interrupted)
-    assert sitting.signal == number and len(logged(tmp_path / "broken")) == 4
+        run(tmp_path / "broken", session=session, losses=interrupted)
+    assert session.signal == number and len(logged(tmp_path / "broken")) == 4
     assert torch.equal(run(tmp_path / "broken"), run(tmp_path / "unbroken"))
     assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
 
@@ -72,7 +72,7 @@ def test_a_signal_saves_the_step_it_interrupts(tmp_path, number):
 def test_log_lines_after_the_saved_step_are_repeated_not_doubled(tmp_path):
     """As after kill -9: the log is ahead of the state, and its last line is torn."""
     with pytest.raises(Paused):
-        run(tmp_path / "run", sitting=Sitting(minutes=0))
+        run(tmp_path / "run", session=Session(minutes=0))
     with (tmp_path / "run" / LOG).open("a") as log:
         log.write('{"stage": "fit", "step": 1, "loss": 9}\n{"stage": "other", "step": 5}\n{"stage": "fi')
     run(tmp_path / "run")
@@ -83,7 +83,7 @@ def test_log_lines_after_the_saved_step_are_repeated_not_doubled(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_saved_state(tmp_path):
     with pytest.raises(Paused):
-        run(tmp_path, sitting=Sitting(minutes=0))
+        run(tmp_path, session=Session(minutes=0))
     before = (tmp_path / "fit.state.pt").read_bytes()
     with pytest.raises(TrainingError, match="gradient of step 1 is not finite"):
         run(tmp_path, losses=lambda model: lambda step: {"loss": model.weight.sum() * float("nan")})
@@ -92,7 +92,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_saved_state(tmp_pat
 
 def test_a_state_of_another_recipe_is_refused_by_name(tmp_path):
     with pytest.raises(Paused):
-        run(tmp_path, sitting=Sitting(minutes=0))
+        run(tmp_path, session=Session(minutes=0))
     with pytest.raises(TrainingError, match="learning_rate differ"):
         run(tmp_path, stage=Stage(steps=9, learning_rate=0.06, warmup=2))
 

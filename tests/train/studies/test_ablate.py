@@ -19,10 +19,10 @@ from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.results import append_row, read_rows
-from melt_serve.train.session import Paused, Sitting
+from melt_serve.train.session import Paused, Session
 from melt_serve.train.studies.ablate import add_command, run_all
 from melt_serve.train.studies.ablation_report import write_report
-from melt_serve.train.studies.ablation_run import Laboratory, answers, divergence, right_share
+from melt_serve.train.studies.ablation_run import AblationRunner, answers, divergence, right_share
 from melt_serve.train.studies.ablations import (
     COMPRESSED,
     ELEMENTWISE,
@@ -41,14 +41,14 @@ SQUARE = MeltConfig(hidden_size=24, num_attention_heads=2)
 
 
 @pytest.fixture(scope="module")
-def laboratory():
-    return Laboratory()
+def runner():
+    return AblationRunner()
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     rows = tmp_path_factory.mktemp("ablate") / "rows.jsonl"
-    run_all({"gates": (ELEMENTWISE, LAST), "recipe": RECIPE[1:2]}, SIZE, (0, 1), rows, Sitting())
+    run_all({"gates": (ELEMENTWISE, LAST), "recipe": RECIPE[1:2]}, SIZE, (0, 1), rows, Session())
     return rows
 
 
@@ -70,25 +70,25 @@ def test_a_run_that_two_studies_share_is_done_once(done):
 
 def test_a_run_that_is_done_is_not_repeated(done):
     before = done.read_bytes()
-    run_all({"gates": (ELEMENTWISE, LAST)}, SIZE, (0,), done, Sitting(minutes=0))
+    run_all({"gates": (ELEMENTWISE, LAST)}, SIZE, (0,), done, Session(minutes=0))
     assert done.read_bytes() == before
 
 
 def test_a_run_of_other_settings_is_another_run(done, tmp_path):
     rows = Path(shutil.copy(done, tmp_path))
     with pytest.raises(Paused):
-        run_all({"gates": (ELEMENTWISE,)}, replace(SIZE, batch=3), (0,), rows, Sitting(minutes=0))
+        run_all({"gates": (ELEMENTWISE,)}, replace(SIZE, batch=3), (0,), rows, Session(minutes=0))
 
 
 def test_a_run_cut_in_sittings_gives_the_row_of_an_unbroken_one(done, tmp_path):
-    rows, sittings = tmp_path / "rows.jsonl", 0
-    while sittings < 50:
+    rows, sessions = tmp_path / "rows.jsonl", 0
+    while sessions < 50:
         try:
-            run_all({"gates": (ELEMENTWISE,)}, SIZE, (0,), rows, Sitting(minutes=0.001))
+            run_all({"gates": (ELEMENTWISE,)}, SIZE, (0,), rows, Session(minutes=0.001))
             break
         except Paused:
-            sittings += 1
-    assert sittings > 0
+            sessions += 1
+    assert sessions > 0
     assert read_rows(rows)[0]["outcomes"] == read_rows(done)[0]["outcomes"]
 
 
@@ -104,10 +104,10 @@ def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
 
 
 @torch.no_grad()
-def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(laboratory):
+def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(runner):
     """With a student that is right sometimes: the teacher's weights in one large chunk, a loop short."""
-    student = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
-    asked, tokenizer = heldout(12), laboratory.tokenizer
+    student = runner.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+    asked, tokenizer = heldout(12), runner.tokenizer
     batch = encode(asked, tokenizer)
     for mode in ("token", "chunk"):
         student.config.decode_mode = mode
@@ -117,16 +117,16 @@ def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(lab
             expected = tokenizer.encode(question.reply + tokenizer.eos_token)
             output = student.generate(prompt, loops=3, max_new_tokens=len(expected), do_sample=False)
             greedy += output[0, prompt.shape[1] :].tolist() == expected
-        given = student.study(batch, batch.before_reply, 3, decode_aware=mode == "token").logits[-1]
+        given = student.run_batch(batch, batch.before_reply, 3, decode_aware=mode == "token").logits[-1]
         assert right_share([batch], [given]) == greedy / 12
     assert 0 < greedy < 12
 
 
 @torch.no_grad()
-def test_the_divergence_is_none_from_the_teacher_itself(laboratory):
-    batch = encode(heldout(3), laboratory.tokenizer)
-    wanted = laboratory.wanted(batch)
-    whole = laboratory.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
+def test_the_divergence_is_none_from_the_teacher_itself(runner):
+    batch = encode(heldout(3), runner.tokenizer)
+    wanted = runner.wanted(batch)
+    whole = runner.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
     given = answers(whole, batch, "chunk")  # one chunk of the last loops' rows is the LoopLM
     assert abs(divergence([wanted], [given])) < 1e-6 < 1e-2 < divergence([wanted], [given.roll(1, -1)])
 
@@ -185,26 +185,26 @@ def test_the_first_half_of_the_gated_loops_shares_the_z_of_loop_two(loops, shari
 
 
 @pytest.mark.parametrize("variant", GATES + COMPRESSED, ids=lambda each: each.name)
-def test_a_gates_multiply_adds_are_its_matrices_weights_in_every_loop_that_computes_z(laboratory, variant):
-    gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
+def test_a_gates_multiply_adds_are_its_matrices_weights_in_every_loop_that_computes_z(runner, variant):
+    gate = runner.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
     matrices = sum(weight.numel() for key, weight in gate.named_parameters() if not key.endswith("bias"))
     computing = 2 if "shared-half" in variant.name else 3
     assert variant.gate_multiply_adds(192, 4) == matrices * computing
 
 
-def test_a_gate_can_start_half_open(laboratory):
+def test_a_gate_can_start_half_open(runner):
     """The usual one starts near `last`."""
     shares = {}
     for name in ("elementwise", "half-open"):
         (variant,) = (each for each in STUDIES["paper-gates"] if each.name == name)
-        gate = laboratory.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
+        gate = runner.student(variant, SIZE, 0).model.layers[0].self_attn.kv_gate
         shares[name] = gate.keep(*torch.randn(2, 50, 192), 2).mean().item()
     assert shares == {"elementwise": pytest.approx(0.12, abs=0.02), "half-open": pytest.approx(0.5, abs=0.02)}
 
 
 def test_what_is_not_trained_runs_with_one_seed(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), rows, Sitting())
+    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), rows, Session())
     assert [row["seed"] for row in read_rows(rows)] == [1]
 
 

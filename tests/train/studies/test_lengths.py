@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from melt_serve.train.results import append_row, read_rows
-from melt_serve.train.session import Paused, Sitting
+from melt_serve.train.session import Paused, Session
 from melt_serve.train.studies import length_run, word_problems
-from melt_serve.train.studies.length_run import CONTENDERS, COURSE, LOOPLM, PLAIN, learn, measure
+from melt_serve.train.studies.length_run import CURRICULUM, LOOPLM, MODELS_UNDER_TEST, PLAIN, learn, measure
 from melt_serve.train.studies.lengths import add_command, run_all
 from melt_serve.train.studies.lengths_report import held_to, write_report
 from melt_serve.train.studies.word_problems import PROBLEMS, split_of, words
 
-TINY = replace(COURSE, steps=5, batch=3, first_length=3, length=6)
-MODELS = [CONTENDERS[name] for name in ("looplm", "melt-4")]
+TINY = replace(CURRICULUM, steps=5, batch=3, first_length=3, length=6)
+MODELS = [MODELS_UNDER_TEST[name] for name in ("looplm", "melt-4")]
 SECONDS = ("seconds", "cpu_seconds")
 
 
@@ -99,15 +99,15 @@ def test_words_are_a_function_of_split_and_seed(task):
 
 
 def test_words_grow_to_the_length_of_training():
-    course = replace(COURSE, steps=100, first_length=4, length=16, grown_at=0.5)
-    lengths = [course.length_at(step) for step in range(100)]
+    curriculum = replace(CURRICULUM, steps=100, first_length=4, length=16, grown_at=0.5)
+    lengths = [curriculum.length_at(step) for step in range(100)]
     assert lengths == sorted(lengths) and lengths[0] == 4 and set(lengths[50:]) == {16} and lengths[25] == 10
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("contender", CONTENDERS.values(), ids=lambda each: each.name)
-def test_what_a_model_costs_is_what_it_runs(contender):
-    model, counted = contender.model(7, seed=0), {"multiply-adds": 0, "layers": 0}
+@pytest.mark.parametrize("under_test", MODELS_UNDER_TEST.values(), ids=lambda each: each.name)
+def test_what_a_model_costs_is_what_it_runs(under_test):
+    model, counted = under_test.model(7, seed=0), {"multiply-adds": 0, "layers": 0}
 
     def count(module, arguments, output):
         counted["multiply-adds"] += module.weight.numel() * output.shape[1]
@@ -121,14 +121,14 @@ def test_what_a_model_costs_is_what_it_runs(contender):
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(count_layer)
     model(torch.randint(7, (1, 16)))
-    assert counted["multiply-adds"] == 16 * contender.multiply_adds(7)
-    assert counted["layers"] == contender.layers_in_sequence(16)
+    assert counted["multiply-adds"] == 16 * under_test.multiply_adds(7)
+    assert counted["layers"] == under_test.layers_in_sequence(16)
 
 
 def test_the_plain_transformer_computes_as_much_as_a_looplm_with_four_times_the_weights():
     assert PLAIN.multiply_adds(7) == LOOPLM.multiply_adds(7)
     assert PLAIN.layers_in_sequence(64) == LOOPLM.layers_in_sequence(64) == 4
-    plain, looplm = (contender.model(7, seed=0).model.layers for contender in (PLAIN, LOOPLM))
+    plain, looplm = (under_test.model(7, seed=0).model.layers for under_test in (PLAIN, LOOPLM))
     assert sum(w.numel() for w in plain.parameters()) == 4 * sum(w.numel() for w in looplm.parameters())
 
 
@@ -136,14 +136,14 @@ def test_the_plain_transformer_computes_as_much_as_a_looplm_with_four_times_the_
 def test_only_a_start_letter_tells_a_letter_from_itself_twice():
     problem, letters = PROBLEMS["s3"], torch.tensor([[4, 4]])
     for name, alike in (("looplm", True), ("plain", True), ("looplm-start", False), ("melt-1", False)):
-        contender = CONTENDERS[name]
-        once, twice = length_run.ask(contender.model(6 + contender.start, seed=0), problem, letters)[0]
+        under_test = MODELS_UNDER_TEST[name]
+        once, twice = length_run.ask(under_test.model(6 + under_test.start, seed=0), problem, letters)[0]
         assert torch.allclose(once, twice, atol=1e-5) == alike
 
 
 @torch.no_grad()
 def test_a_melt_of_single_letters_is_asked_as_the_exact_model():
-    model = CONTENDERS["melt-1"].model(6, seed=0).eval()
+    model = MODELS_UNDER_TEST["melt-1"].model(6, seed=0).eval()
     right = torch.zeros(12)
     for word in drawn("s3", "heldout", "measured", 12, 20):
         right += model.token_sequential(torch.tensor(word.letters)).argmax(-1) == torch.tensor(word.answers)
@@ -151,16 +151,16 @@ def test_a_melt_of_single_letters_is_asked_as_the_exact_model():
 
 
 def test_a_model_learns_short_words(tmp_path):
-    model = CONTENDERS["melt-1"].model(6, seed=0)
+    model = MODELS_UNDER_TEST["melt-1"].model(6, seed=0)
     assert max(measure(model, PROBLEMS["s3"], 2)) < 0.5
-    learn(model, PROBLEMS["s3"], replace(COURSE, steps=60, batch=32, first_length=2, length=2), tmp_path, Sitting())
+    learn(model, PROBLEMS["s3"], replace(CURRICULUM, steps=60, batch=32, first_length=2, length=2), tmp_path, Session())
     assert min(measure(model, PROBLEMS["s3"], 2)) > 0.9
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     rows = tmp_path_factory.mktemp("lengths") / "rows.jsonl"
-    run_all(["s3", "chains"], MODELS, TINY, (0, 1), rows, Sitting())
+    run_all(["s3", "chains"], MODELS, TINY, (0, 1), rows, Session())
     return rows
 
 
@@ -176,18 +176,18 @@ def test_every_run_is_a_row_and_leaves_nothing_else(done):
 
 def test_a_run_that_is_done_is_not_repeated(done):
     before = done.read_bytes()
-    run_all(["s3"], MODELS, TINY, (0,), done, Sitting(minutes=0))
+    run_all(["s3"], MODELS, TINY, (0,), done, Session(minutes=0))
     assert done.read_bytes() == before
 
 
 def test_a_run_cut_in_sittings_gives_the_row_of_an_unbroken_one(done, tmp_path):
-    rows, sittings = tmp_path / "rows.jsonl", 0
-    while not rows.exists() and sittings < 20:
+    rows, sessions = tmp_path / "rows.jsonl", 0
+    while not rows.exists() and sessions < 20:
         try:
-            run_all(["s3"], MODELS[1:], TINY, (0,), rows, Sitting(minutes=0))
+            run_all(["s3"], MODELS[1:], TINY, (0,), rows, Session(minutes=0))
         except Paused:
-            sittings += 1
-    assert sittings == TINY.steps  # --minutes 0 still makes a step
+            sessions += 1
+    assert sessions == TINY.steps  # --minutes 0 still makes a step
     cut, unbroken = read_rows(rows)[0], next(row for row in read_rows(done) if row["model"] == "melt-4")
     assert {**cut, **dict.fromkeys(SECONDS)} == {**unbroken, **dict.fromkeys(SECONDS)}
     assert cut["cpu_seconds"] > 0 and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -252,7 +252,7 @@ def test_minutes_and_list_go_on_where_the_rows_are(tmp_path, capsys):
     assert "goes on" in capsys.readouterr().err
     assert command(*asked, "--list") == 0
     assert "0 of 1" in capsys.readouterr().out
-    append_row(rows, {"settings": length_run.settings(LOOPLM, "s3", replace(COURSE, steps=2), 0), "seconds": 90.0})
+    append_row(rows, {"settings": length_run.settings(LOOPLM, "s3", replace(CURRICULUM, steps=2), 0), "seconds": 90.0})
     assert command(*asked, "--list") == 0
     assert ["s3", "looplm", "1", "of", "1", "1.5"] in [
         line.split()[:6] for line in capsys.readouterr().out.splitlines()
