@@ -5,11 +5,15 @@ Imports nothing of ours: the reference model, the converter and the vLLM engine 
 
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Positions = TypeVar("Positions", int, "Tensor")
 GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
 InitialState = Literal["input", "zeros"]
 DecodeMode = Literal["token", "chunk"]
@@ -195,6 +199,21 @@ def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | 
     assert config.num_key_value_heads is not None and config.head_dim is not None
     one_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
     return one_row if isinstance(config, MeltConfig) else one_row * (loops or config.total_ut_steps)
+
+
+def chunk_start(position: Positions, chunk_size: int) -> Positions:
+    """Return the first position of the chunk that holds `position`, both counted from 0 in their own sequence."""
+    return position // chunk_size * chunk_size
+
+
+def chunk_end(position: Positions, chunk_size: int) -> Positions:
+    """Return the first position after the chunk that holds `position`."""
+    return chunk_start(position, chunk_size) + chunk_size
+
+
+def on_grid(tokens: int, chunk_size: int) -> int:
+    """Round a number of tokens up to whole chunks."""
+    return -(-tokens // chunk_size) * chunk_size
 
 
 def sharing_unit(chunk_size: int, block_size: int) -> int:

@@ -7,7 +7,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from melt_serve.config import AT_LEAST_ONE, LoopLMConfig, MeltConfig, kv_bytes_per_token, sharing_unit, weight_shapes
+from melt_serve.config import (
+    AT_LEAST_ONE,
+    LoopLMConfig,
+    MeltConfig,
+    chunk_end,
+    chunk_start,
+    kv_bytes_per_token,
+    on_grid,
+    sharing_unit,
+    weight_shapes,
+)
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from tests.tiny_models import SHAPE, tiny_looplm, tiny_melt, tokens
 
@@ -196,3 +206,13 @@ def test_weight_shapes_are_those_of_the_saved_model(gate_type, rank, overrides):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         del shapes["lm_head.weight"]
     assert dict(weight_shapes(model.config)) == shapes
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 32])
+def test_positions_and_lengths_meet_the_chunk_grid(chunk_size):
+    for position in range(3 * chunk_size):
+        start, end = chunk_start(position, chunk_size), chunk_end(position, chunk_size)
+        assert start % chunk_size == 0 and end - start == chunk_size and start <= position < end
+        assert on_grid(position, chunk_size) == (start if position == start else end)
+    positions = torch.arange(3 * chunk_size)
+    assert chunk_end(positions, chunk_size).tolist() == [chunk_end(p, chunk_size) for p in positions.tolist()]

@@ -32,8 +32,8 @@ Written by `python -m melt_serve.train lengths --report`; read in README.md, "Be
 word problem from nothing: {curriculum.steps} steps of {curriculum.batch} words, whose length grows from
 {curriculum.first_length} to {curriculum.length} letters over the first {curriculum.grown_at:.0%} of the steps;
 cross-entropy of the last loop's answer after every letter, Muon and AdamW, float32. Hidden size
-{config.hidden_size}, {config.num_attention_heads} heads, T = {config.total_ut_steps}. {runs} runs, {threads} thread(s) on {cores} CPU cores, {cpu:.0f} s of CPU time together, torch
-{torch}.
+{config.hidden_size}, {config.num_attention_heads} heads, T = {config.total_ut_steps}. {runs} runs, {threads}
+thread(s) on {cores} CPU cores, {cpu:.0f} s of CPU time together, torch {torch}.
 
 - All models of a task see the same words in the same order, as many letters each, but for those named `-4x`, which see
   four times as many. `plain` is a transformer with as many layers as a LoopLM has loops, so of equal compute a letter:
