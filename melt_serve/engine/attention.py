@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
     _resolve_layer_name,
+    direct_register_custom_op,
     is_quantized_kv_cache,
 )
 from vllm.v1.attention.backend import (
@@ -140,6 +141,11 @@ def rotate_and_write(
     k_cache, v_cache = kv_cache.transpose(1, 2).split(layer.head_size, dim=-1)
     scales = (layer._k_scale, layer._v_scale) if is_quantized_kv_cache(layer.kv_cache_dtype) else (None, None)
     write_rows(q, k, v, positions, table, k_cache, v_cache, slots, *scales)
+
+
+direct_register_custom_op(
+    "melt_rotate_and_write", rotate_and_write, mutates_args=["q"], fake_impl=lambda *arguments: None
+)
 
 
 @functools.cache
