@@ -90,7 +90,7 @@ class MeltMetrics(AggregateStatLoggerBase):
         for metric, count in (
             (PIECES, counts.pieces),
             (CUTS, counts.cuts),
-            (WAITS, counts.waits),
+            (WAITS, counts.deferred),
             (LOST_HITS, counts.lost_hit_tokens),
             (REPLAYS, counts.replays),
             (REPLAYED_TOKENS, counts.replayed_tokens),
