@@ -1,4 +1,4 @@
-"""KV rows in vLLM's cache: what is kept of a token, shared with other requests, and given back.
+"""KV rows in vLLM's cache: which of a token's are kept, shared with other requests, and freed.
 
 Rules 2 and 3 of the serving contract (README.md in this folder). A block of the pool holds rows of one
 kind at a time: final rows, or an open chunk's rows of one loop. All kinds have the same size, so one
@@ -210,7 +210,7 @@ class OpenRowsSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Never: rows of an open chunk are not shared."""
+        """Whether blocks may be shared: an open chunk's never are."""
         return False
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:

@@ -81,7 +81,8 @@ def refuse_small_steps(vllm_config: "VllmConfig") -> None:
     config: MeltConfig = vllm_config.model_config.hf_config
     if config.decode_mode == "chunk":
         return
-    scheduler, chunk_size = vllm_config.scheduler_config, config.chunk_size
+    scheduler = vllm_config.scheduler_config
+    chunk_size = config.chunk_size
     limits = {
         "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
         "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,

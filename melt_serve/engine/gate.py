@@ -60,7 +60,8 @@ def gate_projection(
     config: MeltConfig, width: int, bias: bool, quant: QuantizationConfig | None, prefix: str
 ) -> tuple[ReplicatedLinear | None, ReplicatedLinear]:
     """Make W_z with b_z, or U_z: the factor that reads d, if the gate has a rank, and the factor that gives z."""
-    read, down = config.hidden_size, None
+    read = config.hidden_size
+    down = None
     if config.kv_gate_rank:
         read = config.kv_gate_rank
         down = ReplicatedLinear(config.hidden_size, read, bias=False, quant_config=quant, prefix=f"{prefix}_down")

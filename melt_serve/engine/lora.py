@@ -1,4 +1,4 @@
-"""LoRA where MELT differs: keys and values, projected together from h, and steps whose tokens become fewer."""
+"""LoRA where MELT differs: keys and values are projected together from h, and tokens leave a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ class TokenAdapters:
 
     @contextmanager
     def selected(self, tokens: Tensor) -> Iterator[None]:
-        """Let what is computed inside be of the tokens for which `tokens`, [A], is true."""
+        """Restrict what is computed inside to the tokens for which `tokens`, [A], is true."""
         with self.restored():
             self.compact(tokens)
             yield

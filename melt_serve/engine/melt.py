@@ -148,12 +148,14 @@ class MeltModel(LoopedModel):
                 x, h = self.later_loop(positions, x, h, torch.tensor(loop))
             return x
         attention = [layer.self_attn for layer in self.layers]
-        final, open_rows = [each.attn for each in attention], attention[0].open_rows
+        final = [each.attn for each in attention]
+        open_rows = attention[0].open_rows
         depths = depths or [self.default_depth] * final[0].step.common.num_reqs
         rows = StepRows(final, open_rows, positions, depths)
         step = StepDepths(depths, rows.requests, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
-        finished, h = torch.empty_like(x), None
+        finished = torch.empty_like(x)
+        h = None
         with adapters.restored():
             for loop in range(1, rows.deepest + 1):
                 with rows.select_loop(loop):

@@ -1,4 +1,4 @@
-"""Every place where vLLM 0.32 itself is changed, and why. Applied only where a model of ours is served.
+"""Every place where vLLM 0.32 itself is changed, and why. All but `sleep_while_waiting` only where we serve a model.
 
 A patch that no longer fits raises: better no server than one that breaks the contract silently.
 """

@@ -170,7 +170,9 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def _count_step(self, output: SchedulerOutput) -> None:
         """Add what this step does to the counts."""
-        counts, scheduled, cached = self.counts, output.num_scheduled_tokens, output.scheduled_cached_reqs
+        counts = self.counts
+        scheduled = output.num_scheduled_tokens
+        cached = output.scheduled_cached_reqs
         counts.pieces += len(scheduled)
         counts.cuts += len(self.cut & scheduled.keys())
         for request_id in scheduled:

@@ -73,7 +73,8 @@ class PrefillTurns:
 
     def _first_unserved(self, output: SchedulerOutput) -> Request | None:
         """Return the first prompt that got nothing in this step, though vLLM did not defer it."""
-        scheduler, served = self.scheduler, output.num_scheduled_tokens
+        scheduler = self.scheduler
+        served = output.num_scheduled_tokens
         unserved = (each for each in scheduler.running if each.is_prefill_chunk and each.request_id not in served)
         request = next(unserved, None)
         if request is None and scheduler.waiting and len(scheduler.running) < scheduler.max_num_active_reqs:
