@@ -1,4 +1,4 @@
-"""What stands between the network and every route: who may ask, how much, how long, and one line in the log."""
+"""The guard between the network and every route: it checks keys, limits requests and logs each in one line."""
 
 import asyncio
 import json
@@ -21,11 +21,11 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.melt_serve.guard")
 
 OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/melt"})
-"""Paths that need no key: they spend no compute and tell nothing of requests. All others do, vLLM's own among them
-that it leaves open itself (`/invocations`, `/tokenize`, ...)."""
+"""Paths that need no key: they spend no compute and show nothing of requests. All others do, also those that vLLM
+itself leaves open (`/invocations`, `/tokenize`, ...)."""
 
 POLLED = frozenset({"/health", "/ping", "/metrics", "/melt/info"})
-"""Paths that are asked for every few seconds: no line in the log."""
+"""Paths that are polled every few seconds, and so are not logged."""
 
 SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -45,14 +45,18 @@ class Limits(BaseModel):
 
     @classmethod
     def from_environment(cls) -> "Limits":
-        """Raises pydantic's ValidationError, which names the value that is no positive number."""
+        """Read the limits that are set; the others keep their defaults.
+
+        Raises:
+            ValidationError: pydantic's, which names the value that is no positive number.
+        """
         names = {field: f"MELT_{field.upper()}" for field in cls.model_fields}
         return cls.model_validate({field: os.environ[name] for field, name in names.items() if name in os.environ})
 
 
 @dataclass
 class Refusal(Exception):
-    """An answer instead of vLLM's."""
+    """Ends a request with an answer of ours, in place of vLLM's."""
 
     status: HTTPStatus
     message: str
@@ -60,15 +64,21 @@ class Refusal(Exception):
 
 @dataclass
 class Answer:
-    """What has gone out to the client, and with which id."""
+    """Sends an answer to the client, and knows what has gone out.
+
+    Attributes:
+        send: ASGI's.
+        status: once the head has gone out.
+        streams: it is a stream of server-sent events.
+    """
 
     send: Send
     request_id: str
     status: int | None = None
     streams: bool = False
 
-    async def pass_on(self, message: Message) -> None:
-        """To the client; the answer's head gets the request's id."""
+    async def forward(self, message: Message) -> None:
+        """Send a part of the answer to the client, with the request's id in its head."""
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message["headers"])
             headers["X-Request-Id"] = self.request_id
@@ -93,13 +103,14 @@ class Guard:
         """Let a request through, or answer it with a 401, 408, 413 or 504 in OpenAI's shape."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, path = time.perf_counter(), scope["path"].removeprefix(scope.get("root_path", ""))
+        started = time.perf_counter()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         answer = Answer(send, self.identify(scope))
         try:
             self.check_key(scope, path)
             body = await self.read(scope, receive)
             async with asyncio.timeout(self.limits.request_timeout):
-                await self.app(scope, body, answer.pass_on)
+                await self.app(scope, body, answer.forward)
         except Refusal as refusal:
             await refuse(scope, receive, answer, refusal.status, refusal.message)
         except TimeoutError:
@@ -107,27 +118,34 @@ class Guard:
             await refuse(scope, receive, answer, HTTPStatus.GATEWAY_TIMEOUT, message)
         finally:
             level = logger.debug if path in POLLED else logger.info
-            who, seconds = (scope.get("client") or ["-"])[0], time.perf_counter() - started
+            who = (scope.get("client") or ["-"])[0]
+            seconds = time.perf_counter() - started
             line = "%s %s %r %s in %.3f s, request %s"
             level(line, who, scope["method"], path, answer.status or "unanswered", seconds, answer.request_id)
 
     def identify(self, scope: Scope) -> str:
-        """The client's X-Request-Id if it may stand in a log, or a new one; vLLM makes its own ids from it."""
+        """Return the client's X-Request-Id if it is safe to log, or a new one. vLLM makes its own from it."""
         given = Headers(scope=scope).get("X-Request-Id", "")
         request_id = given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         MutableHeaders(scope=scope)["X-Request-Id"] = request_id
         return request_id
 
     def check_key(self, scope: Scope, path: str) -> None:
-        """Raises Refusal."""
+        """Raise Refusal if the path needs a key and the request has none of ours."""
         if self.keys is None or path in OPEN or scope["method"] == "OPTIONS":
             return
         if not self.keys.verify_token(Headers(scope=scope)):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "This needs the server's API key: Authorization: Bearer KEY.")
 
     async def read(self, scope: Scope, receive: Receive) -> Receive:
-        """Take in the whole body, and give it back in one piece. Raises Refusal where it is too much or too slow."""
-        most, parts, size = self.limits.max_body_bytes, [], 0
+        """Read the whole body, and return a `receive` that gives it in one piece.
+
+        Raises:
+            Refusal: it is too large or too slow.
+        """
+        most = self.limits.max_body_bytes
+        parts: list[bytes] = []
+        size = 0
         too_much = Refusal(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The request's body is larger than this server takes: {most} bytes."
         )
@@ -150,17 +168,17 @@ class Guard:
         whole: Message = {"type": "http.request", "body": b"".join(parts)}
         first = [whole if message["type"] == "http.request" else message]
 
-        async def give() -> Message:
+        async def replay() -> Message:
             return first.pop() if first else await receive()
 
-        return give
+        return replay
 
 
 async def refuse(scope: Scope, receive: Receive, answer: Answer, status: HTTPStatus, message: str) -> None:
-    """Say why: as an answer, or as the last event of a stream that has begun."""
+    """Send the error as an answer, or as the last event of a stream that has begun."""
     error = create_error_response(message, err_type=status.phrase, status_code=status).model_dump()
     if answer.status is None:
         headers = {"WWW-Authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
-        await JSONResponse(error, status, headers)(scope, receive, answer.pass_on)
+        await JSONResponse(error, status, headers)(scope, receive, answer.forward)
     elif answer.streams:
         await answer.send({"type": "http.response.body", "body": f"data: {json.dumps(error)}\n\n".encode()})

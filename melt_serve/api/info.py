@@ -1,4 +1,4 @@
-"""Facts for people and scripts: what is served, how deep it may think, and what its cache holds now."""
+"""Facts for people and scripts: what is served, how many loops it may run, and what its cache holds now."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -68,8 +68,8 @@ class Info(BaseModel):
     now: Now | None = None
 
 
-def gather(vllm_config: VllmConfig) -> Info:
-    """The lasting facts, from the engine's own configuration, once it knows its cache."""
+def lasting_facts(vllm_config: VllmConfig) -> Info:
+    """Return the lasting facts, from the configuration of an engine that knows its cache."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config: LoopLMConfig = model.hf_config
     own = row_bytes(vllm_config)
@@ -91,14 +91,17 @@ def gather(vllm_config: VllmConfig) -> Info:
     )
     if isinstance(config, MeltConfig):
         assert config.max_loops is not None
-        info.decode_mode, info.chunk_size, info.max_loops = config.decode_mode, config.chunk_size, config.max_loops
-        info.effort_loops, info.exit_threshold = config.loops_by_effort, config.early_exit_threshold
+        info.decode_mode = config.decode_mode
+        info.chunk_size = config.chunk_size
+        info.max_loops = config.max_loops
+        info.effort_loops = config.loops_by_effort
+        info.exit_threshold = config.early_exit_threshold
         info.looplm_kv_bytes_per_token = own * config.total_ut_steps
     return info
 
 
-def look(info: Info) -> Now:
-    """What the server's own metrics say at this moment."""
+def read_metrics(info: Info) -> Now:
+    """Read what changes from the server's own metrics."""
     capacity = info.kv_capacity_tokens * info.kv_bytes_per_token
     totals: defaultdict[str, float] = defaultdict(float)
     requests: Counter[int] = Counter()
@@ -125,6 +128,6 @@ def look(info: Info) -> Now:
 
 
 def samples() -> Iterator[Sample]:
-    """Of all metrics, over all API processes."""
+    """Yield the samples of all metrics, over all API processes."""
     for metric in get_prometheus_registry().collect():
         yield from metric.samples

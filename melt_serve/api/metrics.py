@@ -1,7 +1,7 @@
 """What `/metrics` shows of MELT's cache and chunk grid, beside vLLM's own.
 
-The scheduler's counts (`engine/counts.py`) arrive with every step's statistics and become metrics through vLLM's
-stat-logger plugins. What is known of finished requests is shown by `engine/usage.py`.
+The scheduler's counts (`engine/scheduler_stats.py`) arrive with every step's statistics and become metrics through
+vLLM's stat-logger plugins. `engine/usage.py` shows what is known of finished requests.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
 from melt_serve.engine.scheduler_stats import StepCounts
 
 ENGINE = ["engine"]
-"""Its number; with data parallelism there are several."""
+"""The label with an engine's number; with data parallelism there are several engines."""
 
 
 def gauge(name: str, text: str) -> prometheus_client.Gauge:
-    """A number that goes up and down; of several API servers, the one that was told last knows it."""
+    """Make a gauge that shows the value of the API server that set it last."""
     return prometheus_client.Gauge(name, text, ENGINE, multiprocess_mode="mostrecent")
 
 
@@ -52,7 +52,7 @@ REPLAYED_TOKENS = prometheus_client.Counter(
 
 
 class MeltMetrics(AggregateStatLoggerBase):
-    """vLLM's stat logger, loaded by itself in every API server; silent about other models than ours."""
+    """A stat logger, which vLLM loads in every API server; it ignores other models than ours."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Sequence[int]):
         self.engines = list(engine_indexes)
@@ -60,7 +60,7 @@ class MeltMetrics(AggregateStatLoggerBase):
         self.block_bytes = 0
 
     def log_engine_initialized(self) -> None:
-        """The engine knows its cache: show what does not change."""
+        """Show what does not change, once the engine knows its cache."""
         model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
         config = model.hf_config
         if not isinstance(config, LoopLMConfig):
@@ -83,14 +83,14 @@ class MeltMetrics(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """A step's numbers."""
+        """Show the numbers of a step, if its statistics have ours."""
         counts = None if scheduler_stats is None else StepCounts.take(scheduler_stats)
         if counts is None:
             return
         for metric, count in (
             (PIECES, counts.pieces),
             (CUTS, counts.cuts),
-            (WAITS, counts.waits),
+            (WAITS, counts.deferred),
             (LOST_HITS, counts.lost_hit_tokens),
             (REPLAYS, counts.replays),
             (REPLAYED_TOKENS, counts.replayed_tokens),
@@ -102,12 +102,12 @@ class MeltMetrics(AggregateStatLoggerBase):
 
 
 def row_dtype(vllm_config: VllmConfig) -> str:
-    """What the rows are kept in, by vLLM's name."""
+    """Return the data type of the cached rows, by vLLM's name."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     return str(model.dtype).removeprefix("torch.") if cache.cache_dtype == "auto" else cache.cache_dtype
 
 
 def row_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one token's KV rows, over all layers of all devices."""
+    """Return the bytes of one token's KV rows, over all layers of all devices."""
     bytes_per_value = STR_DTYPE_TO_TORCH_DTYPE[row_dtype(vllm_config)].itemsize
     return kv_bytes_per_token(vllm_config.model_config.hf_config, bytes_per_value)

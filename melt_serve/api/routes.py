@@ -13,14 +13,14 @@ from vllm import envs
 from vllm.engine.protocol import EngineClient
 
 from melt_serve.api.guard import Guard, Limits
-from melt_serve.api.info import Info, gather, look
+from melt_serve.api.info import Info, lasting_facts, read_metrics
 from melt_serve.config import LoopLMConfig
 
 PAGE = (Path(__file__).parent / "page.html").read_text()
 
 
 class MeltEndpoint:
-    """vLLM's `EndpointPlugin`. Loaded where `VLLM_PLUGINS` names `melt_serve`."""
+    """vLLM's `EndpointPlugin`, loaded where `VLLM_PLUGINS` names `melt_serve`."""
 
     name = "melt_serve"
     required_tasks = ("generate",)
@@ -29,36 +29,36 @@ class MeltEndpoint:
         """Add the routes, and put the guard before all."""
         keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
         app.add_middleware(Guard, keys=keys, limits=Limits.from_environment())
-        app.add_api_route("/melt", show, response_class=HTMLResponse)
-        app.add_api_route("/melt/info", tell, response_model=Info, response_model_exclude_none=True)
+        app.add_api_route("/melt", show_page, response_class=HTMLResponse)
+        app.add_api_route("/melt/info", show_info, response_model=Info, response_model_exclude_none=True)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
-        """Gather the facts, once the engine knows its KV cache."""
+        """Collect the facts, once the engine knows its KV cache."""
         state.melt_info = None
         if engine_client is not None and isinstance(engine_client.vllm_config.model_config.hf_config, LoopLMConfig):
-            state.melt_info = gather(engine_client.vllm_config)
+            state.melt_info = lasting_facts(engine_client.vllm_config)
 
 
-async def show() -> HTMLResponse:
-    """The page; it may run its own script and talk to this server, and nothing else."""
+async def show_page() -> HTMLResponse:
+    """Answer with the page; it may run its own script and talk to this server, and nothing else."""
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
 
 
-async def tell(request: Request) -> Info:
-    """What is served, and what is going on; a 404 where that is another model than ours."""
+async def show_info(request: Request) -> Info:
+    """Answer with what is served and what is going on, or a 404 if that is another model than ours."""
     info: Info | None = request.app.state.melt_info
     if info is None:
         raise HTTPException(404, "This server runs neither a MELT nor a LoopLM checkpoint.")
-    return info.model_copy(update={"now": look(info)})
+    return info.model_copy(update={"now": read_metrics(info)})
 
 
-def source(tag: str) -> str:
-    """The page's own script or style, as a Content-Security-Policy names it: by its SHA-256."""
+def csp_source(tag: str) -> str:
+    """Name the page's own script or style as a Content-Security-Policy does: by its SHA-256."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 POLICY = (
-    f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
+    f"default-src 'none'; script-src {csp_source('script')}; style-src {csp_source('style')}; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )

@@ -1,4 +1,4 @@
-"""Which rows a loop reads and writes: one attention layer over vLLM's paged cache, whose tables change with the loop.
+"""The attention layers over vLLM's paged cache, whose tables change with the loop.
 
 All loops of a layer call the same attention layer. Its metadata changes between them: fewer tokens run, as requests
 finish their loops, and in `chunk` mode other rows are meant. There, a loop before a request's last sees the final
@@ -19,13 +19,10 @@ from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
     _resolve_layer_name,
+    direct_register_custom_op,
     is_quantized_kv_cache,
 )
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    CommonAttentionMetadata,
-    subclass_attention_backend,
-)
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from melt_serve.config import MeltConfig
@@ -41,14 +38,19 @@ FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What vLLM says of a step's requests and of their blocks of one kind, and what makes a kernel's metadata of it."""
+    """What vLLM states about a step, for one cache group.
+
+    Attributes:
+        builder: makes a kernel's metadata of `common`.
+        common: the step's requests, and their block tables of the group.
+    """
 
     builder: Any
     common: CommonAttentionMetadata
 
 
 class FinalRows(Attention):
-    """A layer's attention, and the rows that stay of every token: those of its last loop.
+    """A layer's attention, and the rows it keeps of every token: those of its last loop.
 
     Attributes:
         fused: one kernel of ours rotates queries and keys and writes the rows; otherwise two of vLLM's do.
@@ -63,11 +65,16 @@ class FinalRows(Attention):
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
 
     def rotate_and_attend(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
-        """Attention over all rows, this step's included: [tokens, heads * head_dim], as q, k and v, which have no RoPE.
+        """Rotate q and k, write the rows, and return attention over all rows, this step's included.
 
         Args:
             positions: [tokens].
+            q: [tokens, heads * head_dim], not rotated yet.
+            k, v: [tokens, KV heads * head_dim], k not rotated yet.
             rotary: vLLM's module for RoPE on whole heads.
+
+        Returns:
+            [tokens, heads * head_dim].
         """
         if self.fused:
             name = _encode_layer_name(self.layer_name)
@@ -77,7 +84,7 @@ class FinalRows(Attention):
         return self(q, k, v)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """One row a token."""
+        """Return the spec of one row a token."""
         spec = super().get_kv_cache_spec(vllm_config)
         assert type(spec) is FullAttentionSpec
         config: MeltConfig = vllm_config.model_config.hf_config
@@ -87,7 +94,7 @@ class FinalRows(Attention):
 class OpenRows(Attention):
     """Room for the open chunk's rows of one loop, `chunk` mode only.
 
-    Nobody calls it. Its blocks lie in the memory of the layer's final rows, through which both are read and written.
+    It is never called. Its blocks lie in the memory of the layer's final rows, through which both are read and written.
     """
 
     attn_backend: Any
@@ -99,7 +106,7 @@ class OpenRows(Attention):
         self.loop = loop
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """One row a token of the open chunk."""
+        """Return the spec of one row a token of the open chunk."""
         spec = super().get_kv_cache_spec(vllm_config)
         assert type(spec) is FullAttentionSpec
         shared = {name: value for name, value in vars(spec).items() if name in OpenRowsSpec.__dataclass_fields__}
@@ -107,12 +114,12 @@ class OpenRows(Attention):
 
 
 def fuses_rows(layer: Attention) -> bool:
-    """Whether `write_rows` stands for vLLM's RoPE and write of rows: on a GPU, where `MELT_KERNELS=triton` asks for it.
+    """Return whether `write_rows` replaces vLLM's RoPE and write of rows: on a GPU, with `MELT_KERNELS=triton`.
 
-    Not by itself: how one kernel launched from Python compares with two of vLLM's is not yet measured.
+    It is not the default: how one kernel launched from Python compares with two of vLLM's is not yet measured.
 
     Raises:
-        KernelError: asked for, and this layer's rows cannot be written so.
+        KernelError: it was asked for, and this layer's rows cannot be written so.
     """
     if not current_platform.is_cuda() or chosen() != "triton":
         return False
@@ -142,12 +149,17 @@ def rotate_and_write(
     write_rows(q, k, v, positions, table, k_cache, v_cache, slots, *scales)
 
 
+direct_register_custom_op(
+    "melt_rotate_and_write", rotate_and_write, mutates_args=["q"], fake_impl=lambda *arguments: None
+)
+
+
 @functools.cache
 def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False) -> type[AttentionBackend]:
-    """A backend that also leaves a step's record with the first layer of its cache group.
+    """Return a backend that also leaves a step's record with the first layer of its cache group.
 
     Args:
-        writes_rows: vLLM need not write the rows: `rotate_and_write` has.
+        writes_rows: `rotate_and_write` writes the rows, so vLLM must not.
     """
 
     class RecordingBuilder(backend.get_builder_cls()):  # type: ignore[misc]
@@ -161,8 +173,8 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
             self.layer.step = StepRecord(self, common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, **kwargs)
 
-        def build_part(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-            """Metadata for a part of the step that was recorded."""
+        def rebuild(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            """Build metadata for some of the recorded step's tokens."""
             return super().build(0, common_attn_metadata)
 
     recording = subclass_attention_backend("Recording", backend, RecordingBuilder)

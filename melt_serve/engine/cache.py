@@ -1,4 +1,4 @@
-"""KV rows in vLLM's cache: what is kept of a token, shared with other requests, and given back.
+"""KV rows in vLLM's cache: which of a token's are kept, shared with other requests, and freed.
 
 Rules 2 and 3 of the serving contract (README.md in this folder). A block of the pool holds rows of one
 kind at a time: final rows, or an open chunk's rows of one loop. All kinds have the same size, so one
@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
-from melt_serve.config import DecodeMode, sharing_unit
+from melt_serve.config import DecodeMode, chunk_start, sharing_unit
 from melt_serve.engine.depth import depth_of
 
 if TYPE_CHECKING:
@@ -28,16 +28,19 @@ KVCacheSpecRegistry._ensure_registered()
 
 
 class FinalRowsManager(FullAttentionManager):
-    """One row a (layer, token), that of its last loop. Shared from lcm(C, block) to lcm(C, block)."""
+    """Keeps one row a (layer, token), that of its last loop. Hits end on multiples of lcm(C, block).
+
+    Attributes:
+        cached_this_step: blocks that vLLM has made findable in this step, before their final rows exist.
+    """
 
     def __init__(self, kv_cache_spec: "FinalRowsSpec", **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.spec = kv_cache_spec
         self.cached_this_step: set[int] = set()
-        """Blocks vLLM has made findable in this step, before their final rows exist."""
 
-    def shareable(self, request: Request) -> int:
-        """From this position on, the request neither gives nor takes shared rows.
+    def cacheable_tokens(self, request: Request) -> int:
+        """Return how many tokens of a request may share rows with others; it neither gives nor hits later ones.
 
         In `token` mode generated rows were made with C=1: for the same tokens a prompt has others.
         """
@@ -49,7 +52,7 @@ class FinalRowsManager(FullAttentionManager):
     def find_longest_cache_hit(
         cls, *args: Any, kv_cache_spec: KVCacheSpec, alignment_tokens: int, **kwargs: Any
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """vLLM's lookup, whose hits end where a chunk and a block end together."""
+        """Look a prefix up as vLLM does; a hit ends where a chunk and a block end together."""
         assert isinstance(kv_cache_spec, FinalRowsSpec) and kv_cache_spec.unit % alignment_tokens == 0
         return super().find_longest_cache_hit(
             *args, kv_cache_spec=kv_cache_spec, alignment_tokens=kv_cache_spec.unit, **kwargs
@@ -63,11 +66,11 @@ class FinalRowsManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Make full blocks findable, up to where the request shares; remember which are new."""
+        """Make full blocks of cacheable tokens findable, and remember which are new."""
         before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(
             request,
-            min(num_tokens, self.shareable(request)),
+            min(num_tokens, self.cacheable_tokens(request)),
             retention_interval=retention_interval,
             replay_boundaries=replay_boundaries,
         )
@@ -76,7 +79,7 @@ class FinalRowsManager(FullAttentionManager):
         self.cached_this_step.update(block.block_id for block in new_blocks)
 
     def new_step_starts(self) -> None:
-        """What earlier steps have computed may be hit now."""
+        """Forget what was new: blocks of earlier steps are computed and may be hit."""
         self.cached_this_step.clear()
 
 
@@ -95,30 +98,33 @@ class FinalRowsSpec(FullAttentionSpec):
 
     @property
     def unit(self) -> int:
-        """Tokens between two positions where a prefix may end: lcm(C, block)."""
+        """Tokens between two positions where a hit may end: lcm(C, block)."""
         return sharing_unit(self.chunk_size, self.block_size)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """The spec of a group of layers, which must agree."""
+        """Return the spec of a group of layers, which must agree."""
         assert all(spec == specs[0] for spec in specs), "layers of one group must keep the same rows"
         return specs[0]
 
 
 class OpenRowsManager(SingleTypeKVCacheManager):
-    """Rows of one loop before the last, of the open chunk only; free again once the chunk is closed.
+    """Keeps the open chunk's rows of one loop before the last, and frees them when the chunk closes.
 
     The block list has an entry for every block of the request, as the final rows' list has, so that the
     two can be laid over each other. It is the null block where no rows of this loop are kept: in closed
     chunks, in a chunk that runs whole in one step, which can write its final blocks at every loop, and in
-    requests to which this is the last loop, or that never come here.
+    requests whose last loop is this one or an earlier one.
+
+    Attributes:
+        requests: the scheduler's, by id, whose parameters state their loops.
     """
 
     def __init__(self, kv_cache_spec: "OpenRowsSpec", **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.chunk_size, self.loop = kv_cache_spec.chunk_size, kv_cache_spec.loop
+        self.chunk_size = kv_cache_spec.chunk_size
+        self.loop = kv_cache_spec.loop
         self.requests: Mapping[str, Request] = {}
-        """The scheduler's, by id, to know their loops."""
 
     def get_num_blocks_to_allocate(
         self,
@@ -131,44 +137,33 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks to take from the pool so that `num_tokens` tokens have their rows of this loop."""
-        if apply_admission_cap and self._comes_before_last(request_id):  # the most a request holds on its way there
+        """Return how many blocks `num_tokens` tokens need from the pool for their rows of this loop."""
+        if apply_admission_cap and self._runs_later_loops(request_id):  # the most a request holds on its way there
             return cdiv(min(num_tokens, self.chunk_size), self.block_size)
+        if not self._needs_blocks(request_id, num_tokens):
+            return 0
         entries = max(len(self.req_to_blocks.get(request_id, ())), total_computed_tokens // self.block_size)
-        return 0 if self._keeps_nothing(request_id, num_tokens) else max(0, cdiv(num_tokens, self.block_size) - entries)
+        return max(0, cdiv(num_tokens, self.block_size) - entries)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Append the entries of the step's tokens: blocks, or null blocks where nothing is kept."""
+        """Append the entries of the step's tokens: blocks from the pool, or null blocks where no rows are kept."""
         blocks = self.req_to_blocks[request_id]
         missing = max(0, cdiv(num_tokens, self.block_size) - len(blocks))
-        if self._keeps_nothing(request_id, num_tokens):
-            new_blocks = [self._null_block] * missing
-        else:
+        if self._needs_blocks(request_id, num_tokens):
             new_blocks = self.block_pool.get_new_blocks(missing)
+        else:
+            new_blocks = [self._null_block] * missing
         blocks.extend(new_blocks)
         return new_blocks
 
-    def held(self) -> int:
-        """Blocks in use for rows of this loop."""
+    def num_blocks_in_use(self) -> int:
+        """Return how many blocks hold rows of this loop, over all requests."""
         entries = cdiv(self.chunk_size, self.block_size)  # the open chunk's are a request's last
         return sum(not block.is_null for blocks in self.req_to_blocks.values() for block in blocks[-entries:])
 
-    def _keeps_nothing(self, request_id: str, num_tokens: int) -> bool:
-        """Whether the step that ends at `num_tokens` needs no rows of this loop.
-
-        So it is from the request's last loop on, and where the step closes a chunk of which nothing ran before.
-        """
-        first = (num_tokens - 1) // self.chunk_size * self.chunk_size // self.block_size
-        begun = any(not block.is_null for block in self.req_to_blocks.get(request_id, ())[first:])
-        closes_at_once = num_tokens % self.chunk_size == 0 and not begun
-        return closes_at_once or not self._comes_before_last(request_id)
-
-    def _comes_before_last(self, request_id: str) -> bool:
-        return self.loop < depth_of(self.requests[request_id].sampling_params).loops
-
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Tokens in closed chunks: vLLM frees their blocks."""
-        return num_computed_tokens // self.chunk_size * self.chunk_size
+        """Return how many tokens lie in closed chunks: vLLM frees their blocks."""
+        return chunk_start(num_computed_tokens, self.chunk_size)
 
     @classmethod
     def find_longest_cache_hit(
@@ -183,8 +178,21 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Nothing: an open chunk's rows belong to one request."""
+        """Return no blocks: an open chunk's rows belong to one request."""
         return tuple([] for _ in kv_cache_group_ids), 0
+
+    def _needs_blocks(self, request_id: str, num_tokens: int) -> bool:
+        """Return whether the step that ends at `num_tokens` keeps rows of this loop.
+
+        A request's last loop writes final rows; so does a step that runs a whole chunk, at every loop.
+        """
+        first = chunk_start(num_tokens - 1, self.chunk_size) // self.block_size
+        open_before = any(not block.is_null for block in self.req_to_blocks.get(request_id, ())[first:])
+        runs_whole_chunk = num_tokens % self.chunk_size == 0 and not open_before
+        return not runs_whole_chunk and self._runs_later_loops(request_id)
+
+    def _runs_later_loops(self, request_id: str) -> bool:
+        return self.loop < depth_of(self.requests[request_id].sampling_params).loops
 
 
 @register_kv_cache_spec(manager_class=OpenRowsManager)
@@ -202,11 +210,11 @@ class OpenRowsSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """They are never shared."""
+        """Whether blocks may be shared: an open chunk's never are."""
         return False
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
-        """Bytes a layer keeps of one request at most: one chunk for every step that may be in flight."""
+        """Return the most bytes a layer keeps of one request: one chunk for every step that may be in flight."""
         chunks = vllm_config.max_concurrent_batches
         tokens = min(chunks * self.chunk_size, vllm_config.model_config.max_model_len)
         return cdiv(tokens, self.block_size) * self.page_size_bytes

@@ -26,11 +26,11 @@ CPU_WORKER = "melt_serve.engine.cpu_worker.MeltCPUWorker"
 
 
 class MeltStartup(VerifyAndUpdateConfig):
-    """vLLM's hook for a model's own configuration, called under plain `vllm serve` too."""
+    """vLLM's hook for a model's own configuration, which plain `vllm serve` calls, too."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Before vLLM settles its defaults for this model."""
+        """Apply our patches, before vLLM chooses its defaults for this model."""
         patches.apply()
 
     @staticmethod
@@ -47,10 +47,10 @@ class MeltStartup(VerifyAndUpdateConfig):
 
         choose_block_size(vllm_config)
         record_kernels(vllm_config)
-        # A graph replays on the memory it was captured on; a loop's input is where the loop before has left it.
+        # A graph replays on the memory it was captured on; a loop's input is where the loop before left it.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        take_cpu_worker(vllm_config)
+        choose_cpu_worker(vllm_config)
 
 
 class LoopLMStartup(VerifyAndUpdateConfig):
@@ -58,18 +58,18 @@ class LoopLMStartup(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Keep seeded requests alive on a CPU."""
-        take_cpu_worker(vllm_config)
+        """Choose the worker that keeps seeded requests alive on a CPU."""
+        choose_cpu_worker(vllm_config)
 
 
-def take_cpu_worker(vllm_config: "VllmConfig") -> None:
-    """Our worker on a CPU, unless the user named one."""
+def choose_cpu_worker(vllm_config: "VllmConfig") -> None:
+    """Choose our worker on a CPU, unless the user named one."""
     if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == "auto":
         vllm_config.parallel_config.worker_cls = CPU_WORKER
 
 
 def refuse_checkpoint(config: MeltConfig) -> None:
-    """Refuse settings of the checkpoint, or `--hf-overrides`, that cannot be."""
+    """Refuse settings of the checkpoint, or of `--hf-overrides`, that are not valid."""
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
@@ -81,7 +81,8 @@ def refuse_small_steps(vllm_config: "VllmConfig") -> None:
     config: MeltConfig = vllm_config.model_config.hf_config
     if config.decode_mode == "chunk":
         return
-    scheduler, chunk_size = vllm_config.scheduler_config, config.chunk_size
+    scheduler = vllm_config.scheduler_config
+    chunk_size = config.chunk_size
     limits = {
         "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
         "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,
@@ -149,7 +150,7 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
 
 
 def record_kernels(vllm_config: "VllmConfig") -> None:
-    """Tell vLLM which kernels run: a graph it has compiled and kept for other ones is another graph.
+    """Record in vLLM's configuration which kernels run: a graph that was compiled and kept with others is not reused.
 
     Raises:
         ValueError: `MELT_KERNELS` is none of the words it may be.
@@ -164,13 +165,14 @@ def choose_block_size(vllm_config: "VllmConfig") -> None:
     Raises:
         ValueError: `chunk` mode, and the chunk size is not a multiple of the block size.
     """
-    cache, config = vllm_config.cache_config, vllm_config.model_config.hf_config
+    cache = vllm_config.cache_config
+    config: MeltConfig = vllm_config.model_config.hf_config
     chunk_size = config.chunk_size
     finest, coarsest = (32, 128) if current_platform.is_cpu() else (16, 16)  # vLLM's attention kernels; its default
     if not cache.user_specified_block_size:
         fitting = [size for size in range(finest, coarsest + 1, finest) if chunk_size % size == 0]
-        # Marked as named: vLLM would put its own default in its place later.
-        cache.block_size, cache.user_specified_block_size = max(fitting, default=coarsest), True
+        cache.block_size = max(fitting, default=coarsest)
+        cache.user_specified_block_size = True  # else vLLM would replace it by its own default later
     if config.decode_mode == "chunk" and chunk_size % cache.block_size:
         raise ValueError(
             f"MELT: chunk_size={chunk_size} is not a multiple of the KV block size, {cache.block_size}, as "

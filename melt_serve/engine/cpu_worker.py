@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which tells the model each request's loops, and survives seeded requests of several steps."""
+"""vLLM's CPU worker, which tells the model each request's depth, and survives seeded requests of several steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,14 @@ from melt_serve.engine.depth import depth_of
 
 
 class MeltCPUModelRunner(CPUModelRunner):
-    """Passes loops on, and puts a request's random generator back after a step whose sample is thrown away.
+    """Passes depths on, and restores a request's random generator after a step whose sample is thrown away.
 
-    vLLM 0.32 does so by moving the generator's offset, which CPU generators do not have: a seeded
+    vLLM 0.32 restores it by moving the generator's offset, which CPU generators do not have: a seeded
     request that needs more than one prefill step would end the engine. With a chunk grid every
     prompt longer than C is such a request.
+
+    Attributes:
+        token_loops: by request id, the loops that ran for the last token of the last step.
     """
 
     token_loops: Mapping[str, int] = {}
@@ -33,7 +36,7 @@ class MeltCPUModelRunner(CPUModelRunner):
         return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's; the output also says how many loops ran for the token that was sampled of each request."""
+        """Sample as vLLM does; the output also states how many loops ran for each request's sampled token."""
         output = super().sample_tokens(*args, **kwargs)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             output.token_loops = self.token_loops  # type: ignore[attr-defined]
@@ -60,7 +63,7 @@ class MeltCPUModelRunner(CPUModelRunner):
 
 
 class MeltCPUWorker(CPUWorker):
-    """The CPU worker with the runner above."""
+    """vLLM's CPU worker with our runner."""
 
     def init_device(self) -> None:
         """Set the device up as vLLM does, then take our runner, unless vLLM's newer one (V2) was chosen."""

@@ -1,4 +1,4 @@
-"""How deep a request thinks: its loops and exit threshold, from `vllm_xargs` or OpenAI's `reasoning_effort`."""
+"""A request's depth: its loops and exit threshold, from `vllm_xargs` or OpenAI's `reasoning_effort`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,15 +11,15 @@ from vllm.exceptions import VLLMValidationError
 from melt_serve.config import EFFORTS, MeltConfig
 
 EFFORT = "reasoning_effort"
-"""Where `patches.py` leaves a request's effort in `extra_args`."""
+"""The key under which `patches.py` leaves a request's effort in `extra_args`."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """A request's.
+    """How many loops a request's tokens may run, and when they may leave early.
 
     Attributes:
-        loops: the most a token runs.
+        loops: the most loops a token runs.
         exit_threshold: a token leaves after the first loop by which Ouro's exit gate would have left with this
             probability (arXiv 2510.25741); at 1 none does.
     """
@@ -28,8 +28,8 @@ class Depth:
     exit_threshold: float
 
 
-def settle(params: SamplingParams, config: MeltConfig) -> SamplingParams:
-    """The same parameters with the request's depth spelled out in `extra_args`, for all that comes after.
+def resolve_depth(params: SamplingParams, config: MeltConfig) -> SamplingParams:
+    """Validate a request's depth and write it out in a copy of its parameters, in `extra_args`, for `depth_of`.
 
     Raises:
         VLLMValidationError: a depth that this checkpoint does not run; the message names the range.
@@ -55,31 +55,32 @@ def settle(params: SamplingParams, config: MeltConfig) -> SamplingParams:
             parameter="exit_threshold",
             value=threshold,
         )
-    settled = params.clone()
-    settled.extra_args = {**extra, **asdict(Depth(int(loops), float(threshold)))}
-    return settled
+    resolved = params.clone()
+    resolved.extra_args = {**extra, **asdict(Depth(int(loops), float(threshold)))}
+    return resolved
 
 
 def depth_of(params: SamplingParams | None) -> Depth:
-    """A settled request's."""
+    """Return a request's depth. `resolve_depth` must have made its parameters."""
     assert params is not None and params.extra_args is not None
     return Depth(params.extra_args["loops"], params.extra_args["exit_threshold"])
 
 
 class StepDepths:
-    """Which of a step's tokens run on after a loop.
+    """Decides which of a step's S tokens run on after a loop.
 
     Attributes:
         ran: [S], the loops that each token has run, once it has left; 0 before.
+        may_exit: some request has an exit threshold.
     """
 
     def __init__(self, depths: Sequence[Depth], requests: Tensor, exit_gate: Callable[[Tensor], Tensor]):
-        """At the beginning of a step.
+        """Begin a step.
 
         Args:
-            depths: R.
-            requests: [S], each token's request, as a row of the R.
-            exit_gate: Ouro's, from normed states [A, d] to logits [A, 1].
+            depths: one of each of the R requests.
+            requests: [S], each token's request, as an index into `depths`.
+            exit_gate: Ouro's exit gate, from normed states [A, d] to logits [A, 1].
         """
         self.exit_gate = exit_gate
         self.last_loops = {depth.loops for depth in depths}
@@ -90,12 +91,12 @@ class StepDepths:
         self.remaining = torch.ones_like(self.thresholds)
         self.ran = torch.zeros_like(self.last)
 
-    def staying(self, loop: int, tokens: Tensor, x: Tensor) -> Tensor | None:
-        """[A], true for tokens that run another loop; None if all do.
+    def select_staying(self, loop: int, tokens: Tensor, x: Tensor) -> Tensor | None:
+        """Return [A], true for tokens that run another loop, or None if all do; record `ran` of the others.
 
         Args:
-            loop: the one that is over.
-            tokens: [A], those that ran it, as places among the S.
+            loop: the loop that is over.
+            tokens: [A], the tokens that ran it, as indices into the S.
             x: [A, d], their normed states after it.
         """
         if not self.may_exit and loop not in self.last_loops:

@@ -28,9 +28,12 @@ class KVGate(nn.Module):
             self.state_down, self.state_proj = gate_projection(config, width, False, quant, f"{prefix}.state")
 
     def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
-        """The state h_t of loop t = `loop`, counted from 1: [tokens, hidden]; h is None at loop 1.
+        """Return the state h_t, [tokens, hidden]. A learned gate, outside of `torch.compile`, writes it over h.
 
-        A learned gate, outside of `torch.compile`, writes it over h.
+        Args:
+            n: [tokens, hidden], the normed input of the layer's attention.
+            h: [tokens, hidden], h_{t-1}; None at loop 1.
+            loop: t, counted from 1.
         """
         if h is None:
             if self.initial_state == "input" or self.type == "last":
@@ -56,8 +59,9 @@ class KVGate(nn.Module):
 def gate_projection(
     config: MeltConfig, width: int, bias: bool, quant: QuantizationConfig | None, prefix: str
 ) -> tuple[ReplicatedLinear | None, ReplicatedLinear]:
-    """W_z with b_z, or U_z: the factor that reads d, where the gate has a rank, and the one that gives z."""
-    read, down = config.hidden_size, None
+    """Make W_z with b_z, or U_z: the factor that reads d, if the gate has a rank, and the factor that gives z."""
+    read = config.hidden_size
+    down = None
     if config.kv_gate_rank:
         read = config.kv_gate_rank
         down = ReplicatedLinear(config.hidden_size, read, bias=False, quant_config=quant, prefix=f"{prefix}_down")

@@ -1,4 +1,4 @@
-"""What vLLM's GPU runner (V2) asks of a model about its requests: here, their depths. Never run on a GPU yet."""
+"""What a model tells vLLM's GPU runner (V2) about its requests: here, their depths. Never run on a GPU yet."""
 
 from typing import Any
 
@@ -11,23 +11,23 @@ from melt_serve.engine.depth import Depth, depth_of
 
 
 class MeltModelState(DefaultModelState):
-    """Knows every running request's depth."""
+    """Keeps the depth of every running request."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.depths: dict[str, Depth] = {}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """A request begins, or begins again."""
+        """Add a request that begins, or begins again after a preemption."""
         super().add_request(req_index, new_req_data)
         self.depths[new_req_data.req_id] = depth_of(new_req_data.sampling_params)
 
     def remove_request(self, req_id: str) -> None:
-        """It is over, or preempted."""
+        """Forget a request that has finished or was preempted."""
         super().remove_request(req_id)
         self.depths.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """What the model's forward takes besides tokens and positions."""
+        """Return what the model's forward takes besides tokens and positions."""
         depths = [self.depths[request_id] for request_id in input_batch.req_ids]
         return {**super().prepare_inputs(input_batch, req_states), "depths": depths}

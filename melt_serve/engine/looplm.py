@@ -9,10 +9,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import (
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -24,9 +21,12 @@ from vllm.sequence import IntermediateTensors
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine.depth import Depth
 
+MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
+"""Where a checkpoint's gate and up projections lie in vLLM's stacked layer."""
+
 
 class OuroAttention(nn.Module):
-    """A LoopLM's: every loop has rows of its own, so a vLLM `Attention` of its own; no state goes on."""
+    """A LoopLM's attention: every loop has rows of its own, so a vLLM `Attention` of its own; there is no state h."""
 
     def __init__(self, config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, layer: int):
         super().__init__()
@@ -54,7 +54,7 @@ class OuroAttention(nn.Module):
         )
 
     def forward(self, positions: Tensor, n: Tensor, h: None, loop: int) -> tuple[Tensor, None]:
-        """W_O attn(...), [tokens, hidden], at loop t = `loop`, counted from 1."""
+        """Return W_O attn(...), [tokens, hidden], at loop t = `loop`, counted from 1, and no state."""
         qkv, _ = self.qkv_proj(n)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
@@ -62,47 +62,8 @@ class OuroAttention(nn.Module):
         return output, None
 
 
-def local_kv_heads(config: LoopLMConfig) -> int:
-    """KV heads on this rank; fewer heads than ranks are held by several."""
-    assert config.num_key_value_heads is not None
-    return max(1, config.num_key_value_heads // get_tensor_model_parallel_world_size())
-
-
-def rotary_embedding(config: LoopLMConfig) -> nn.Module:
-    """RoPE on whole heads."""
-    assert config.head_dim is not None
-    return get_rope(
-        config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
-    )
-
-
-def cache_name(config: LoopLMConfig, prefix: str, layer: int, loop: int) -> str:
-    """A name for one loop's rows of a layer.
-
-    vLLM reads a layer's number off its name: these are the names of a model with T times N layers.
-    """
-    return prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
-
-
-def paged_attention(
-    kind: type[Attention], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, **of_kind: object
-) -> Attention:
-    """One set of KV rows under this name, and the attention over them."""
-    assert config.head_dim is not None
-    return kind(
-        config.num_attention_heads // get_tensor_model_parallel_world_size(),
-        config.head_dim,
-        config.head_dim**-0.5,
-        num_kv_heads=local_kv_heads(config),
-        cache_config=vllm_config.cache_config,
-        quant_config=vllm_config.quant_config,
-        prefix=prefix,
-        **of_kind,
-    )
-
-
 class LoopedDecoderLayer(nn.Module):
-    """One layer with sandwich norms; the residual stream travels beside x, as vLLM's fused norms want it."""
+    """A layer with sandwich norms; the residual stream travels beside x, as vLLM's fused norms need it."""
 
     def __init__(
         self,
@@ -129,7 +90,7 @@ class LoopedDecoderLayer(nn.Module):
     def forward(
         self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: Tensor | int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, residual and a MELT's h after this layer, all [tokens, hidden]; x + residual is the residual stream."""
+        """Return x, residual and a MELT's h, all [tokens, hidden]; x + residual is the residual stream."""
         if residual is None:
             n, residual = self.input_layernorm(x), x
         else:
@@ -160,11 +121,11 @@ class LoopedModel(nn.Module):
     def run_loop(
         self, positions: Tensor, x: Tensor, h: Tensor | None, loop: Tensor | int
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """All layers once: the normed state [tokens, hidden], and what each layer's h has become.
+        """Run all layers once; return the normed state, [tokens, hidden], and each layer's new h.
 
         Args:
             h: [N, tokens, hidden], a MELT's states after the loop before; None at loop 1.
-            loop: counted from 1.
+            loop: t, counted from 1.
         """
         residual = None
         states: list[Tensor | None] = []
@@ -177,7 +138,7 @@ class LoopedModel(nn.Module):
 
 @support_torch_compile
 class OuroModel(LoopedModel):
-    """A LoopLM's layers and loops."""
+    """The layers of a LoopLM, run T times."""
 
     attention = OuroAttention
 
@@ -188,7 +149,7 @@ class OuroModel(LoopedModel):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The normed state after the last loop, [tokens, hidden], for tokens packed as vLLM packs them."""
+        """Return the normed state after the last loop, [tokens, hidden], for tokens as vLLM packs them."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for loop in range(1, self.loops + 1):
             x, _ = self.run_loop(positions, x, None, loop)
@@ -196,7 +157,7 @@ class OuroModel(LoopedModel):
 
 
 class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
-    """What both architectures share: embeddings and head around the loops, and the loading of weights."""
+    """What both architectures share: a language-model head on the loops, and the loading of weights."""
 
     backbone: ClassVar[type[LoopedModel]]
     hf_to_vllm_mapper: ClassVar[WeightsMapper]
@@ -217,7 +178,7 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """[tokens] -> [tokens, hidden]."""
+        """Embed [tokens] as [tokens, hidden]."""
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -228,11 +189,11 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         inputs_embeds: Tensor | None = None,
         **depths: Sequence[Depth],
     ) -> Tensor:
-        """The normed state after the last loop, [tokens, hidden]; a MELT takes its requests' `depths`."""
+        """Return the normed state after the last loop, [tokens, hidden]; a MELT takes its requests' `depths`."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **depths)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[tokens, hidden] -> [tokens, vocabulary]."""
+        """Map [tokens, hidden] to logits, [tokens, vocabulary]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -240,11 +201,8 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 
-MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
-
-
 class OuroForCausalLM(LoopedForCausalLM):
-    """The architecture that `ouro` checkpoints name: a LoopLM, with KV rows of every loop.
+    """The architecture of `ouro` checkpoints: a LoopLM, with KV rows of every loop.
 
     vLLM itself had one up to 0.25. Nothing of MELT's contract concerns it: it runs under vLLM's own scheduler.
     """
@@ -263,3 +221,42 @@ class OuroForCausalLM(LoopedForCausalLM):
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+
+
+def local_kv_heads(config: LoopLMConfig) -> int:
+    """Return the number of KV heads on this rank; where there are fewer heads than ranks, ranks share them."""
+    assert config.num_key_value_heads is not None
+    return max(1, config.num_key_value_heads // get_tensor_model_parallel_world_size())
+
+
+def rotary_embedding(config: LoopLMConfig) -> nn.Module:
+    """Return vLLM's module for RoPE on whole heads."""
+    assert config.head_dim is not None
+    return get_rope(
+        config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+    )
+
+
+def cache_name(config: LoopLMConfig, prefix: str, layer: int, loop: int) -> str:
+    """Name one loop's rows of a layer.
+
+    vLLM reads a layer's number off its name: these are the names of a model with T times N layers.
+    """
+    return prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
+
+
+def paged_attention(
+    kind: type[Attention], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, **of_kind: object
+) -> Attention:
+    """Make one set of KV rows under the name `prefix`, with the attention over them; `of_kind` goes to `kind`."""
+    assert config.head_dim is not None
+    return kind(
+        config.num_attention_heads // get_tensor_model_parallel_world_size(),
+        config.head_dim,
+        config.head_dim**-0.5,
+        num_kv_heads=local_kv_heads(config),
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+        **of_kind,
+    )

@@ -1,4 +1,4 @@
-"""LoRA where MELT differs: keys and values, projected together from h, and steps whose tokens become fewer."""
+"""LoRA where MELT differs: keys and values are projected together from h, and tokens leave a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from melt_serve.engine import patches
 
 
 class KVParallelLinearWithLoRA(MergedQKVParallelLinearWithLoRA):
-    """The adapters of `k_proj` and `v_proj` on a `QKVParallelLinear` without query heads."""
+    """Adapters of `k_proj` and `v_proj` on a `QKVParallelLinear` without query heads."""
 
     def __init__(self, base_layer: QKVParallelLinear) -> None:
         super().__init__(base_layer)
@@ -27,32 +27,32 @@ class KVParallelLinearWithLoRA(MergedQKVParallelLinearWithLoRA):
     def can_replace_layer(
         cls, source_layer: nn.Module, lora_config: LoRAConfig, packed_modules_list: list[str], *args: Any, **kwargs: Any
     ) -> bool:
-        """Whether this is such a layer; adapters split over ranks (`--fully-sharded-loras`) are refused at start-up."""
+        """Return whether this is such a layer; `--fully-sharded-loras`, which splits it, is refused at start-up."""
         return type(source_layer) is QKVParallelLinear and len(packed_modules_list) == 2
 
 
 class TokenAdapters:
-    """Which adapter each token of a step has, by vLLM's own tables, while tokens leave the step."""
+    """Keeps vLLM's table of each token's adapter true while tokens leave a step."""
 
     def __init__(self, layer: nn.Module):
-        """`layer` is any linear layer of the model; without adapters nothing is done."""
+        """Take the tables of `layer`, any linear layer of the model; without adapters all methods do nothing."""
         self.tables = getattr(layer, "punica_wrapper", None)
 
-    def keep(self, staying: Tensor) -> None:
-        """Go on with the tokens for which `staying`, [A], is true."""
+    def compact(self, staying: Tensor) -> None:
+        """Drop the tokens for which `staying`, [A], is false."""
         if self.tables is not None:
             self._set(self.tables.token_lora_indices[: len(staying)][staying])
 
     @contextmanager
-    def only(self, tokens: Tensor) -> Iterator[None]:
-        """What is computed inside is of the tokens for which `tokens`, [A], is true."""
+    def selected(self, tokens: Tensor) -> Iterator[None]:
+        """Restrict what is computed inside to the tokens for which `tokens`, [A], is true."""
         with self.restored():
-            self.keep(tokens)
+            self.compact(tokens)
             yield
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put the tables back in the end: vLLM writes them only when a step's adapters differ from the last one's."""
+        """Restore the tables at the end: vLLM writes them only when a step's adapters differ from the last one's."""
         before = None if self.tables is None else self.tables.token_lora_indices.clone()
         try:
             yield

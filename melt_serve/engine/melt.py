@@ -8,11 +8,7 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sequence import IntermediateTensors
 
@@ -34,10 +30,10 @@ from melt_serve.engine.step import StepRows
 
 
 class MeltAttention(nn.Module):
-    """Queries from n, K and V rows from the gated state h.
+    """Attention whose queries come from n, and K and V rows from the gated state h.
 
     The cache keeps the row of the last loop: in `token` mode every loop writes the same slots again. In `chunk`
-    mode the loops before a request's last write other slots, which last as long as their chunk is open.
+    mode the loops before a request's last write other slots, which are freed when their chunk closes.
     """
 
     def __init__(self, config: MeltConfig, vllm_config: VllmConfig, prefix: str, layer: int):
@@ -57,7 +53,7 @@ class MeltAttention(nn.Module):
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_embedding(config)
-        # First the final rows: their cache group and its tables come before those that are laid over them.
+        # Final rows first: their cache group and its tables come before those that are laid over them.
         self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
         assert config.max_loops is not None
         self.open_rows = nn.ModuleList(
@@ -68,7 +64,7 @@ class MeltAttention(nn.Module):
         )
 
     def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
-        """W_O attn(...) and the new state h, both [tokens, hidden]."""
+        """Return W_O attn(...) and the new state h, both [tokens, hidden]."""
         h = self.kv_gate(n, h, loop)
         q, _ = self.q_proj(n)
         kv, _ = self.kv_proj(h)
@@ -77,7 +73,7 @@ class MeltAttention(nn.Module):
         return output, h
 
     def project_rows(self, positions: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V rows of state h, [tokens, KV heads * head_dim] each, as `forward` writes them."""
+        """Return K and V rows of state h, [tokens, KV heads * head_dim] each, as `forward` writes them."""
         kv, _ = self.kv_proj(h)
         k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
         k, _ = self.rotary_emb(positions, k.contiguous())
@@ -86,34 +82,34 @@ class MeltAttention(nn.Module):
 
 @support_torch_compile
 class FirstLoop(nn.Module):
-    """A MELT's loop 1, from embeddings."""
+    """Loop 1 of a MELT, from embeddings: a graph of its own to the compiler."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
         super().__init__()
         self.model = (model,)  # in a tuple: its weights are not this module's
 
     def forward(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The state after the loop, [tokens, hidden], and h of every layer, [N, tokens, hidden]."""
+        """Return the state after the loop, [tokens, hidden], and h of every layer, [N, tokens, hidden]."""
         x, states = self.model[0].run_loop(positions, x, None, positions.new_ones(()))
         return x, torch.stack(states)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "x": 0, "h": 1})
 class LaterLoop(nn.Module):
-    """A MELT's loop 2 or later. All are the same computation, so they are compiled once."""
+    """Loop 2 or later of a MELT. All are the same computation, so they are compiled once."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "MeltModel"):
         super().__init__()
         self.model = (model,)
 
     def forward(self, positions: Tensor, x: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
-        """As `FirstLoop`, from the loop before; h may be overwritten."""
+        """Return what `FirstLoop` does, from the loop before; h may be overwritten."""
         x, states = self.model[0].run_loop(positions, x, h, loop)
         return x, h if self.model[0].layers[0].self_attn.kv_gate.overwrites else torch.stack(states)
 
 
 class MeltModel(LoopedModel):
-    """A MELT's layers and loops. Tokens that have run all of theirs leave the step: no loop is paid for nothing.
+    """The layers of a MELT, run as often as each token needs: one that has run all its loops leaves the step.
 
     Attributes:
         token_loops: [tokens], the loops that the tokens of the last step ran.
@@ -140,10 +136,10 @@ class MeltModel(LoopedModel):
         inputs_embeds: Tensor | None = None,
         depths: Sequence[Depth] | None = None,
     ) -> Tensor:
-        """The normed state after every token's last loop, [tokens, hidden], for tokens packed as vLLM packs them.
+        """Return the normed state after every token's last loop, [tokens, hidden], for tokens as vLLM packs them.
 
         Args:
-            depths: each request's; by default the checkpoint's for all.
+            depths: one of each request of the step; by default the checkpoint's own for all.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if get_forward_context().attn_metadata is None:  # vLLM warms up, or measures memory
@@ -152,54 +148,56 @@ class MeltModel(LoopedModel):
                 x, h = self.later_loop(positions, x, h, torch.tensor(loop))
             return x
         attention = [layer.self_attn for layer in self.layers]
-        final, open_rows = [each.attn for each in attention], attention[0].open_rows
+        final = [each.attn for each in attention]
+        open_rows = attention[0].open_rows
         depths = depths or [self.default_depth] * final[0].step.common.num_reqs
         rows = StepRows(final, open_rows, positions, depths)
         step = StepDepths(depths, rows.requests, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
-        finished, h = torch.empty_like(x), None
+        finished = torch.empty_like(x)
+        h = None
         with adapters.restored():
             for loop in range(1, rows.deepest + 1):
-                with rows.at(loop):
+                with rows.select_loop(loop):
                     if h is None:
                         x, h = self.first_loop(positions, x)
                     else:
                         x, h = self.later_loop(positions, x, h, torch.tensor(loop))
-                staying = step.staying(loop, rows.tokens, x)
+                staying = step.select_staying(loop, rows.tokens, x)
                 if staying is None:
                     continue
                 leaving = ~staying
                 finished[rows.tokens[leaving]] = x[leaving]
                 if open_rows and step.may_exit and loop < rows.deepest:
-                    with adapters.only(leaving):
+                    with adapters.selected(leaving):
                         self.write_later_rows(*rows.slots_after(loop, leaving), positions[leaving], h[:, leaving])
                 if not staying.any():
                     break
-                rows.keep(staying)
-                adapters.keep(staying)
+                rows.compact(staying)
+                adapters.compact(staying)
                 positions, x, h = positions[staying], x[staying], h[:, staying]
         self.token_loops = step.ran
         return finished
 
-    def write_later_rows(self, slots: Tensor, rows: Tensor, positions: Tensor, h: Tensor) -> None:
-        """Give tokens that exit early a row in the loops they do not run: that of their last.
+    def write_later_rows(self, slots: Tensor, tokens: Tensor, positions: Tensor, h: Tensor) -> None:
+        """Write the rows of tokens that exit early to the loops they do not run, too.
 
         Args:
-            slots: [W], to write.
-            rows: [W], which token's row goes there.
-            positions: [L], of the tokens.
-            h: [N, L, hidden], their last states.
+            slots: [W], the slots to write.
+            tokens: [W], whose row goes there, as indices into the L tokens that exit.
+            positions: [L], their positions.
+            h: [N, L, hidden], their states after their last loop.
         """
         for layer, state in zip(self.layers, h, strict=True):
             attention = layer.self_attn
             k, v = attention.project_rows(positions, state)
             cache = attention.attn
-            k, v = (each.unflatten(-1, (cache.num_kv_heads, cache.head_size))[rows] for each in (k, v))
+            k, v = (each.unflatten(-1, (cache.num_kv_heads, cache.head_size))[tokens] for each in (k, v))
             cache.impl.do_kv_cache_update(cache, k, v, cache.kv_cache, slots)
 
 
 class MeltForCausalLM(LoopedForCausalLM):
-    """The architecture that `melt` checkpoints name: one KV row a (layer, token), whatever the loops."""
+    """The architecture of `melt` checkpoints: one KV row a (layer, token), whatever the loops."""
 
     backbone = MeltModel
     hf_to_vllm_mapper = WeightsMapper(
@@ -208,7 +206,7 @@ class MeltForCausalLM(LoopedForCausalLM):
     packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
 
     def get_model_state_cls(self) -> type:
-        """vLLM's GPU runner asks for it; a CPU has no use for its imports."""
+        """Return the class that vLLM's GPU runner asks for; a CPU has no use for its imports."""
         from melt_serve.engine.gpu_model_state import MeltModelState
 
         return MeltModelState

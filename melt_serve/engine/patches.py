@@ -1,4 +1,4 @@
-"""Every place where vLLM 0.32 itself is changed, and why. Applied only where a model of ours is served.
+"""Every place where vLLM 0.32 itself is changed, and why. All but `sleep_while_waiting` only where we serve a model.
 
 A patch that no longer fits raises: better no server than one that breaks the contract silently.
 """
@@ -20,7 +20,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.engine import usage
-from melt_serve.engine.depth import EFFORT, depth_of, settle
+from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -42,9 +42,9 @@ def apply() -> None:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
-    _replace(InputProcessor, "process_inputs", _settle_depth)
+    _replace(InputProcessor, "process_inputs", _resolve_depth)
     for request in (ChatCompletionRequest, ResponsesRequest):
-        _replace(request, "to_sampling_params", _pass_effort_on)
+        _replace(request, "to_sampling_params", _forward_effort)
     _replace(OutputProcessor, "process_outputs", _record_loops)
     _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_chat_response)
     _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.wrap_stream(results_at=1))
@@ -104,8 +104,8 @@ def keep_an_empty_adapter_slot() -> None:
     """Let requests without a LoRA adapter have none on a CPU, also in a batch with others that have one.
 
     They have slot -1, which vLLM's CPU kernels take for the last slot (vLLM pull requests 48421 and 49656,
-    open at 0.32). With one slot more than adapters, that one is always empty. For the worker, once our
-    models are loaded there.
+    open at 0.32). With one slot more than adapters, that one is always empty. The worker calls this, when it
+    loads our models.
 
     Raises:
         RuntimeError: vLLM does not have what is to be patched.
@@ -138,7 +138,7 @@ def _is_melt(model_config: ModelConfig) -> bool:
 
 def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
     # A chunk of a prompt and a token of every running request fit in a step, whatever C is. The hook for a
-    # model's configuration comes later, and cannot tell a default from a user's wish.
+    # model's configuration is called later, and cannot tell a default from a user's choice.
     @functools.wraps(original)
     def set_defaults(self: EngineArgs, usage: Any, model_config: ModelConfig, *args: Any) -> None:
         unset = self.max_num_batched_tokens is None
@@ -157,8 +157,8 @@ RESUMABLE_REFUSED = (
 )
 
 
-def _settle_depth(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Every request comes through here, in every way to run vLLM, and what is wrong with it becomes a 400.
+def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Every request passes here, however vLLM is run, and an error raised here becomes a 400.
     @functools.wraps(original)
     def process_inputs(
         self: InputProcessor,
@@ -172,7 +172,7 @@ def _settle_depth(original: Callable[..., Any]) -> Callable[..., Any]:
         if _is_melt(self.model_config):
             if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
                 raise VLLMValidationError(RESUMABLE_REFUSED)
-            params = settle(params, self.model_config.hf_config)
+            params = resolve_depth(params, self.model_config.hf_config)
             usage.REQUESTS.labels(depth_of(params).loops).inc()
         return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
 
@@ -190,7 +190,7 @@ def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_outputs
 
 
-def _pass_effort_on(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
+def _forward_effort(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
     # vLLM gives OpenAI's reasoning_effort to the chat template only.
     @functools.wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:

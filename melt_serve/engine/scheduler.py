@@ -1,4 +1,4 @@
-"""The chunk grid: which tokens of a request may run in one step, and whose turn it is (README.md, rules 1 to 4)."""
+"""The chunk grid: which tokens of a request may run in one step (README.md, rules 1 to 4)."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -11,58 +11,69 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from melt_serve.config import DecodeMode, MeltConfig
+from melt_serve.config import DecodeMode, MeltConfig, chunk_end
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.scheduler_stats import StepCounts
-from melt_serve.engine.turns import PATIENCE, Turn
+from melt_serve.engine.turns import PrefillTurns
 from melt_serve.engine.usage import LOOPS, LOOPS_RUN
 
 
 class ChunkGridScheduler(AsyncScheduler):
     """vLLM's scheduler, with every step of a request ending on the request's own chunk grid.
 
-    vLLM asks `_mamba_block_aligned_split` before it runs a part of a request, for models whose steps
+    vLLM calls `_mamba_block_aligned_split` before it runs a part of a request, for models whose steps
     must end at certain positions; MELT is such a model.
+
+    Attributes:
+        loops_run: generated tokens of running requests, by request id and by the loops they ran.
+        cut: requests whose part in this step ends with its chunk, though there is more to run.
+        lost_hits: tokens that a waiting request cannot hit, by its id: they lie behind the last place where a hit
+            may end.
+        computed_before: tokens that preempted requests had run, by request id.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config: MeltConfig = self.vllm_config.model_config.hf_config
-        self.chunk_size, self.decode_mode = config.chunk_size, config.decode_mode
+        self.chunk_size = config.chunk_size
+        self.decode_mode = config.decode_mode
         self.need_mamba_block_aligned_split = True
-        final_rows = self.kv_cache_manager.coordinator.single_type_managers[0]
+        self.turns = PrefillTurns(self, config.chunk_size)
+        final_rows, *managers = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(final_rows, FinalRowsManager)
         self.final_rows = final_rows
-        self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """Generated tokens of running requests, by the loops they ran."""
         self.open_rows: list[OpenRowsManager] = []
-        for open_rows in self.kv_cache_manager.coordinator.single_type_managers[1:]:
+        for open_rows in managers:
             assert isinstance(open_rows, OpenRowsManager)
             open_rows.requests = self.requests
             self.open_rows.append(open_rows)
         self.counts = StepCounts()
+        self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.cut: set[str] = set()
-        """Requests of this step whose piece ends with its chunk, though there is more to run."""
         self.lost_hits: dict[str, int] = {}
-        """Tokens that a waiting request cannot hit, by its id: behind the last place where a hit may end."""
         self.computed_before: dict[str, int] = {}
-        """Tokens that preempted requests had run, by their ids."""
-        self.waiting_for_budget: Turn | None = None
-        self.turn: Turn | None = None
-        self.granted = 0
 
     def add_request(self, request: Request) -> None:
-        """Take a request; rows made at another depth are other rows, so its depth becomes part of their identity."""
+        """Enqueue a request, with its depth in its blocks' hashes: rows made at another depth are other rows."""
         request.cache_salt = f"{depth_of(request.sampling_params)} {request.cache_salt or ''}"
         request.block_hashes.clear()
         request.update_block_hashes()
         super().add_request(request)
 
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule a step as vLLM does, running requests first, unless a prompt has waited for them too long."""
+        self.cut.clear()
+        self.turns.begin_step()
+        output = super().schedule(throttle_prefills)
+        self.turns.end_step(output)
+        self._count_step(output)
+        return output
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's; counts the loops of the tokens that were generated."""
+        """Count the loops that the generated tokens ran, and update the requests as vLLM does."""
         token_loops = getattr(model_runner_output, "token_loops", {})
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
@@ -71,71 +82,22 @@ class ChunkGridScheduler(AsyncScheduler):
                 self.loops_run[request_id][token_loops[request_id]] += 1
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
-        params, encoder_params = super()._free_request(request, *args, **kwargs)
-        self.lost_hits.pop(request.request_id, None)
-        self.computed_before.pop(request.request_id, None)
-        if run := self.loops_run.pop(request.request_id, None):
-            params = {**(params or {}), LOOPS: depth_of(request.sampling_params).loops, LOOPS_RUN: dict(run)}
-        return params, encoder_params
-
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """vLLM's step; running requests come first in it, unless a prompt has waited for them too long."""
-        self.granted = 0
-        self.cut.clear()
-        if (waiting := self.waiting_for_budget) is not None and waiting.steps_waited >= PATIENCE:
-            self.turn, self.waiting_for_budget = waiting, None
-        output = super().schedule(throttle_prefills)
-        self.turn = None
-        self.waiting_for_budget = self._next_in_line(output)
-        self._count(output)
-        return output
-
-    def _count(self, output: SchedulerOutput) -> None:
-        """Add up what this step did."""
-        counts, scheduled, again = self.counts, output.num_scheduled_tokens, output.scheduled_cached_reqs
-        counts.pieces += len(scheduled)
-        counts.cuts += len(self.cut & scheduled.keys())
-        for request_id in scheduled:
-            counts.lost_hit_tokens += self.lost_hits.pop(request_id, 0)
-        for request_id, computed in zip(again.req_ids, again.num_computed_tokens, strict=True):
-            if request_id in again.resumed_req_ids:
-                counts.replays += 1
-                counts.replayed_tokens += max(0, self.computed_before.pop(request_id, 0) - computed)
-
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """vLLM's, with our counts."""
+        """Return vLLM's statistics, if it wants any, with our counts since the last ones."""
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        counts, self.counts = self.counts, StepCounts()
+        counts = self.counts
+        self.counts = StepCounts()
         pool = self.kv_cache_manager.block_pool
-        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
-        counts.open_blocks = sum(each.held() for each in self.open_rows)
-        counts.final_blocks = held - counts.open_blocks
+        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+        counts.open_blocks = sum(manager.num_blocks_in_use() for manager in self.open_rows)
+        counts.final_blocks = in_use - counts.open_blocks
         tokens = sum(request.num_computed_tokens for request in self.running)
         looped = sum(request.num_computed_tokens * depth_of(request.sampling_params).loops for request in self.running)
         counts.looplm_blocks = round(counts.final_blocks * looped / tokens) if tokens else 0
         counts.put(stats)
         return stats
-
-    def _next_in_line(self, output: SchedulerOutput) -> Turn | None:
-        """The first prompt that got nothing in this step because the budget was used up, if any."""
-        served = output.num_scheduled_tokens
-        stalled = [request for request in self.running if request.is_prefill_chunk and request.request_id not in served]
-        if not stalled and self.waiting and len(self.running) < self.max_num_active_reqs:
-            stalled = [self.waiting.peek_request()]
-        if not stalled or stalled[0] in self.deferred_waiting:
-            return None
-        request = stalled[0]
-        start = request.num_computed_tokens
-        tokens = min((start // self.chunk_size + 1) * self.chunk_size, request.num_tokens) - start
-        tokens = min(tokens, self.max_num_scheduled_tokens)
-        if self.max_num_scheduled_tokens - output.total_num_scheduled_tokens >= tokens:
-            return None
-        before = self.waiting_for_budget
-        waited = before.steps_waited if before is not None and before.request_id == request.request_id else 0
-        return Turn(request.request_id, tokens, waited + 1)
 
     def _mamba_block_aligned_split(
         self,
@@ -144,38 +106,36 @@ class ChunkGridScheduler(AsyncScheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        if self.turn is not None and request.request_id == self.turn.request_id:
-            self.turn = None
-        elif self.turn is not None:
-            left = self.max_num_scheduled_tokens - self.granted - self.turn.tokens
-            num_new_tokens = max(0, min(num_new_tokens, left))
+        wanted = self.turns.limit(request.request_id, num_new_tokens)
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        tokens = tokens_in_step(start, num_new_tokens, request.num_prompt_tokens, self.chunk_size, self.decode_mode)
-        self.granted += tokens
-        if 0 < tokens < num_new_tokens:
+        tokens = tokens_in_step(start, wanted, request.num_prompt_tokens, self.chunk_size, self.decode_mode)
+        self.turns.scheduled += tokens
+        if 0 < tokens < wanted:
             self.cut.add(request.request_id)
-        self.counts.waits += tokens == 0 < num_new_tokens
+        if tokens == 0 and wanted > 0:
+            self.counts.deferred += 1
         return tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         # A resumed request looks its generated tokens up, too: in token mode those rows are not on the grid.
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        if hit > (limit := self.final_rows.shareable(request)):
-            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        limit = self.final_rows.cacheable_tokens(request)
+        if hit > limit:
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)
+            hit = limit
         self.lost_hits[request.request_id] = self._cached_behind(request, hit)
         return blocks, hit, boundary, diverged
 
     def _cached_behind(self, request: Request, hit: int) -> int:
-        """Tokens whose rows are cached right behind the hit, where none may end."""
-        size, pool, group = (
-            self.final_rows.block_size,
-            self.kv_cache_manager.block_pool,
-            self.final_rows.kv_cache_group_id,
-        )
+        """Return how many tokens right behind the hit have cached rows, up to where the next hit could end."""
+        pool = self.kv_cache_manager.block_pool
+        group = self.final_rows.kv_cache_group_id
+        size = self.final_rows.block_size
+        first = hit // size
         last = min(
-            len(request.block_hashes), (request.num_tokens - 1) // size, hit // size + self.final_rows.spec.unit // size
+            len(request.block_hashes), (request.num_tokens - 1) // size, first + self.final_rows.spec.unit // size
         )
-        for block in range(hit // size, last):
+        for block in range(first, last):
             if pool.get_cached_block(request.block_hashes[block], [group]) is None:
                 return block * size - hit
         return last * size - hit
@@ -192,26 +152,48 @@ class ChunkGridScheduler(AsyncScheduler):
         return self.final_rows.cached_this_step.isdisjoint(blocks.get_block_ids()[0])
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
-        # By priority, a request may lose its place in the very step it had it: what vLLM has made findable of
-        # it in this step is never computed.
+        # By priority, a request may be preempted in the very step that has scheduled it: blocks that vLLM has made
+        # findable for it in this step are never computed.
         blocks = self.final_rows.req_to_blocks.get(request.request_id, ())
-        self.computed_before[request.request_id] = request.num_computed_tokens
         never_computed = self.final_rows.cached_this_step.intersection(block.block_id for block in blocks)
+        self.computed_before[request.request_id] = request.num_computed_tokens
         super()._preempt_request(request, timestamp, drop_stale_output)
         self.kv_cache_manager.evict_blocks(never_computed)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
+        params, encoder_params = super()._free_request(request, *args, **kwargs)
+        self.lost_hits.pop(request.request_id, None)
+        self.computed_before.pop(request.request_id, None)
+        if run := self.loops_run.pop(request.request_id, None):
+            params = {**(params or {}), LOOPS: depth_of(request.sampling_params).loops, LOOPS_RUN: dict(run)}
+        return params, encoder_params
+
+    def _count_step(self, output: SchedulerOutput) -> None:
+        """Add what this step does to the counts."""
+        counts = self.counts
+        scheduled = output.num_scheduled_tokens
+        cached = output.scheduled_cached_reqs
+        counts.pieces += len(scheduled)
+        counts.cuts += len(self.cut & scheduled.keys())
+        for request_id in scheduled:
+            counts.lost_hit_tokens += self.lost_hits.pop(request_id, 0)
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if request_id in cached.resumed_req_ids:
+                counts.replays += 1
+                counts.replayed_tokens += max(0, self.computed_before.pop(request_id, 0) - computed)
 
 
 def tokens_in_step(
     start: int, wanted: int, prompt_length: int, chunk_size: int, decode_mode: DecodeMode = "token"
 ) -> int:
-    """How many tokens of a request run in a step: none beyond the end of a chunk.
+    """Return how many tokens of a request run in a step: none beyond the end of a chunk.
 
     In `token` mode a prompt chunk runs whole or not at all, and a generated token is a chunk of its own,
     also when a preempted request is replayed. In `chunk` mode a step may stop anywhere inside a chunk.
 
     Args:
         start: the position of the first token to run.
-        wanted: tokens that are there and that the step's budget admits.
+        wanted: tokens that the request has and the step's budget admits.
         prompt_length: the request's own prompt, without generated tokens.
         chunk_size: C.
         decode_mode: of the checkpoint.
@@ -219,10 +201,10 @@ def tokens_in_step(
     Returns:
         At most `wanted`; 0 for "not in this step".
     """
-    end_of_chunk = (start // chunk_size + 1) * chunk_size
+    end = chunk_end(start, chunk_size)
     if decode_mode == "chunk":
-        return min(wanted, end_of_chunk - start)
+        return min(wanted, end - start)
     if start >= prompt_length:
         return min(wanted, 1)
-    rest_of_chunk = min(end_of_chunk, prompt_length) - start
+    rest_of_chunk = min(end, prompt_length) - start
     return rest_of_chunk if wanted >= rest_of_chunk else 0

@@ -1,8 +1,8 @@
-"""What an answer tells of its loops: `usage.loops` in responses, and metrics of the server.
+"""The loops that an answer's tokens ran: `usage.loops` in responses, and metrics of the server.
 
-The worker says which token ran how many loops (`worker.py`), the scheduler counts them for each request and hands the
-count over with the request's last output (`scheduler.py`), in the one field of vLLM's for what an engine says of a
-finished request, `kv_transfer_params`. Here it is taken out again.
+The worker reports how many loops each token ran (`cpu_worker.py`). The scheduler counts them for each request and
+hands the count over with the request's last output (`scheduler.py`), in vLLM's one field for facts about a finished
+request, `kv_transfer_params`. Here it is taken out again.
 """
 
 import functools
@@ -30,13 +30,15 @@ TOKEN_LOOPS = prometheus_client.Histogram(
 
 
 def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:
-    """Observe what finished requests ran; let each of several answers to a prompt tell of all that are finished.
+    """Observe the loops of finished requests; make each of several answers to a prompt count all finished ones.
 
     Args:
-        states: vLLM's, of running requests by id.
+        outputs: what the engine returns of this step's requests.
+        states: vLLM's states of running requests, by id.
     """
     for output in outputs:
-        params, state = output.kv_transfer_params or {}, states.get(output.request_id)
+        params = output.kv_transfer_params or {}
+        state = states.get(output.request_id)
         if LOOPS_RUN not in params or state is None:
             continue
         observed = TOKEN_LOOPS.labels(params.pop(LOOPS))
@@ -50,29 +52,29 @@ def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any])
 
 
 class LoopUsage:
-    """The loops of one response's tokens, as its results come in."""
+    """Adds up the loops of one response's tokens, as its results come in."""
 
     def __init__(self) -> None:
         self.run: dict[int, Counter[int]] = {}
 
-    def listen(self, output: Any, prompt: int = 0) -> None:
-        """Take the loops out of a result, or of a response; the last one of each prompt tells of all its answers."""
-        told = dict(output.kv_transfer_params or {})
-        if run := told.pop(LOOPS_RUN, None):
+    def add(self, output: Any, prompt: int = 0) -> None:
+        """Take the loops out of a result or a response; the last result of a prompt counts all its answers."""
+        params = dict(output.kv_transfer_params or {})
+        if run := params.pop(LOOPS_RUN, None):
             self.run[prompt] = Counter(run)
-            output.kv_transfer_params = told or None
+            output.kv_transfer_params = params or None
 
-    async def pass_on(self, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The same results: outputs, or pairs of a prompt's number and its output."""
+    async def watch(self, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Yield the same results, outputs or pairs of a prompt's number and its output, and add each."""
         async for result in results:
             if isinstance(result, tuple):
-                self.listen(result[1], result[0])
+                self.add(result[1], result[0])
             else:
-                self.listen(result)
+                self.add(result)
             yield result
 
     @property
-    def usage(self) -> dict[str, float] | None:
+    def summary(self) -> dict[str, float] | None:
         """Mean and maximum over all generated tokens; None before they are known."""
         total: Counter[int] = sum(self.run.values(), Counter())
         if not total:
@@ -81,69 +83,71 @@ class LoopUsage:
 
 
 def wrap_chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For vLLM's chat responses: (self, request, results, ...) -> response."""
+    """Wrap vLLM's chat responses, (self, request, results, ...) -> response."""
 
     @functools.wraps(original)
     async def respond(self: Any, request: Any, results: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        told = LoopUsage()
-        response = await original(self, request, told.pass_on(results), *args, **kwargs)
-        return add_usage(response, told)
+        loops = LoopUsage()
+        response = await original(self, request, loops.watch(results), *args, **kwargs)
+        return add_usage(response, loops)
 
     respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
 def wrap_completions(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For vLLM's completions: (self, outputs, ...) -> response."""
+    """Wrap vLLM's completions, (self, outputs, ...) -> response."""
 
     @functools.wraps(original)
     def respond(self: Any, outputs: list[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        told = LoopUsage()
+        loops = LoopUsage()
         for prompt, output in enumerate(outputs):
-            told.listen(output, prompt)
-        return add_usage(original(self, outputs, *args, **kwargs), told)
+            loops.add(output, prompt)
+        return add_usage(original(self, outputs, *args, **kwargs), loops)
 
     respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
 def wrap_responses(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For vLLM's Responses API, streamed or not: (self, ...) -> response, which repeats what its last result said."""
+    """Wrap vLLM's Responses API, streamed or not, (self, ...) -> response, which repeats what its last result said."""
 
     @functools.wraps(original)
     async def respond(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told, response = LoopUsage(), await original(self, *args, **kwargs)
+        loops = LoopUsage()
+        response = await original(self, *args, **kwargs)
         if getattr(response, "kv_transfer_params", None):  # an error has none
-            told.listen(response)
-        return add_usage(response, told)
+            loops.add(response)
+        return add_usage(response, loops)
 
     respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
-def add_usage(response: Any, told: LoopUsage) -> Any:
-    """`usage.loops`, where the response has a usage (an error has none)."""
-    if told.usage and getattr(response, "usage", None) is not None:
-        response.usage.loops = told.usage
+def add_usage(response: Any, loops: LoopUsage) -> Any:
+    """Set `usage.loops`, if the response has a usage (an error has none), and return the response."""
+    if loops.summary and getattr(response, "usage", None) is not None:
+        response.usage.loops = loops.summary
     return response
 
 
 def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For vLLM's streams of server-sent events: the event with the usage tells the loops, too.
+    """Return a wrapper of vLLM's streams of server-sent events, which adds the loops to the event with the usage.
 
     Args:
-        results_at: which argument, after self, the results are.
+        results_at: the index, among the arguments after self, of the results.
     """
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-            told, arguments = LoopUsage(), list(args)
-            arguments[results_at] = told.pass_on(arguments[results_at])
+            loops = LoopUsage()
+            arguments = list(args)
+            arguments[results_at] = loops.watch(arguments[results_at])
             async for event in original(self, *arguments, **kwargs):
-                if told.usage and '"usage":{' in event:
+                if loops.summary and '"usage":{' in event:
                     body = json.loads(event.removeprefix("data: "))
-                    body["usage"]["loops"] = told.usage
+                    body["usage"]["loops"] = loops.summary
                     event = f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
                 yield event
 

@@ -94,7 +94,7 @@ def test_rows_generated_one_by_one_are_not_shared(tmp_path, monkeypatch):
     with engine(tmp_path) as llm:
         assert ask_with_the_transcript(llm) <= RIGHT
         assert llm.reset_prefix_cache()
-        monkeypatch.setattr(FinalRowsManager, "shareable", lambda self, request: request.num_tokens)
+        monkeypatch.setattr(FinalRowsManager, "cacheable_tokens", lambda self, request: request.num_tokens)
         assert ask_with_the_transcript(llm) > WRONG
 
 
@@ -117,7 +117,7 @@ def test_a_replayed_request_does_not_take_grid_rows_for_its_generated_tokens(tmp
         while not any(output.finished for output in live.step()):
             pass
         if not guarded:
-            monkeypatch.setattr(FinalRowsManager, "shareable", lambda self, request: request.num_tokens)
+            monkeypatch.setattr(FinalRowsManager, "cacheable_tokens", lambda self, request: request.num_tokens)
         scheduler.waiting.prepend_request(talk)
         while live.has_unfinished_requests():
             for output in live.step():

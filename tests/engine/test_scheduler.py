@@ -2,7 +2,7 @@
 
 import pytest
 
-from melt_serve.engine import scheduler
+from melt_serve.engine import turns
 from melt_serve.engine.scheduler import tokens_in_step
 from melt_serve.engine.turns import PATIENCE
 from tests.engine.engines import distance, engine, everything, generate, prompts, save_melt
@@ -58,7 +58,7 @@ def test_endless_answers_do_not_starve_a_prompt_under_the_smallest_budget(tmp_pa
     with engine(tmp_path, max_num_batched_tokens=budget, max_num_seqs=8, enable_prefix_caching=False) as llm:
         assert steps_to_first_token(llm) <= 3 * (PATIENCE + 1) + 3
         if mode == "token" and budget < 35:
-            monkeypatch.setattr(scheduler, "PATIENCE", 10_000)
+            monkeypatch.setattr(turns, "PATIENCE", 10_000)
             assert steps_to_first_token(llm) is None, "without patience's end, the prompt waits for all answers"
 
 

@@ -38,7 +38,7 @@ def test_a_prompt_is_cut_at_its_chunks(tmp_path, steps):
     with engine(tmp_path, max_num_batched_tokens=512) as llm:
         generate(llm, prompts(70), max_tokens=8)
     assert total(steps, "pieces") == 3 + 7  # 32 + 32 + 6 tokens; the last of them gives the first of eight
-    assert total(steps, "cuts") == 2 and total(steps, "waits") == 0
+    assert total(steps, "cuts") == 2 and total(steps, "deferred") == 0
     assert {name: total(steps, name) for name in ("lost_hit_tokens", "replays", "replayed_tokens")} == {
         "lost_hit_tokens": 0,
         "replays": 0,
@@ -50,7 +50,7 @@ def test_a_piece_waits_where_the_budget_ends_inside_its_chunk(tmp_path, steps):
     save_melt(tmp_path)
     with engine(tmp_path, max_num_batched_tokens=40) as llm:
         generate(llm, prompts(32, 32), max_tokens=1)
-    assert total(steps, "pieces") == 2 and total(steps, "waits") >= 1 and total(steps, "cuts") == 0
+    assert total(steps, "pieces") == 2 and total(steps, "deferred") >= 1 and total(steps, "cuts") == 0
 
 
 @pytest.mark.parametrize(("chunk_size", "lost"), [(32, 0), (64, 32), (128, 96)])
