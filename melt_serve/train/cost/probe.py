@@ -112,7 +112,7 @@ def kept_bytes(student: Student) -> Iterator[list[int]]:
     counts: list[int] = []
     kept: dict[int, Tensor] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
-    run_loops = student.run_loops
+    run_chunk = student.run_chunk
 
     def keep(tensor: Tensor) -> Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in weights:
@@ -124,13 +124,13 @@ def kept_bytes(student: Student) -> Iterator[list[int]]:
 
     def counted(*arguments: Any) -> list[Tensor]:
         counts.append(size())
-        states = run_loops(*arguments)
+        states = run_chunk(*arguments)
         counts.append(size())
         return states
 
-    student.run_loops = counted  # type: ignore[method-assign, assignment]
+    student.run_chunk = counted  # type: ignore[method-assign, assignment]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield counts
     finally:
-        del student.run_loops
+        del student.run_chunk
