@@ -7,7 +7,7 @@ import torch
 
 from melt_serve.config import LoopLMConfig
 from melt_serve.kernels.dispatch import KernelError, chosen
-from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.rows import RowWrite, write_rows
 from melt_serve.modeling.looplm import rotary_tables, rotate
 from tests.kernels.device import DEVICE
 
@@ -58,19 +58,12 @@ class Case:
         if cache_dtype in (FP8, torch.uint8):
             self.scales = {"k_scale": torch.tensor(K_SCALE).to(DEVICE), "v_scale": torch.tensor([V_SCALE]).to(DEVICE)}
 
+    def into(self, slots):
+        tensors = (self.q, self.k, self.v, self.positions, self.table, self.k_cache, self.v_cache, slots)
+        return RowWrite(*tensors, **self.scales)
+
     def write(self, slots):
-        slots = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
-        write_rows(
-            self.q,
-            self.k,
-            self.v,
-            self.positions,
-            self.table,
-            self.k_cache,
-            self.v_cache,
-            slots,
-            **self.scales,
-        )
+        write_rows(self.into(torch.tensor(slots, dtype=torch.int64, device=DEVICE)))
 
     def rotated(self, x):
         """RoPE, pair by pair, in float64."""
