@@ -23,7 +23,7 @@ VARIABLE = "MELT_KERNELS"
 
 
 class KernelError(ValueError):
-    """`MELT_KERNELS` asks for what there is not, or cannot run; the message says why."""
+    """`MELT_KERNELS` is no known word, or asks for a version that cannot run; the message says why."""
 
 
 def chosen() -> Kernels:

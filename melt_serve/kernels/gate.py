@@ -190,13 +190,15 @@ def forward_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Blend BLOCK_SIZE columns of one token."""
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = columns < hidden
-    z = gate_of(from_input + row * input_stride, from_state + row * state_stride, bias, columns, inside, SCALAR, WIDE)
-    old = tl.load(h + row * h_stride + columns, mask=inside).to(WIDE)
-    new = tl.load(n + row * n_stride + columns, mask=inside).to(WIDE)
-    tl.store(out + row * out_stride + columns, z * old + (1 - z) * new, mask=inside)
+    z = gate_of(
+        from_input + token * input_stride, from_state + token * state_stride, bias, columns, inside, SCALAR, WIDE
+    )
+    old = tl.load(h + token * h_stride + columns, mask=inside).to(WIDE)
+    new = tl.load(n + token * n_stride + columns, mask=inside).to(WIDE)
+    tl.store(out + token * out_stride + columns, z * old + (1 - z) * new, mask=inside)
 
 
 @jit
@@ -223,20 +225,22 @@ def backward_kernel(
 
     The gradients are contiguous.
     """
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = columns < hidden
-    z = gate_of(from_input + row * input_stride, from_state + row * state_stride, bias, columns, inside, SCALAR, WIDE)
-    old = tl.load(h + row * h_stride + columns, mask=inside, other=0).to(WIDE)
-    new = tl.load(n + row * n_stride + columns, mask=inside, other=0).to(WIDE)
-    above = tl.load(gradient + row * hidden + columns, mask=inside, other=0).to(WIDE)
-    tl.store(of_h + row * hidden + columns, above * z, mask=inside)
-    tl.store(of_n + row * hidden + columns, above * (1 - z), mask=inside)
+    z = gate_of(
+        from_input + token * input_stride, from_state + token * state_stride, bias, columns, inside, SCALAR, WIDE
+    )
+    old = tl.load(h + token * h_stride + columns, mask=inside, other=0).to(WIDE)
+    new = tl.load(n + token * n_stride + columns, mask=inside, other=0).to(WIDE)
+    above = tl.load(gradient + token * hidden + columns, mask=inside, other=0).to(WIDE)
+    tl.store(of_h + token * hidden + columns, above * z, mask=inside)
+    tl.store(of_n + token * hidden + columns, above * (1 - z), mask=inside)
     of_z = above * (old - new) * z * (1 - z)
     if SCALAR:
-        tl.store(of_logits + row, tl.sum(of_z, axis=0))
+        tl.store(of_logits + token, tl.sum(of_z, axis=0))
     else:
-        tl.store(of_logits + row * hidden + columns, of_z, mask=inside)
+        tl.store(of_logits + token * hidden + columns, of_z, mask=inside)
 
 
 @jit

@@ -90,7 +90,7 @@ def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tenso
 
 
 def cut_packs(real: Tensor, document_starts: Tensor, size: int) -> Iterator[Chunk]:
-    """Cut packs of documents into chunks: as many, and as wide, whatever is in the packs.
+    """Cut packs of documents into chunks, whose number and widths do not depend on the documents.
 
     Args:
         real: [B, S], true for tokens; padding may stand after every document.

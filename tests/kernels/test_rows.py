@@ -66,7 +66,7 @@ class Case:
         write_rows(self.into(torch.tensor(slots, dtype=torch.int64, device=DEVICE)))
 
     def rotated(self, x):
-        """RoPE, pair by pair, in float64."""
+        """Apply RoPE pair by pair, in float64."""
         half = self.head_dim // 2
         out = x.double().clone()
         for token, position in enumerate(self.positions.tolist()):
@@ -78,7 +78,7 @@ class Case:
         return out
 
     def holds(self, slots, k, v, tolerance):
-        """Whether the cache has these rows in these slots, and what it had before everywhere else."""
+        """Assert that the cache has these rows in these slots, and what it had before everywhere else."""
         k_scale, v_scale = (K_SCALE, V_SCALE) if self.scales else (1.0, 1.0)
         filled = {slot: token for token, slot in enumerate(slots) if slot >= 0}
         for cache, rows, scale in ((self.k_rows, k, k_scale), (self.v_rows, v, v_scale)):

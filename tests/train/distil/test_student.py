@@ -33,7 +33,7 @@ def teacher_of(**overrides: object) -> OuroForCausalLM:
 
 
 def ragged(lengths=(13, 6, 9)) -> Batch:
-    """Random chats, right-padded; every token counts as reply."""
+    """Build random chats, right-padded, in which every token counts as reply."""
     ids = tokens(len(lengths), max(lengths))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     labels, prompts = ids.masked_fill(~mask, -100), torch.tensor([5, 4, 6][: len(lengths)])
@@ -128,7 +128,7 @@ def test_the_distance_is_that_of_the_attention_outputs():
 
 
 def lively_gate(student: Student) -> Student:
-    """With an exit gate that lets every token leave where it likes."""
+    """Give the student an exit gate with which tokens leave after every loop."""
     with torch.no_grad():
         student.model.early_exit_gate.weight.normal_(generator=torch.Generator().manual_seed(3))
     return student
@@ -187,7 +187,7 @@ def test_every_weight_of_the_student_is_taught_and_none_of_the_teachers():
 
 
 def run_batch(student, teacher, batch, checkpointed, **how):
-    """A step's answers and gradients, and the bytes kept for the backward pass."""
+    """Return a step's answers and gradients, and the bytes kept for the backward pass."""
     kept = {}
 
     def keep(tensor):
