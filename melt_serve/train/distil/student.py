@@ -92,6 +92,7 @@ class Student(MeltForCausalLM):
             document_starts=batch.document_starts,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
             loops=loops,
+            exit_threshold=1.0,  # in training only drawn thresholds count, not the config's
             output_states=True,
         )
         states, head = output.loop_states[:, tokens], self.lm_head.weight

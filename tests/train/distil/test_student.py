@@ -146,6 +146,15 @@ def test_tokens_leave_in_training_as_they_are_served(chunk_size, threshold):
 
 
 @torch.no_grad()
+def test_without_thresholds_none_leaves_early_whatever_the_config_says():
+    student, batch = lively_gate(student_of(teacher_of())), ragged()
+    expected = student.run_batch(batch, batch.real, 4).logits
+    student.config.early_exit_threshold = 0.2
+    assert len(student(batch.input_ids, batch.attention_mask).depths[batch.real].unique()) > 1
+    assert torch.equal(student.run_batch(batch, batch.real, 4).logits, expected)
+
+
+@torch.no_grad()
 def test_the_loops_run_are_those_of_tokens_whose_thresholds_are_drawn():
     """The expected loops are the mean of the loops run over many draws; one chunk, so that no draw sways another."""
     student, batch = lively_gate(student_of(teacher_of(), chunk_size=1)), ragged((1, 1, 1))
