@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import AutoConfig
 
-from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig, kv_bytes_per_token, weight_shapes
+from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig, kv_bytes_per_token, shape_facts, weight_shapes
 from melt_serve.terminal import columns
 
 GB = 10**9
@@ -96,7 +96,7 @@ def plan(name: str, config: LoopLMConfig, load: Load, device_bytes: int | None =
 
 def compare(config: LoopLMConfig, load: Load, chunk_size: int, device_bytes: int | None = None) -> list[Plan]:
     """The shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop)."""
-    facts = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    facts = shape_facts(config)
     looplm = LoopLMConfig(**facts)
     loops = {"total_ut_steps": load.loops, "max_loops": load.loops}
     plans = []

@@ -5,7 +5,7 @@ Imports nothing of ours: the reference model, the converter and the vLLM engine 
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -82,7 +82,7 @@ class LoopLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuse what neither the reference model nor the engine computes."""
+        """Refuse shapes and options that neither the reference model nor the engine computes."""
         assert self.num_key_value_heads is not None
         for field in AT_LEAST_ONE:
             if getattr(self, field) < 1:
@@ -119,7 +119,7 @@ class LoopLMConfig(PreTrainedConfig):
 class MeltConfig(LoopLMConfig):
     """A LoopLM that keeps one KV row a (layer, token), rewritten at every loop (arXiv 2605.07721).
 
-    `total_ut_steps` is the number of loops run by default, `max_loops` the most that may be asked
+    `total_ut_steps` is the number of loops run by default, `max_loops` the most that a request may ask
     for. `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to
     the checkpoint: the same weights under another C are another model. `effort_loops` says what
     OpenAI's `reasoning_effort` means, where it should not mean what `loops_by_effort` says.
@@ -188,8 +188,13 @@ class MeltConfig(LoopLMConfig):
         return shares | (self.effort_loops or {})
 
 
+def shape_facts(config: LoopLMConfig) -> dict[str, Any]:
+    """Return the fields of a config without its architecture's names, to make a config of the other class from."""
+    return {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+
+
 def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | None = None) -> int:
-    """KV-cache bytes one token takes over all layers (K and V of N layers, times T for a LoopLM).
+    """Count the KV-cache bytes of one token over all layers (K and V of N layers, times T for a LoopLM).
 
     Args:
         config: a LoopLM's or a MELT's shape; a MELT's rows do not depend on the loops.
@@ -217,17 +222,17 @@ def on_grid(tokens: int, chunk_size: int) -> int:
 
 
 def sharing_unit(chunk_size: int, block_size: int) -> int:
-    """Tokens between two positions where a chunk and a KV block end together: lcm(C, block)."""
+    """Return the tokens between two positions where a chunk and a KV block end together: lcm(C, block)."""
     return math.lcm(chunk_size, block_size)
 
 
 def gate_width(config: MeltConfig) -> int:
-    """Gate values a token: one a dimension (`elementwise`), one (`scalar`), or none to learn."""
+    """Return the gate values of a token: one a dimension (`elementwise`), one (`scalar`), or none to learn."""
     return {"elementwise": config.hidden_size, "scalar": 1}.get(config.kv_gate_type, 0)
 
 
 def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of a checkpoint of this config, as (key, shape), in the order they are used."""
+    """Yield every tensor of a checkpoint of this config, as (key, shape), in the order they are used."""
     assert config.num_key_value_heads is not None and config.head_dim is not None
     d, mlp = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -257,7 +262,7 @@ def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def register() -> None:
-    """Make `AutoConfig` know both model types. Harmless when called again."""
+    """Register both model types with `AutoConfig`. Harmless when called again."""
     AutoConfig.register(LoopLMConfig.model_type, LoopLMConfig, exist_ok=True)
     AutoConfig.register(MeltConfig.model_type, MeltConfig, exist_ok=True)
 

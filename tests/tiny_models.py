@@ -20,14 +20,14 @@ SHAPE = {
 
 
 def tiny_looplm(**overrides: object) -> OuroForCausalLM:
-    """A LoopLM with 2 layers, 2 KV heads for 4 heads, 4 loops."""
+    """Build a LoopLM with 2 layers, 2 KV heads for 4 heads, 4 loops."""
     torch.manual_seed(0)
     model = OuroForCausalLM(LoopLMConfig(**{**SHAPE, **overrides})).eval()
     return enliven(model)
 
 
 def tiny_melt(**overrides: object) -> MeltForCausalLM:
-    """The same as a MELT with chunks of 4 tokens and up to 8 loops."""
+    """Build a MELT of the same shape, with chunks of 4 tokens and up to 8 loops."""
     torch.manual_seed(0)
     model = MeltForCausalLM(MeltConfig(**{**SHAPE, "chunk_size": 4, "max_loops": 8, **overrides})).eval()
     return enliven(model)
@@ -35,7 +35,7 @@ def tiny_melt(**overrides: object) -> MeltForCausalLM:
 
 @torch.no_grad()
 def enliven(model: torch.nn.Module) -> torch.nn.Module:
-    """Give norms, biases and gates values that a mistake about them would show with."""
+    """Give norms, biases and gates values with which a mistake about them shows."""
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "norm" in name:
@@ -48,5 +48,5 @@ def enliven(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids."""
+    """Draw random token ids."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ from melt_serve.device import Rates, device_of, measure_rates, seconds
 from melt_serve.kernels import gate, rows
 from melt_serve.kernels.dispatch import chosen
 from melt_serve.kernels.gate import gate_blend
-from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.rows import RowWrite, write_rows
 from melt_serve.terminal import columns
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def rows_part(
     arguments = (q, k, v, torch.arange(tokens, device=device), rotary_table(dim, tokens, device))
     arguments = (*arguments, *cache.split(dim, dim=-1), slots)
     with torch.no_grad():
-        times = versions(device, two_steps, write_rows, arguments, compiled)
+        times = versions(device, two_steps, lambda *tensors: write_rows(RowWrite(*tensors)), arguments, compiled)
     moved = 2 * q.nbytes + 2 * (k.nbytes + v.nbytes) + arguments[4].nbytes + 2 * slots.nbytes
     operations = 3 * (q.numel() + k.numel())
     return part("RoPE and rows", tokens, moved, q, times, rates, goal, operations)

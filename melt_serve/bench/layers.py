@@ -14,7 +14,7 @@ from tqdm import tqdm
 from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.device import seconds
 from melt_serve.kernels.gate import gate_blend
-from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.rows import RowWrite, write_rows
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.modeling.looplm import DecoderLayer, SelfAttention
 from melt_serve.modeling.melt import MeltAttention
@@ -85,7 +85,7 @@ def decoding(layer: DecoderLayer, config: MeltConfig, options: "Options", device
             cache = caches[0 if is_melt else loop]
             q, k, v = heads(attention.q_proj(n)), heads(attention.k_proj(source)), heads(attention.v_proj(source))
             k_cache, v_cache = cache.split(dim, dim=-1)
-            write_rows(q, k, v, positions, table, k_cache, v_cache, slots)
+            write_rows(RowWrite(q, k, v, positions, table, k_cache, v_cache, slots))
             own = cache.view(options.batch, -1, *cache.shape[2:])[:, : options.context].transpose(1, 2)
             keys, values = own.split(dim, dim=-1)
             attended = F.scaled_dot_product_attention(

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 from melt_serve.kernels.dispatch import chosen, takes_triton
-from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.rows import RowWrite, write_rows
 
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
@@ -146,7 +146,7 @@ def rotate_and_write(
     q, k, v = (each.unflatten(-1, (-1, layer.head_size)) for each in (q, k, v))
     k_cache, v_cache = kv_cache.transpose(1, 2).split(layer.head_size, dim=-1)
     scales = (layer._k_scale, layer._v_scale) if is_quantized_kv_cache(layer.kv_cache_dtype) else (None, None)
-    write_rows(q, k, v, positions, table, k_cache, v_cache, slots, *scales)
+    write_rows(RowWrite(q, k, v, positions, table, k_cache, v_cache, slots, *scales))
 
 
 direct_register_custom_op(

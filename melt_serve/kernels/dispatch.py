@@ -23,16 +23,16 @@ VARIABLE = "MELT_KERNELS"
 
 
 class KernelError(ValueError):
-    """`MELT_KERNELS` asks for what there is not, or cannot run; the message says why."""
+    """`MELT_KERNELS` is no known word, or asks for a version that cannot run; the message says why."""
 
 
 def chosen() -> Kernels:
-    """`MELT_KERNELS`, by default `auto`: Triton for tensors on a GPU, the reference for all others.
+    """Read `MELT_KERNELS`, by default `auto`: Triton for tensors on a GPU, the reference for all others.
 
     A graph of `torch.compile` keeps what was chosen when it was made.
 
     Raises:
-        KernelError: it is none of the words it may be.
+        KernelError: its value is none of `auto`, `triton` and `reference`.
     """
     word = os.environ.get(VARIABLE, "auto")
     if word not in WORDS:
@@ -41,15 +41,15 @@ def chosen() -> Kernels:
 
 
 def takes_triton(kernel: str, device: torch.device, refuse: Callable[[], str | None] = lambda: None) -> bool:
-    """Whether the Triton version of `kernel` runs on tensors of this device.
+    """Decide whether the Triton version of `kernel` runs on tensors of this device.
 
-    Where it does not on a GPU though nobody has said so, a warning tells why, once.
+    Under `auto`, a warning says once why it does not run on a GPU.
 
     Args:
-        refuse: asked where Triton could run; what is the matter with these tensors, None if the kernel takes them.
+        refuse: called where Triton could run; returns why the kernel does not take these tensors, None if it does.
 
     Raises:
-        KernelError: `MELT_KERNELS=triton`, and it cannot be.
+        KernelError: `MELT_KERNELS=triton`, and it cannot run.
     """
     choice = chosen()
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
@@ -69,5 +69,5 @@ def takes_triton(kernel: str, device: torch.device, refuse: Callable[[], str | N
 
 
 def jit(kernel: Callable) -> Any:
-    """A Triton kernel, where there is Triton."""
+    """Compile a kernel with Triton, where Triton is installed."""
     return kernel if triton is None else triton.jit(kernel)

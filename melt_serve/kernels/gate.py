@@ -9,13 +9,13 @@ from melt_serve.kernels.dispatch import jit, takes_triton, tl, triton
 
 BLOCK = 1024
 WIDEST_SCALAR = 16384
-"""Where a token has one gate value, its gradient is summed over a whole row of at most this hidden size."""
+"""The largest hidden size whose gradient one program sums, where a token has one gate value."""
 
 
 def gate_blend(
     from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """h_t = z * h_{t-1} + (1 - z) * n_t, where z = sigmoid(W_z n_t + U_z h_{t-1} + b_z).
+    """Compute h_t = z * h_{t-1} + (1 - z) * n_t, where z = sigmoid(W_z n_t + U_z h_{t-1} + b_z).
 
     Source: arXiv 2605.07721; modeling/README.md, section 2. The Triton version takes tensors of one dtype (float16,
     bfloat16, float32, float64) whose last dimension is contiguous; others go to the reference (see `takes_triton`). It
@@ -51,14 +51,14 @@ def gate_blend(
 def reference(
     from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The same in plain PyTorch; inside a compiled graph the compiler fuses it."""
+    """Blend in plain PyTorch; inside a compiled graph the compiler fuses it."""
     return torch.lerp(n, h, torch.sigmoid(from_input + from_state + bias).expand_as(n), out=out)
 
 
 def refusal(
     from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor, out: Tensor | None
 ) -> str | None:
-    """Why the Triton version does not take these tensors; None if it does."""
+    """Return why the Triton version does not take these tensors; None if it does."""
     tensors = [from_input, from_state, bias, h, n] + ([] if out is None else [out])
     if len({tensor.dtype for tensor in tensors}) > 1 or not n.dtype.is_floating_point or n.dtype.itemsize < 2:
         return f"its tensors are {', '.join(str(tensor.dtype) for tensor in tensors)}, not of one float dtype"
@@ -72,13 +72,13 @@ def refusal(
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:
-    """Each as [tokens, columns]."""
+    """Flatten each tensor to [tokens, columns]."""
     return [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
 
 
 @torch.library.custom_op("melt_serve::gate_blend", mutates_args=())
 def blend(from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor) -> Tensor:
-    """`gate_blend` of [tokens, hidden] as one operator of PyTorch's, which its compiler does not look into."""
+    """Blend [tokens, hidden] as one operator of PyTorch's, which its compiler does not look into."""
     out = torch.empty_like(n, memory_format=torch.contiguous_format)
     launch((from_input, from_state, bias, h, n), out)
     return out
@@ -93,7 +93,7 @@ def _(from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor
 def blend_backward(
     gradient: Tensor, from_input: Tensor, from_state: Tensor, bias: Tensor, h: Tensor, n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the sigmoid's argument, of h and of n; z is computed again: that is cheaper than to keep it."""
+    """Compute the gradients of the sigmoid's argument, of h and of n, from a recomputed z: cheaper than to keep it."""
     of_logits = torch.empty_like(from_input, memory_format=torch.contiguous_format)
     of_h, of_n = torch.empty_like(gradient), torch.empty_like(gradient)
     if n.numel():
@@ -132,12 +132,12 @@ def _(
 
 
 def keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """What the gradient needs."""
+    """Save what the gradient needs."""
     ctx.save_for_backward(*inputs)
 
 
 def differentiate(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of all inputs; W_z n and U_z h have the same."""
+    """Return the gradients of all inputs; those of W_z n and U_z h are the same."""
     of_logits, of_h, of_n = torch.ops.melt_serve.gate_blend_backward(gradient.contiguous(), *ctx.saved_tensors)
     return of_logits, of_logits, of_logits.sum(0), of_h, of_n
 
@@ -189,14 +189,16 @@ def forward_kernel(
     WIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """One token, BLOCK_SIZE of its columns."""
-    row = tl.program_id(0).to(tl.int64)
+    """Blend BLOCK_SIZE columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = columns < hidden
-    z = gate_of(from_input + row * input_stride, from_state + row * state_stride, bias, columns, inside, SCALAR, WIDE)
-    old = tl.load(h + row * h_stride + columns, mask=inside).to(WIDE)
-    new = tl.load(n + row * n_stride + columns, mask=inside).to(WIDE)
-    tl.store(out + row * out_stride + columns, z * old + (1 - z) * new, mask=inside)
+    z = gate_of(
+        from_input + token * input_stride, from_state + token * state_stride, bias, columns, inside, SCALAR, WIDE
+    )
+    old = tl.load(h + token * h_stride + columns, mask=inside).to(WIDE)
+    new = tl.load(n + token * n_stride + columns, mask=inside).to(WIDE)
+    tl.store(out + token * out_stride + columns, z * old + (1 - z) * new, mask=inside)
 
 
 @jit
@@ -219,26 +221,31 @@ def backward_kernel(
     WIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """As `forward_kernel`; the gradients are contiguous. With one gate value a token, a program has its whole row."""
-    row = tl.program_id(0).to(tl.int64)
+    """Differentiate BLOCK_SIZE columns of one token, all of them where it has one gate value.
+
+    The gradients are contiguous.
+    """
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = columns < hidden
-    z = gate_of(from_input + row * input_stride, from_state + row * state_stride, bias, columns, inside, SCALAR, WIDE)
-    old = tl.load(h + row * h_stride + columns, mask=inside, other=0).to(WIDE)
-    new = tl.load(n + row * n_stride + columns, mask=inside, other=0).to(WIDE)
-    above = tl.load(gradient + row * hidden + columns, mask=inside, other=0).to(WIDE)
-    tl.store(of_h + row * hidden + columns, above * z, mask=inside)
-    tl.store(of_n + row * hidden + columns, above * (1 - z), mask=inside)
+    z = gate_of(
+        from_input + token * input_stride, from_state + token * state_stride, bias, columns, inside, SCALAR, WIDE
+    )
+    old = tl.load(h + token * h_stride + columns, mask=inside, other=0).to(WIDE)
+    new = tl.load(n + token * n_stride + columns, mask=inside, other=0).to(WIDE)
+    above = tl.load(gradient + token * hidden + columns, mask=inside, other=0).to(WIDE)
+    tl.store(of_h + token * hidden + columns, above * z, mask=inside)
+    tl.store(of_n + token * hidden + columns, above * (1 - z), mask=inside)
     of_z = above * (old - new) * z * (1 - z)
     if SCALAR:
-        tl.store(of_logits + row, tl.sum(of_z, axis=0))
+        tl.store(of_logits + token, tl.sum(of_z, axis=0))
     else:
-        tl.store(of_logits + row * hidden + columns, of_z, mask=inside)
+        tl.store(of_logits + token * hidden + columns, of_z, mask=inside)
 
 
 @jit
 def gate_of(from_input, from_state, bias, columns, inside, SCALAR: tl.constexpr, WIDE: tl.constexpr):
-    """Z of a token, for some of its columns or, where SCALAR, for all of them."""
+    """Compute z of a token: for some of its columns or, where SCALAR, for all of them."""
     if SCALAR:
         logits = tl.load(from_input).to(WIDE) + tl.load(from_state).to(WIDE) + tl.load(bias).to(WIDE)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,26 +16,10 @@ FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 PAIRS_A_PROGRAM = 1024
 
 
-def write_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """Rotate q in place, and write rotated k, and v, to their slots.
+class RowWrite(NamedTuple):
+    """The tensors of one write.
 
-    RoPE pairs the first half of a head with the second; it is computed in float32 and rounded to the dtype of k, and an
-    FP8 row is that divided by its scale, at most 448. Heads may have any even size, and all but the last dimension any
-    stride; where that is not contiguous, the reference runs, visibly (`takes_triton`). The Triton version waits for
-    nothing, and its launch depends on shapes alone; the reference waits for the device, to drop slots of -1.
-
-    Args:
+    Attributes:
         q: [tokens, heads, head_dim], overwritten.
         k, v: [tokens, KV heads, head_dim], of the same dtype.
         positions: [tokens], each in its own sequence.
@@ -42,33 +28,45 @@ def write_rows(
             float8_e4m3fn (also as uint8).
         slots: [written], block * tokens of a block + place, for the first tokens; no slot twice; -1 for no row.
         k_scale, v_scale: one float32 each, of FP8 rows.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    table: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    slots: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+def write_rows(write: RowWrite) -> None:
+    """Rotate q in place, and write rotated k, and v, to their slots.
+
+    RoPE pairs the first half of a head with the second; it is computed in float32 and rounded to the dtype of k, and an
+    FP8 row is that divided by its scale, at most 448. Heads may have any even size, and all but the last dimension any
+    stride; where that is not contiguous, the reference runs, visibly (`takes_triton`). The Triton version waits for
+    nothing, and its launch depends on shapes alone; the reference waits for the device, to drop slots of -1.
 
     Raises:
         ValueError: tensors that neither version takes; the message names the rule.
         KernelError: `MELT_KERNELS=triton` for tensors that only the reference takes.
     """
-    if k_cache.dtype == torch.uint8:
-        k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
-    refuse(q, k, v, table, k_cache, v_cache, slots, k_scale, v_scale)
-    if takes_triton("write_rows", q.device, lambda: refusal(q, k, v, table, k_cache, v_cache)):
-        launch(q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale)
+    if write.k_cache.dtype == torch.uint8:
+        k_cache, v_cache = (cache.view(torch.float8_e4m3fn) for cache in (write.k_cache, write.v_cache))
+        write = write._replace(k_cache=k_cache, v_cache=v_cache)
+    refuse(write)
+    if takes_triton("write_rows", write.q.device, lambda: refusal(write)):
+        launch(write)
     else:
-        reference(q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale)
+        reference(write)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """The same in plain PyTorch."""
+def reference(write: RowWrite) -> None:
+    """Rotate and write in plain PyTorch."""
+    q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale = write
     cos, sin = table[positions].float()[:, None].chunk(2, dim=-1)
     q.copy_(rotate(q, cos, sin))
     written = (slots >= 0).nonzero().squeeze(1)
@@ -78,35 +76,26 @@ def reference(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [tokens, heads, head_dim]; cos and sin are [tokens, 1, head_dim / 2], float32."""
+    """Apply RoPE to [tokens, heads, head_dim]; cos and sin are [tokens, 1, head_dim / 2], float32."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def put(cache: Tensor, block: Tensor, place: Tensor, rows: Tensor, scale: Tensor | None) -> None:
-    """Rows [written, KV heads, head_dim] to their places."""
+    """Write rows, [written, KV heads, head_dim], to their places in the cache."""
     if scale is not None:
         rows = (rows.float() / scale).clamp(-FP8_MOST, FP8_MOST).to(cache.dtype).view(torch.uint8)
         cache = cache.view(torch.uint8)  # PyTorch has no indexed write of FP8
     cache[block, place] = rows
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    """Say what cannot be written.
+def refuse(write: RowWrite) -> None:
+    """Refuse tensors that neither version takes.
 
     Raises:
         ValueError: as `write_rows`.
     """
+    q, k, v, _, table, k_cache, v_cache, slots, *scales = write
     head_dim = q.shape[-1]
     if head_dim % 2 or table.shape[-1] != head_dim:
         raise ValueError(f"write_rows: head_dim={head_dim} must be even, and RoPE's table {table.shape[-1]} as wide")
@@ -117,33 +106,24 @@ def refuse(
         raise ValueError(f"write_rows: {len(q)} queries, {len(k)} keys and {len(slots)} slots do not fit")
     if not q.dtype == k.dtype == v.dtype or k_cache.dtype != v_cache.dtype or k_cache.dtype not in (k.dtype, ROWS[-1]):
         raise ValueError(f"write_rows: rows of {k.dtype} do not go to a cache of {k_cache.dtype}")
-    for scale in (k_scale, v_scale):
+    for scale in scales:
         if (scale is None) == (k_cache.dtype == ROWS[-1]) or (scale is not None and scale.numel() != 1):
             raise ValueError("write_rows: FP8 rows take one scale for K and one for V, other rows none")
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, table: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    """Why the Triton version does not take these tensors, which the reference does; None if it takes them."""
-    if k_cache.dtype not in ROWS:
-        return f"its rows are {k_cache.dtype}"
-    if any(each.stride(-1) != 1 for each in (q, k, v, table, k_cache, v_cache)):
+def refusal(write: RowWrite) -> str | None:
+    """Return why the Triton version does not take tensors that the reference does; None if it takes them."""
+    if write.k_cache.dtype not in ROWS:
+        return f"its rows are {write.k_cache.dtype}"
+    indexed = (write.q, write.k, write.v, write.table, write.k_cache, write.v_cache)
+    if any(each.stride(-1) != 1 for each in indexed):
         return "of its tensors, one has a last dimension that is not contiguous"
     return None
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
+def launch(write: RowWrite) -> None:
     """Run the kernel: a program is one token and some heads, of q or of k and v."""
+    q, k, v, positions, table, k_cache, v_cache, slots, _, _ = write
     tokens, heads, head_dim = q.shape
     if not tokens:
         return
@@ -152,16 +132,7 @@ def launch(
     q_programs = triton.cdiv(heads, together)
     with torch.cuda.device_of(q):
         kernel[(tokens, q_programs + triton.cdiv(k.shape[1], together))](
-            q,
-            k,
-            v,
-            positions,
-            table,
-            k_cache,
-            v_cache,
-            slots,
-            k_scale,
-            v_scale,
+            *write,
             len(slots),
             *q.stride()[:2],
             *k.stride()[:2],
@@ -219,7 +190,7 @@ def kernel(
     TOGETHER: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """One token; TOGETHER heads of q, or of k and v, [TOGETHER, PAIRS] at a time."""
+    """Rotate and write one token's heads: TOGETHER of q, or of k and v, as [TOGETHER, PAIRS]."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     pair = tl.arange(0, PAIRS)[None, :]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from melt_serve.modeling.rows import Chunk
+from melt_serve.modeling.chunks import Chunk
 
 
 class ChunkDepths:
@@ -15,14 +15,15 @@ class ChunkDepths:
     Attributes:
         active: [B, Q], true for tokens that run the next loop.
         ran: [B, Q], the loops of tokens that have left; 0 for others and for padding.
+        remaining: [B, Q], each token's probability to run the next loop, prod_{s <= t} (1 - lambda_s).
     """
 
     def __init__(self, chunk: Chunk, loops: Tensor, thresholds: Tensor):
-        """Before loop 1.
+        """Let every token of the chunk run loop 1.
 
         Args:
-            loops: [B], each sequence's.
-            thresholds: [B], in (0, 1]; at 1 no token leaves early.
+            loops: [B], the loops each sequence may run.
+            thresholds: [B], each sequence's, in (0, 1]; at 1 no token leaves early.
         """
         self.loops, self.thresholds = loops[:, None], thresholds[:, None]
         self.active = chunk.positions >= 0
@@ -30,7 +31,7 @@ class ChunkDepths:
         self.remaining = torch.ones_like(chunk.positions, dtype=torch.float32)
 
     def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """`new` for tokens that run this loop, `old` for those that have left: [B, Q, d] each."""
+        """Take `new` for tokens that run this loop, `old` for those that have left: [B, Q, d] each."""
         return new if old is None else torch.where(self.active[:, :, None], new, old)
 
     def after(self, loop: int, exit_probabilities: Tensor) -> None:

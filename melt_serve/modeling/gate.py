@@ -34,7 +34,7 @@ class KVGate(nn.Module):
             self.state_proj = GateProjection(read, width, bias=False)  # U_z
 
     def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
-        """One loop's update of the latent state.
+        """Update the latent state in one loop.
 
         Args:
             n: [..., hidden], the normed attention input of this loop.
@@ -52,7 +52,7 @@ class KVGate(nn.Module):
         return z * h + (1 - z) * n
 
     def keep(self, n: Tensor, h: Tensor, loop: int) -> Tensor | float:
-        """The share z of the old state that survives: [..., hidden], [..., 1] or one number."""
+        """Compute z, the share of the old state that survives: [..., hidden], [..., 1] or one number."""
         match self.type:
             case "mean":
                 return (loop - 1) / loop

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d], in the dtype of x."""
+        """Normalise x: [..., d] -> [..., d], in the dtype of x."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -68,12 +68,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
+        """Apply the MLP: [..., d] -> [..., d]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def rotary_tables(config: LoopLMConfig, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
-    """Cosines and sines of the rotary embedding.
+    """Compute the cosines and sines of the rotary embedding.
 
     Args:
         positions: [B, S], a token's place in its own sequence; padding may hold anything.
@@ -89,10 +89,18 @@ def rotary_tables(config: LoopLMConfig, positions: Tensor, dtype: torch.dtype) -
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
-    """RoPE on queries or keys x: [B, H, S, D], the first half of D paired with the second."""
+    """Apply RoPE to queries or keys x: [B, H, S, D], the first half of D paired with the second."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask into what is added to the scores: 0 where a query may look, minus infinity elsewhere.
+
+    Attention makes one of every boolean mask and keeps it for the backward pass; made once, it is kept once.
+    """
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 class SelfAttention(nn.Module):
@@ -109,23 +117,23 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, S, H * D] -> [B, H, S, D]."""
+        """Split x into heads: [B, S, H * D] -> [B, H, S, D]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def query(self, n: Tensor, tables: RotaryTables) -> Tensor:
-        """q = RoPE(W_Q n): [B, S, d] -> [B, H, S, D]."""
+        """Project queries, q = RoPE(W_Q n): [B, S, d] -> [B, H, S, D]."""
         return rotate(self.heads(self.q_proj(n)), tables)
 
     def rows(self, source: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
-        """k = RoPE(W_K s), v = W_V s: [B, S, d] -> two of [B, KV heads, S, D]."""
+        """Project rows, k = RoPE(W_K s) and v = W_V s: [B, S, d] -> two of [B, KV heads, S, D]."""
         return rotate(self.heads(self.k_proj(source)), tables), self.heads(self.v_proj(source))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """W_O attn(q, k, v).
+        """Compute o = W_O attn(q, k, v).
 
         Args:
-            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look, or what is
-                added to its scores.
+            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look, or an
+                `additive_mask`.
 
         Returns:
             [B, S, d].
@@ -149,7 +157,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm_2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def finish(self, x: Tensor, attention_output: Tensor) -> Tensor:
-        """The residual stream after this layer, given W_O attn(...): both [B, S, d]."""
+        """Return the residual stream after this layer, given o = W_O attn(...): both [B, S, d]."""
         x = x + self.input_layernorm_2(attention_output)
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
@@ -182,11 +190,11 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings, by Hugging Face's name for them."""
+        """Return the token embeddings (Hugging Face's name for them)."""
         return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
-        """The vocabulary head, by Hugging Face's name for it."""
+        """Return the vocabulary head (Hugging Face's name for it)."""
         return self.lm_head
 
     @classmethod
@@ -194,7 +202,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # `generate` leaves making the cache to forward
 
     def exit_probabilities(self, states: Tensor) -> Tensor:
-        """lambda, Ouro's exit gate on normed states: [..., d] -> [...]."""
+        """Compute lambda, Ouro's exit gate on normed states: [..., d] -> [...]."""
         return torch.sigmoid(self.model.early_exit_gate(states)).squeeze(-1)
 
     def answer(
@@ -206,7 +214,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int,
         cache: Cache | None,
     ) -> LoopedOutput:
-        """Heads over the states after each loop (T of [B, S, d]), see `LoopedOutput`."""
+        """Apply the heads to the states after each loop (T of [B, S, d]), as `LoopedOutput` describes."""
         if output_states:
             return LoopedOutput(loop_states=torch.stack(loop_states), past_key_values=cache)
         states = [x[:, -logits_to_keep:] for x in loop_states] if logits_to_keep else loop_states
@@ -222,7 +230,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def new_token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """[B, S], true for real tokens among the new ones; `attention_mask` may also cover the past."""
+    """Mark the real tokens among the new ones, [B, S]; `attention_mask` may also cover the past."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     return attention_mask[:, -input_ids.shape[1] :].bool()

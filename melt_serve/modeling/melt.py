@@ -9,16 +9,18 @@ from torch import Tensor
 from transformers.initialization import constant_, normal_
 
 from melt_serve.config import MeltConfig
+from melt_serve.modeling.chunks import Chunk, cut, cut_packs
 from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
     LoopedOutput,
     SelfAttention,
+    additive_mask,
     new_token_mask,
     rotary_tables,
 )
-from melt_serve.modeling.rows import Chunk, MeltRows, cut, cut_packs
+from melt_serve.modeling.rows import MeltRows
 
 
 class MeltAttention(SelfAttention):
@@ -115,7 +117,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         return output
 
     def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
-        """T loops over one chunk; writes its rows.
+        """Run T loops over one chunk and write its rows.
 
         A token that has left keeps its state and its h; so it keeps its rows, too, which are a function of h.
 
@@ -127,17 +129,20 @@ class MeltForCausalLM(LoopedForCausalLM):
             The states after each loop: T of [B, Q, d].
         """
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = rows.begin(chunk, loops)
+        before_last, at_last = (additive_mask(visible, x.dtype) for visible in rows.begin(chunk, loops))
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
+            rows.begin_loop(chunk, depths)
             before = x
             for i, layer in enumerate(self.model.layers):
+                attention = layer.self_attn
                 n = layer.input_layernorm(x)
-                h[i] = depths.keep(layer.self_attn.kv_gate(n, h[i], loop), h[i])
-                q = layer.self_attn.query(n, tables)
-                k, v = rows.write(i, loop, *layer.self_attn.rows(h[i], tables))
-                x = layer.finish(x, layer.self_attn.attend(q, k, v, at_last if loop == loops else before_last))
+                h[i] = depths.keep(attention.kv_gate(n, h[i], loop), h[i])
+                k, v = rows.write(i, loop, attention, n, h[i], tables)
+                o = attention.attend(attention.query(n, tables), k, v, at_last if loop == loops else before_last)
+                rows.observe(i, loop, chunk, o)
+                x = layer.finish(x, o)
             x = depths.keep(self.model.norm(x), before)
             states.append(x)
             depths.after(loop, self.exit_probabilities(x))
@@ -147,9 +152,9 @@ class MeltForCausalLM(LoopedForCausalLM):
     def token_sequential(
         self, input_ids: Tensor, loops: int | None = None, exit_threshold: float | None = None
     ) -> Tensor:
-        """The exact model: a token starts loop 1 when every token before it has finished loop T.
+        """Run the exact model: a token starts loop 1 when every token before it has finished loop T.
 
-        Design section 2 word for word, with no chunk and no mask, to hold `forward` against.
+        It is README.md, section 2, word for word, with no chunk and no mask: what tests compare `forward` with.
 
         Args:
             input_ids: [S], one sequence.
@@ -187,7 +192,11 @@ class MeltForCausalLM(LoopedForCausalLM):
         return torch.stack(logits)
 
     def check_loops(self, loops: int | Tensor | None, batch_size: int) -> tuple[int, Tensor]:
-        """The most loops that any sequence runs, and each one's, [B]; or a ValueError that names the range."""
+        """Return the most loops that any sequence runs, and each one's, [B].
+
+        Raises:
+            ValueError: they are outside 1..max_loops.
+        """
         each = torch.as_tensor(self.config.total_ut_steps if loops is None else loops, device=self.device)
         most = self.config.max_loops
         assert most is not None
@@ -196,7 +205,11 @@ class MeltForCausalLM(LoopedForCausalLM):
         return int(each.max()), each.expand(batch_size)
 
     def check_threshold(self, threshold: float | Tensor | None, batch_size: int) -> Tensor:
-        """Each sequence's exit threshold, [B]; or a ValueError that names the range."""
+        """Return each sequence's exit threshold, [B].
+
+        Raises:
+            ValueError: one is outside (0, 1].
+        """
         own = self.config.early_exit_threshold if threshold is None else threshold
         each = torch.as_tensor(own, device=self.device, dtype=torch.float32)
         if (each <= 0).any() or (each > 1).any():

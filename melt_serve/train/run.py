@@ -12,11 +12,11 @@ from melt_serve.config import MeltConfig
 from melt_serve.convert import warn_about_blocks
 from melt_serve.train.data.batch import Batch, moved
 from melt_serve.train.data.sequences import Sequences
-from melt_serve.train.distil.build import DTYPES, compile_layers, fresh_student, plain
+from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain
 from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
-from melt_serve.train.loop.distributed import process_group, rank, shard, world_size
+from melt_serve.train.loop.distributed import process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.logs import LOG
 from melt_serve.train.loop.trainer import Saving
@@ -49,12 +49,8 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             note_recipe(recipe, folder)
             warn_about_blocks(recipe.chunk_size)
-        student = fresh_student(recipe, teacher).to(device)
-        shard(student, dtype)
-        teacher.to(device, dtype)
-        if recipe.compile:
-            compile_layers(teacher)
-            compile_layers(student)
+        student = fresh_student(recipe, teacher)
+        place(recipe, teacher, student, device)
         saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)

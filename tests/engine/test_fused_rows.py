@@ -46,9 +46,9 @@ def fused(monkeypatch):
     """As on a GPU; the number of calls of the kernel."""
     written = []
 
-    def count(*arguments):
-        written.append(len(arguments[0]))
-        rows.write_rows(*arguments)
+    def count(write):
+        written.append(len(write.q))
+        rows.write_rows(write)
 
     monkeypatch.setattr(CPUAttentionBackend, "get_impl_cls", staticmethod(lambda: PlainAttention))
     monkeypatch.setattr(attention, "fuses_rows", lambda layer: True)

@@ -54,7 +54,7 @@ sys.modules["triton"] = None
 import torch
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.kernels.rows import write_rows
-from melt_serve.kernels.switch import KernelError, takes_triton
+from melt_serve.kernels.dispatch import KernelError, takes_triton
 x = torch.ones(2, 4)
 print(gate_blend(x, x, x[0], x, x).sum().item())
 warnings.simplefilter("error")

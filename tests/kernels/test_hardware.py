@@ -33,8 +33,7 @@ def test_the_gate_in_a_cuda_graph():
 def test_rows_in_a_cuda_graph():
     case, other = (Case(torch.bfloat16, torch.float8_e4m3fn) for _ in range(2))
     slots, q = torch.tensor([17, -1, 3, 0, -1, 19], device="cuda"), case.q.clone()
-    into = (case.q, case.k, case.v, case.positions, case.table, case.k_cache, case.v_cache, slots)
-    graph = captured(lambda: write_rows(*into, **case.scales))
+    graph = captured(lambda: write_rows(case.into(slots)))
     for fresh in ([17, -1, 3, 0, -1, 19], [1, 2, -1, -1, 8, 9]):
         slots.copy_(torch.tensor(fresh))
         case.q.copy_(q)

@@ -7,7 +7,7 @@ import torch
 
 from melt_serve.config import LoopLMConfig
 from melt_serve.kernels.dispatch import KernelError, chosen
-from melt_serve.kernels.rows import write_rows
+from melt_serve.kernels.rows import RowWrite, write_rows
 from melt_serve.modeling.looplm import rotary_tables, rotate
 from tests.kernels.device import DEVICE
 
@@ -58,22 +58,15 @@ class Case:
         if cache_dtype in (FP8, torch.uint8):
             self.scales = {"k_scale": torch.tensor(K_SCALE).to(DEVICE), "v_scale": torch.tensor([V_SCALE]).to(DEVICE)}
 
+    def into(self, slots):
+        tensors = (self.q, self.k, self.v, self.positions, self.table, self.k_cache, self.v_cache, slots)
+        return RowWrite(*tensors, **self.scales)
+
     def write(self, slots):
-        slots = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
-        write_rows(
-            self.q,
-            self.k,
-            self.v,
-            self.positions,
-            self.table,
-            self.k_cache,
-            self.v_cache,
-            slots,
-            **self.scales,
-        )
+        write_rows(self.into(torch.tensor(slots, dtype=torch.int64, device=DEVICE)))
 
     def rotated(self, x):
-        """RoPE, pair by pair, in float64."""
+        """Apply RoPE pair by pair, in float64."""
         half = self.head_dim // 2
         out = x.double().clone()
         for token, position in enumerate(self.positions.tolist()):
@@ -85,7 +78,7 @@ class Case:
         return out
 
     def holds(self, slots, k, v, tolerance):
-        """Whether the cache has these rows in these slots, and what it had before everywhere else."""
+        """Assert that the cache has these rows in these slots, and what it had before everywhere else."""
         k_scale, v_scale = (K_SCALE, V_SCALE) if self.scales else (1.0, 1.0)
         filled = {slot: token for token, slot in enumerate(slots) if slot >= 0}
         for cache, rows, scale in ((self.k_rows, k, k_scale), (self.v_rows, v, v_scale)):

@@ -11,7 +11,7 @@ from tests.tiny_models import tiny_melt, tokens
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The states that the fused gate was asked to blend."""
+    """Record the states that the fused gate blends."""
     from melt_serve.train.distil import student
 
     seen = []

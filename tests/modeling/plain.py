@@ -26,7 +26,7 @@ class Plain:
         return x / torch.sqrt((x * x).mean() + self.config.rms_norm_eps) * self.weights[f"{name}.weight"]
 
     def turned(self, heads: Tensor, position: int) -> Tensor:
-        """RoPE as a rotation of complex numbers; heads: [H, D]."""
+        """Apply RoPE as a rotation of complex numbers; heads: [H, D]."""
         half = heads.shape[-1] // 2
         angles = position * self.config.rope_base ** (-torch.arange(half) / half)
         pairs = torch.complex(heads[:, :half], heads[:, half:]) * torch.polar(torch.ones(half), angles)
@@ -69,7 +69,7 @@ class PlainLoopLM(Plain):
         self.position = 0
 
     def step(self, token: int, loops: int) -> tuple[Tensor, Tensor]:
-        """Logits [T, V] and exit probabilities [T] after each loop."""
+        """Return logits [T, V] and exit probabilities [T] after each loop."""
         x = self.weights["model.embed_tokens.weight"][token]
         logits, exits = [], []
         for loop in range(loops):
@@ -94,7 +94,7 @@ class PlainMelt(Plain):
         self.position = 0
 
     def chunk(self, tokens: Sequence[int], loops: int, threshold: float = 1.0) -> Tensor:
-        """Logits after each token's last loop, [tokens, V]; below 1, tokens may exit early."""
+        """Return logits after each token's last loop, [tokens, V]; with a threshold below 1, tokens may exit early."""
         xs = [self.weights["model.embed_tokens.weight"][token] for token in tokens]
         states: dict[tuple[str, int], Tensor] = {}
         own: dict[str, dict[int, Row]] = {layer: {} for layer in self.layers()}

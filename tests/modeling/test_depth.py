@@ -14,7 +14,7 @@ LOOPS, THRESHOLD = 8, 0.85
 
 
 def tiny_melt(**overrides):
-    """One whose exit gate is undecided."""
+    """Build a MELT whose exit gate is undecided."""
     model = lively_melt(**overrides)
     model.model.early_exit_gate.weight.data.mul_(0.5)
     model.model.early_exit_gate.bias.data.fill_(-0.6)

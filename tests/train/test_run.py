@@ -198,8 +198,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_is_saved(unbroken,
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["teacher={folder}/nowhere"], "is not the folder of a checkpoint: it holds no config.json"),
-        (["teacher={folder}/melt"], "is a 'melt' model; a teacher is a LoopLM"),
+        (["teacher={folder}/nowhere"], "nowhere has no config.json; name the folder"),
+        (["teacher={folder}/melt"], "melt is a MELT checkpoint already"),
         (["data.files={folder}/nothing.jsonl"], "No such file or directory"),
         (["data.files={folder}/recipe.toml"], "is none of: a .jsonl or .parquet file"),
         (["output={folder}"], "holds something that is not a MELT checkpoint"),

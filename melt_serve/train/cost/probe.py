@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from melt_serve.config import LoopLMConfig
+from melt_serve.config import LoopLMConfig, shape_facts
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.data.batch import Batch
@@ -30,10 +30,9 @@ def reduced(teacher: LoopLMConfig, recipe: PostTraining, scale: int) -> tuple[Lo
     Loops, chunks and the shares of queries, rows and MLP stay, so that what grows with N * d can be scaled up again.
     """
     assert teacher.num_key_value_heads is not None
-    facts = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}
     heads = math.gcd(teacher.num_attention_heads, teacher.num_key_value_heads)
     fewer = math.gcd(heads, scale)
-    facts |= {
+    facts = shape_facts(teacher) | {
         "vocab_size": min(teacher.vocab_size, 512),
         "hidden_size": max(8, teacher.hidden_size // scale),
         "intermediate_size": max(8, teacher.intermediate_size // scale),
@@ -112,7 +111,7 @@ def kept_bytes(student: Student) -> Iterator[list[int]]:
     counts: list[int] = []
     kept: dict[int, Tensor] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
-    run_loops = student.run_loops
+    run_chunk = student.run_chunk
 
     def keep(tensor: Tensor) -> Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in weights:
@@ -124,13 +123,13 @@ def kept_bytes(student: Student) -> Iterator[list[int]]:
 
     def counted(*arguments: Any) -> list[Tensor]:
         counts.append(size())
-        states = run_loops(*arguments)
+        states = run_chunk(*arguments)
         counts.append(size())
         return states
 
-    student.run_loops = counted  # type: ignore[method-assign, assignment]
+    student.run_chunk = counted  # type: ignore[method-assign, assignment]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield counts
     finally:
-        del student.run_loops
+        del student.run_chunk

@@ -20,10 +20,10 @@ from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.cost.probe import reduced
 from melt_serve.train.data.batch import IGNORED, Batch, moved
-from melt_serve.train.distil.build import DTYPES, compile_layers, fresh_student, student_config
+from melt_serve.train.distil.build import DTYPES, fresh_student, place, student_config
 from melt_serve.train.distil.phase import loops_of, run_phase
 from melt_serve.train.distil.student import Student
-from melt_serve.train.loop.distributed import process_group, shard, world_size
+from melt_serve.train.loop.distributed import process_group, world_size
 from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.trainer import Saving
 from melt_serve.train.recipe import PostTraining
@@ -132,16 +132,11 @@ def measure(tried: Trial, path: Path, session: Session) -> Iterator[Row]:
 
 def random_models(tried: Trial, device: torch.device) -> tuple[OuroForCausalLM, Student]:
     """Teacher and student as `run` has them, but with random weights, made where they will be."""
-    dtype = DTYPES[tried.recipe.dtype]
     torch.manual_seed(tried.recipe.seed)
     with device:
         teacher = OuroForCausalLM(tried.teacher).eval().requires_grad_(False)
         student = fresh_student(tried.recipe, teacher)
-    shard(student, dtype)
-    teacher.to(dtype)
-    if tried.recipe.compile:
-        compile_layers(teacher)
-        compile_layers(student)
+    place(tried.recipe, teacher, student, device)
     return teacher, student
 
 

@@ -2,7 +2,7 @@
 
     corpus = Corpus(["chats.jsonl"])
     batches = Batches(corpus, tokenizer, Packing(length=10_000, chunk_size=512, batch=32))
-    for batch in batches: ...                    # endless; `batch` is what `Student.study` takes
+    for batch in batches: ...                    # endless; `batch` is what `Student.run_batch` takes
     json.dumps(batches.state_dict())             # small; a `Batches` that loads it goes on with the same bits
 
 Records come in windows. Without `streaming` the order of an epoch is a permutation of all records, and a window is
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from melt_serve.config import on_grid
 from melt_serve.train.data.batch import IGNORED, Batch
 from melt_serve.train.data.datasets import BrokenRecord, Corpus, Cursor, DataError, Record
 from melt_serve.train.data.documents import Document, TooLong, documents_of, fitted
@@ -282,7 +283,7 @@ def best_fit(lengths: Sequence[int], width: int, grid: int) -> list[list[int]]:
             room, pack = width, len(packs)
             packs.append([])
         packs[pack].append(number)
-        room -= -(-lengths[number] // grid) * grid
+        room -= on_grid(lengths[number], grid)
         if room > 0:
             insort(rooms, (room, pack))
     return packs
@@ -299,5 +300,5 @@ def collate(packs: Sequence[Pack], packing: Packing) -> Batch:
             ids[row, here], mask[row, here], starts[row, here] = document.tokens.long(), 1, column
             labels[row, here] = document.tokens.long().where(document.supervised, IGNORED)
             labels[row, column] = IGNORED
-            column += -(-len(document) // packing.chunk_size) * packing.chunk_size
+            column += on_grid(len(document), packing.chunk_size)
     return Batch(ids, mask, labels, document_starts=starts)

@@ -13,7 +13,7 @@ from melt_serve.train.distil.build import melt_config
 
 @torch.no_grad()
 def cut_gate(melt: MeltForCausalLM, rank: int) -> MeltForCausalLM:
-    """The same model with the nearest gate of this rank (`kv_gate_rank`), matrix by matrix.
+    """Return the model with the nearest gate of this rank (`kv_gate_rank`), matrix by matrix.
 
     Raises:
         StrictDataclassClassValidationError: its gate cannot have this rank; the message says why.
@@ -30,10 +30,15 @@ def cut_gate(melt: MeltForCausalLM, rank: int) -> MeltForCausalLM:
 
 
 def nearest_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The product nearest to `weight` in the Frobenius norm: its largest singular values (Eckart and Young, 1936).
+    """Factor `weight` into the nearest product in the Frobenius norm: its largest singular values.
+
+    Source: Eckart and Young, 1936.
+
+    Args:
+        weight: [out, in].
 
     Returns:
-        [rows, rank] and [rank, columns], of equal norms.
+        [out, rank] and [rank, in], of equal norms.
     """
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     roots = values[:rank].sqrt()

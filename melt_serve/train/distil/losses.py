@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ANSWERS_AT_ONCE = 1024
-"""Tokens, at one loop each, whose logits exist together in `distillation_from_states`."""
+"""Answers, of one token at one loop each, whose logits exist together in `distillation_from_states`."""
 
 
 def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
-    """Next-token cross-entropy in nats, mean over loops and tokens, as Ouro is trained.
+    """Compute next-token cross-entropy in nats, mean over loops and tokens, as Ouro is trained.
 
     Args:
         logits: [T, tokens, V].
@@ -22,18 +22,20 @@ def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def distillation(teacher_logits: Tensor, student_logits: Tensor, tokens: int | None = None) -> Tensor:
-    """L_KD: KL(teacher_t || student_t) in nats, mean over loops and tokens, at temperature 1 (our choice).
+    """Compute L_KD = KL(teacher_t || student_t) in nats, mean over loops and tokens, at temperature 1 (our choice).
+
+    Tests compare `distillation_from_states` with it.
 
     Args:
         teacher_logits, student_logits: [T, tokens, V].
-        tokens: that the mean is over, where these are only some of them.
+        tokens: how many the mean is over, where these are only some of them.
     """
     loops, given, _ = student_logits.shape
     return divergence(teacher_logits, student_logits) / (loops * (given if tokens is None else tokens))
 
 
 def divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, summed over everything but the words: [..., V] each."""
+    """Compute KL(teacher || student) in nats, summed over all dimensions: [..., V] each."""
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     teacher, student = (F.log_softmax(logits, dim=-1, dtype=wide) for logits in (teacher_logits, student_logits))
     return F.kl_div(student, teacher, reduction="sum", log_target=True)
@@ -46,12 +48,12 @@ def distillation_from_states(
     student_head: Tensor,
     tokens: int | None = None,
 ) -> Tensor:
-    """`distillation` of the logits that the heads make of the states; those of ANSWERS_AT_ONCE exist together.
+    """Compute `distillation` of the logits that the heads make of the states, ANSWERS_AT_ONCE at a time.
 
     Args:
         teacher_states, student_states: [T, tokens, d].
         teacher_head, student_head: [V, d].
-        tokens: that the mean is over, where these are only some of them.
+        tokens: how many the mean is over, where these are only some of them.
     """
     loops, given, _ = student_states.shape
     states, teacher_states = student_states.flatten(0, 1), teacher_states.flatten(0, 1)
@@ -66,7 +68,7 @@ class SlicedDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, head: Tensor, teacher_states: Tensor, teacher_head: Tensor, size: int
     ) -> Tensor:
-        """The sum over all rows of states, [rows, d]; `size` rows are a slice."""
+        """Sum the divergence over all states, [answers, d], in slices of `size`."""
         wide = torch.promote_types(head.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=states.device)
         of_states, of_head = torch.empty_like(states), torch.zeros_like(head, dtype=wide)
@@ -85,13 +87,13 @@ class SlicedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
-        """The teacher gets none."""
+        """Return the student's gradients; the teacher gets none."""
         of_states, of_head = ctx.saved_tensors
         return of_total[0] * of_states, of_total[0] * of_head, None, None, None
 
 
 def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor) -> Tensor:
-    """|| o_MELT - o_LoopLM ||^2 of one layer at one loop, summed over d and over the member tokens.
+    """Compute || o_MELT - o_LoopLM ||^2 of one layer at one loop, summed over d and over the member tokens.
 
     Args:
         teacher_output, student_output: [B, Q, d], attention outputs after W_O, before the sandwich norm.

@@ -35,7 +35,8 @@ def run_phase(
     """Train the student on what the teacher says.
 
     Args:
-        batches: this process's micro-batches of step i; the gradients of all are added up, as if they were one batch.
+        name: the phase's, unique in its folder.
+        batches: returns this process's micro-batches of step i; their gradients are added up, as those of one batch.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
@@ -65,7 +66,7 @@ def run_phase(
 
 
 def of_all_processes(losses: Losses) -> Losses:
-    """The values of the whole step; the gradient is this process's share, times as many as FSDP divides it by."""
+    """Sum the losses over all processes; the gradient stays this process's, times the number FSDP divides it by."""
     values = dict(zip(losses, all_reduce_sum(torch.stack([value.detach() for value in losses.values()])), strict=True))
     own = world_size() * losses["loss"]
     return {**values, "loss": own + (values["loss"] - own).detach()}
@@ -81,11 +82,11 @@ def phase_losses(
     answers: int,
     tokens: Tensor,
 ) -> Losses:
-    """One micro-batch's share of a step's loss, and its parts.
+    """Compute one micro-batch's share of a step's loss, and its parts.
 
     Args:
         number: the micro-batch's in its step.
-        answers, tokens: of the whole step, that means are taken over: those with a distilled answer, and all.
+        answers, tokens: how many of the whole step the means are over: tokens with a distilled answer, and all.
     """
     wanted_at = wanted_tokens(stage, batch)
     loops = loops_of(stage, step)
@@ -114,17 +115,17 @@ def phase_losses(
 
 
 def wanted_tokens(stage: Distillation, batch: Batch) -> Tensor:
-    """[B, S], true where the student's answer is compared with the teacher's."""
+    """Mark the tokens where the student's answer is compared with the teacher's, [B, S]."""
     return batch.real if stage.loss_on == "all" else batch.before_reply
 
 
 def loops_of(stage: Stage, step: int) -> int:
-    """The loops this batch runs."""
+    """Draw the loops that a step's batch runs."""
     return random.Random(f"loops {stage.seed} {step}").choice(stage.loops)
 
 
 def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int = 0) -> Tensor | None:
-    """An exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
+    """Draw an exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
     draw = random.Random(f"thresholds {stage.seed} {step}")
     if not stage.loop_price or draw.random() >= stage.exit_share:
         return None
@@ -133,7 +134,7 @@ def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int =
 
 
 def runs_as_decoded(stage: Distillation, step: int) -> bool:
-    """Whether this batch's replies run token by token."""
+    """Draw whether a step's replies run token by token, as `token` mode decodes them."""
     if step < stage.decode_aware_from * stage.steps:
         return False
     return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share

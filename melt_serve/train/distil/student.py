@@ -1,4 +1,4 @@
-"""The student in training: a MELT whose rows may still be mixed with a LoopLM's, held against a teacher's outputs.
+"""The student in training: a MELT whose rows may still be mixed with a LoopLM's, compared with a teacher's outputs.
 
 Source: arXiv 2605.07721, the two phases; README.md. Letters as in `melt_serve.modeling`.
 """
@@ -13,43 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from melt_serve.kernels.dispatch import takes_triton
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.modeling import MeltForCausalLM, MeltRows
+from melt_serve.modeling.chunks import Chunk
 from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.gate import KVGate
-from melt_serve.modeling.looplm import rotary_tables
 from melt_serve.modeling.melt import MeltAttention
-from melt_serve.modeling.rows import Chunk
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.rows import TrainingRows
 from melt_serve.train.distil.teacher import Answers
-
-
-class DrawnDepths(ChunkDepths):
-    """A chunk in training: every token leaves at a threshold of its own, as it would when served.
-
-    Whether a token runs a loop is a step function of the exit gate; the gradient passes it as if it were the
-    probability that the token still runs, thresholds being uniform (the straight-through estimator of Bengio et al.,
-    arXiv 1308.3432).
-    """
-
-    def __init__(self, chunk: Chunk, loops: int, thresholds: Tensor):
-        """Before loop 1; thresholds are [B, Q]."""
-        sequences = len(chunk.positions)
-        super().__init__(chunk, torch.full((sequences,), loops, device=thresholds.device), thresholds[:, 0])
-        self.thresholds = thresholds
-
-    def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """As the served model keeps, with a gradient to the exit gate."""
-        if old is None:
-            return new
-        runs = self.active.to(new.dtype) + self.remaining - self.remaining.detach()
-        return torch.lerp(old, new, runs[:, :, None])
 
 
 class FusedGate(KVGate):
     """The KV gate with one kernel between its matmuls, where `MELT_KERNELS` lets Triton run: by default on a GPU."""
 
     def forward(self, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
-        """As the reference's."""
+        """Update the latent state as `KVGate.forward` does."""
         if h is None or not self.learned or not takes_triton("gate_blend", n.device):
             return super().forward(n, h, loop)
         from_input = F.linear(self.input_down(n), self.input_proj.weight)
@@ -63,12 +40,12 @@ class FusedAttention(MeltAttention):
 
 
 class Student(MeltForCausalLM):
-    """A MELT whose `run_chunk` can also mix rows and compare attention outputs; same weights, same keys.
+    """A MELT that runs batches with `TrainingRows`; same weights, same keys.
 
     Its gate runs as a fused kernel on a GPU, in `generate` too.
 
     Attributes:
-        checkpoint_chunks: keep only what a chunk takes and gives, and run it again in the backward pass.
+        checkpoint_chunks: keep only a chunk's inputs and outputs, and run it again in the backward pass.
     """
 
     attention = FusedAttention
@@ -97,6 +74,9 @@ class Student(MeltForCausalLM):
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
             detach_rows: let no gradient flow from a chunk into the rows of earlier ones.
 
+        Returns:
+            Its states at the tokens wanted, the distance, and with thresholds the loops run.
+
         Raises:
             ValueError: packs run on the grid only, so they cannot be `decode_aware`.
         """
@@ -112,58 +92,49 @@ class Student(MeltForCausalLM):
             document_starts=batch.document_starts,
             prompt_lengths=batch.prompt_lengths if decode_aware else None,
             loops=loops,
+            exit_threshold=1.0,  # in training only drawn thresholds count, not the config's
             output_states=True,
         )
-        loops_run = None if thresholds is None else rows.loops_run
         states, head = output.loop_states[:, tokens], self.lm_head.weight
-        return Answers(states, head, distance=rows.distance, loops_run=loops_run)
+        return Answers(states, head, distance=rows.distance, loops_run=rows.loops_run)
 
     def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
-        """The reference's loops, with the rows of both kinds and the attention outputs passed to `rows`."""
+        """Run T loops over one chunk; of a training batch, at drawn depths and checkpointed where that is asked for."""
+        run_loops = super().run_chunk
         if not isinstance(rows, TrainingRows):
-            return super().run_chunk(x, chunk, rows, loops, depths)
+            return run_loops(x, chunk, rows, loops, depths)
         if rows.thresholds is not None:
             depths = DrawnDepths(chunk, loops, rows.thresholds.gather(1, chunk.columns))
         if not self.checkpoint_chunks:
-            return self.run_loops(x, chunk, rows, loops, depths)
-        before, fresh = rows.copied(), depths  # a second run must find what the first one found, and write nothing
+            return run_loops(x, chunk, rows, loops, depths)
+        before = rows.copied()  # a second run must find what the first one found, and write nothing
 
         def run(x: Tensor) -> tuple[list[Tensor], TrainingRows]:
             after = before.copied()
-            return self.run_loops(x, chunk, after, loops, copy(fresh)), after
+            return run_loops(x, chunk, after, loops, copy(depths)), after
 
         states, after = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         rows.__dict__.update(after.__dict__)
         return states
 
-    def run_loops(self, x: Tensor, chunk: Chunk, rows: "TrainingRows", loops: int, depths: ChunkDepths) -> list[Tensor]:
-        """T loops over one chunk, as in `MeltForCausalLM.run_chunk`."""
-        tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = (added_to_scores(visible, x.dtype) for visible in rows.begin(chunk, loops))
-        h: list[Tensor | None] = [None] * len(self.model.layers)
-        states = []
-        for loop in range(1, loops + 1):
-            rows.count(chunk, depths)
-            before = x
-            for i, layer in enumerate(self.model.layers):
-                attention = layer.self_attn
-                n = layer.input_layernorm(x)
-                h[i] = depths.keep(attention.kv_gate(n, h[i], loop), h[i])
-                k, v = attention.rows(h[i], tables)
-                if rows.alpha < 1:
-                    k, v = rows.write_both(i, loop, (k, v), attention.rows(n, tables))
-                else:
-                    k, v = rows.write(i, loop, k, v)
-                o = attention.attend(attention.query(n, tables), k, v, at_last if loop == loops else before_last)
-                rows.compare(i, loop, chunk, o)
-                x = layer.finish(x, o)
-            x = depths.keep(self.model.norm(x), before)
-            states.append(x)
-            depths.after(loop, self.exit_probabilities(x))
-        rows.finish(chunk)
-        return states
 
+class DrawnDepths(ChunkDepths):
+    """A chunk in training: every token leaves at a threshold of its own, as it would when served.
 
-def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as attention keeps it for the backward pass: made once, all layers and loops keep the same one."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    Whether a token runs a loop is a step function of the exit gate; the gradient passes it as if it were the
+    probability that the token still runs, thresholds being uniform (the straight-through estimator of Bengio et al.,
+    arXiv 1308.3432).
+    """
+
+    def __init__(self, chunk: Chunk, loops: int, thresholds: Tensor):
+        """Let every token of the chunk run loop 1; thresholds are [B, Q]."""
+        sequences = len(chunk.positions)
+        super().__init__(chunk, torch.full((sequences,), loops, device=thresholds.device), thresholds[:, 0])
+        self.thresholds = thresholds
+
+    def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
+        """Take `new` for tokens that run this loop, else `old`, as when served, with a gradient to the exit gate."""
+        if old is None:
+            return new
+        runs = self.active.to(new.dtype) + self.remaining - self.remaining.detach()
+        return torch.lerp(old, new, runs[:, :, None])

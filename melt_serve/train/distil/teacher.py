@@ -1,4 +1,4 @@
-"""The frozen LoopLM, and what it says about a batch."""
+"""The frozen LoopLM: how it is loaded, and what it says about a batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,42 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.config import LoopLMConfig, weight_shapes
+from melt_serve.convert import ConversionError, read_config, read_headers
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.session import TrainingError
 
 
+def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
+    """Load the frozen LoopLM in float32, and its tokenizer.
+
+    Raises:
+        TrainingError: the folder holds no whole LoopLM, by the rules of `convert`, or the recipe does not fit it.
+    """
+    path = Path(recipe.teacher)
+    try:
+        config = LoopLMConfig(**read_config(path))
+        read_headers(path, dict(weight_shapes(config)))
+    except ConversionError as error:
+        raise TrainingError(f"teacher={path} cannot be post-trained: {error}") from error
+    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
+        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise TrainingError(
+            f"sequence_length={recipe.sequence_length} is more than the teacher's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    teacher = OuroForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return teacher.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What a looped model says about a batch.
+    """What a looped model, teacher or student, says about a batch.
 
     Attributes:
         states: [T, tokens, d], after every loop, of the tokens asked for.
@@ -37,13 +61,17 @@ class Answers:
 
     @property
     def logits(self) -> Tensor:
-        """[T, tokens, V], all at once."""
+        """The logits of all loops and tokens at once, [T, tokens, V]."""
         return F.linear(self.states, self.head)
 
 
 @torch.no_grad()
 def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: int, attention: bool) -> Answers:
-    """The frozen LoopLM's answers to a batch, and its attention outputs where they are asked for."""
+    """Run the frozen LoopLM on a batch, and keep its attention outputs where they are asked for.
+
+    Args:
+        tokens: [B, S], true where an answer is wanted.
+    """
     with attention_outputs(teacher) as outputs:
         answered = teacher(
             batch.input_ids,
@@ -69,39 +97,3 @@ def attention_outputs(model: OuroForCausalLM) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
-    """The frozen LoopLM in float32, and its tokenizer.
-
-    Raises:
-        TrainingError: the folder holds no whole LoopLM, or one that the recipe does not fit.
-    """
-    path = Path(recipe.teacher)
-    config = teacher_config(recipe)
-    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
-        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
-    if recipe.sequence_length > config.max_position_embeddings:
-        raise TrainingError(
-            f"sequence_length={recipe.sequence_length} is more than the teacher's "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
-    teacher, report = OuroForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise TrainingError(f"teacher={path} lacks the tensor {missing[0]} and {len(missing) - 1} more")
-    return teacher.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
-
-
-def teacher_config(recipe: PostTraining) -> LoopLMConfig:
-    """The teacher's shape.
-
-    Raises:
-        TrainingError: the folder holds no LoopLM.
-    """
-    path = Path(recipe.teacher)
-    if not (path / "config.json").is_file():
-        raise TrainingError(f"teacher={path} is not the folder of a checkpoint: it holds no config.json")
-    config = AutoConfig.from_pretrained(path)
-    if not isinstance(config, LoopLMConfig) or isinstance(config, MeltConfig):
-        raise TrainingError(f"teacher={path} is a {config.model_type!r} model; a teacher is a LoopLM ('ouro')")
-    return config

@@ -28,7 +28,7 @@ class TokenByToken(PlainMelt):
 
 
 def batch_of(ids: torch.Tensor) -> Batch:
-    """One document, all of it to be learnt."""
+    """Build one document, all of it to be learnt."""
     mask = torch.ones_like(ids)
     return Batch(ids, mask, ids, prompt_lengths=torch.tensor([3]), replies=ids.expand(4, -1))
 
@@ -40,12 +40,12 @@ def student_of(reference: MeltForCausalLM) -> Student:
 
 
 def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy of logits [S, V]."""
+    """Compute next-token cross-entropy of logits [S, V]."""
     return torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of every weight, zero where the loss does not depend on it."""
+    """Return the gradient of every weight, zero where the loss does not depend on it."""
     named = dict(model.named_parameters())
     given = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(named, given, strict=True))

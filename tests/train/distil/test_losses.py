@@ -26,8 +26,8 @@ def test_distillation_is_the_mean_kl_over_loops_and_tokens():
     assert not torch.isclose(distillation(teacher, student), distillation(student, teacher))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 15, 100])
-def test_slices_of_logits_have_the_loss_and_the_gradients_of_all_at_once(rows, monkeypatch):
+@pytest.mark.parametrize("answers", [1, 4, 5, 15, 100])
+def test_slices_of_logits_have_the_loss_and_the_gradients_of_all_at_once(answers, monkeypatch):
     """Of 3 loops of 5 tokens."""
     generator = torch.Generator().manual_seed(0)
     teacher, student, teacher_head, head = (
@@ -35,7 +35,7 @@ def test_slices_of_logits_have_the_loss_and_the_gradients_of_all_at_once(rows, m
     )
     student.requires_grad_(), head.requires_grad_()
     expected = 3 * distillation(F.linear(teacher, teacher_head), F.linear(student, head), 9)
-    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", rows)
+    monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", answers)
     given = 3 * distillation_from_states(teacher, teacher_head, student, head, 9)
     torch.testing.assert_close(given, expected, atol=1e-12, rtol=1e-12)
     for one, other in zip(*(torch.autograd.grad(loss, (student, head)) for loss in (given, expected)), strict=True):

@@ -28,7 +28,7 @@ def documents() -> list[list[Tensor]]:
 
 
 def packed() -> Batch:
-    """Written out by hand: every document on the next multiple of C."""
+    """Pack by hand: every document on the next multiple of C."""
     width = 26  # no multiple of C
     ids, mask, labels, starts = (torch.zeros(len(LENGTHS), width, dtype=torch.long) for _ in range(4))
     labels.fill_(IGNORED)
@@ -43,7 +43,7 @@ def packed() -> Batch:
 
 
 def unpacked() -> Batch:
-    """One document a row, in the packs' order."""
+    """Pad the documents to a batch of one each, in the packs' order."""
     texts = [text for pack in documents() for text in pack]
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(text) for text in texts], batch_first=True)

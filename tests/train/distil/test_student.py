@@ -33,7 +33,7 @@ def teacher_of(**overrides: object) -> OuroForCausalLM:
 
 
 def ragged(lengths=(13, 6, 9)) -> Batch:
-    """Random chats, right-padded; every token counts as reply."""
+    """Build random chats, right-padded, in which every token counts as reply."""
     ids = tokens(len(lengths), max(lengths))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     labels, prompts = ids.masked_fill(~mask, -100), torch.tensor([5, 4, 6][: len(lengths)])
@@ -128,7 +128,7 @@ def test_the_distance_is_that_of_the_attention_outputs():
 
 
 def lively_gate(student: Student) -> Student:
-    """With an exit gate that lets every token leave where it likes."""
+    """Give the student an exit gate with which tokens leave after every loop."""
     with torch.no_grad():
         student.model.early_exit_gate.weight.normal_(generator=torch.Generator().manual_seed(3))
     return student
@@ -143,6 +143,15 @@ def test_tokens_leave_in_training_as_they_are_served(chunk_size, threshold):
     given = student.run_batch(batch, batch.real, 4, thresholds=torch.full(batch.real.shape, threshold))
     torch.testing.assert_close(given.logits, expected.loop_logits[:, batch.real], **CLOSE)
     assert len(expected.depths[batch.real].unique()) > 2
+
+
+@torch.no_grad()
+def test_without_thresholds_none_leaves_early_whatever_the_config_says():
+    student, batch = lively_gate(student_of(teacher_of())), ragged()
+    expected = student.run_batch(batch, batch.real, 4).logits
+    student.config.early_exit_threshold = 0.2
+    assert len(student(batch.input_ids, batch.attention_mask).depths[batch.real].unique()) > 1
+    assert torch.equal(student.run_batch(batch, batch.real, 4).logits, expected)
 
 
 @torch.no_grad()
@@ -187,7 +196,7 @@ def test_every_weight_of_the_student_is_taught_and_none_of_the_teachers():
 
 
 def run_batch(student, teacher, batch, checkpointed, **how):
-    """A step's answers and gradients, and the bytes kept for the backward pass."""
+    """Return a step's answers and gradients, and the bytes kept for the backward pass."""
     kept = {}
 
     def keep(tensor):
