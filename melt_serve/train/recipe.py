@@ -152,7 +152,7 @@ class Recipe:
     output: str | None = None
 
     def seeded(self, seed: int) -> "Recipe":
-        """The same recipe with other weights and other data."""
+        """Return the same recipe with other weights and other data."""
         stages = {name: replace(getattr(self, name), seed=seed) for name in STAGES}
         return replace(self, seed=seed, **stages)
 

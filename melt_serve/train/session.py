@@ -47,4 +47,4 @@ class Session:
 
 
 class StudyError(ValueError):
-    """Something that is asked for does not exist, or the rows cannot be read; the message says which."""
+    """Something that is asked for does not exist, or the records cannot be read; the message says which."""
