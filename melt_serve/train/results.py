@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class WantedRun:
-    """A run that a study wants.
+    """A run that a study wants to have a record of.
 
     Attributes:
         title: for the progress bar.

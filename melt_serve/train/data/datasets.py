@@ -60,7 +60,7 @@ class Record(BaseModel):
 
 
 class Source(Protocol):
-    """One file or folder."""
+    """A file or a folder of records."""
 
     path: Path
 
@@ -82,7 +82,7 @@ class Source(Protocol):
 
 
 class Corpus:
-    """Several sources, one after another.
+    """The records of several sources, one source after another.
 
     Raises:
         DataError: a file of an unknown kind.
@@ -170,7 +170,7 @@ class JsonLines:
         return len(self.lines[0])
 
     def read(self, index: int) -> Record:
-        """See `Source`."""
+        """Read one record, as `Source` says."""
         begins, numbers = self.lines
         self.file.seek(begins[index])
         return self.parse(self.file.readline(), numbers[index])
@@ -203,7 +203,7 @@ class JsonLines:
         return checked(fields, place)
 
     def identity(self) -> list[str | int]:
-        """See `Source`."""
+        """Return what tells it from other data, as `Source` says."""
         return [self.path.name, self.path.stat().st_size]
 
 
@@ -230,7 +230,7 @@ class Table:
         return len(self.table)
 
     def read(self, index: int) -> Record:
-        """See `Source`."""
+        """Read one record, as `Source` says."""
         return checked(self.table[index], f"{self.path}: row {index}")
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
@@ -243,7 +243,7 @@ class Table:
                 yield broken, [index + 1]
 
     def identity(self) -> list[str | int]:
-        """See `Source`."""
+        """Return what tells it from other data, as `Source` says."""
         return [self.path.name, len(self.table)]
 
 

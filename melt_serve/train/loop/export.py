@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.convert import copy_the_rest, licence_of
+from melt_serve.checkpoint_files import copy_the_rest, licence_of
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
 from melt_serve.train.atomic import replacing

@@ -120,7 +120,7 @@ def introduction(size: Size, used: Sequence[Record]) -> str:
 
 
 def recipe_table(study: Sequence[Measured]) -> str:
-    """Format a line a variant, and one more for every other chunk size it is served with."""
+    """Format a study of recipes, a line a variant, and one more for every other chunk size it is served with."""
     lines = [("variant", "what", "seeds", "C", *OUTCOME_HEADS, "KL to first", "the paper")]
     for each in study:
         chunk_sizes = sorted({outcome["chunk_size"] for record in each.records for outcome in record["outcomes"]})
@@ -135,7 +135,7 @@ def recipe_table(study: Sequence[Measured]) -> str:
 
 
 def gate_table(study: Sequence[Measured]) -> str:
-    """Format a line a variant with what its gate costs."""
+    """Format a study of gates, a line a variant with what its gate costs."""
     lines = [("gate", "what", "weights", "multiply-adds", "seeds", *OUTCOME_HEADS, "KL to first", "the paper")]
     for each in study:
         multiply_adds = each.variant.gate_multiply_adds(Shape().hidden_size, MEASURED_LOOPS)

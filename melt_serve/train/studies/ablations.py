@@ -27,7 +27,7 @@ WHOLE_SEQUENCE = 2048
 
 @dataclass(frozen=True)
 class Size:
-    """How long a run is.
+    """The size of an ablation's runs.
 
     Attributes:
         steps: of phase 1 and of phase 2.

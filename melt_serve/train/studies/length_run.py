@@ -61,7 +61,7 @@ CURRICULUM = Curriculum(steps=400, learning_rate=3e-3, batch=64)
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model that is compared.
+    """A model that the study of lengths compares.
 
     Attributes:
         what: in words.

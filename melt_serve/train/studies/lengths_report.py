@@ -129,7 +129,7 @@ def introduction(found: Found, curriculum: Curriculum, used: Sequence[Record]) -
 
 
 def table(learned: Sequence[Learned], curriculum: Curriculum) -> str:
-    """Format a line a model."""
+    """Format one task's outcomes, a line a model."""
     lengths = [round(curriculum.length * share) for share in (0.5, 1, 1.5, 2, LONGER)]
     heads = [f"right after {length}" for length in lengths]
     costs = ("weights", "multiply-adds", "in sequence", "letters seen", "CPU, s", "ms a step")
