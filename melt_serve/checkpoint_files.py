@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from melt_serve.config import LoopLMConfig, MeltConfig
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -40,6 +42,24 @@ class Shard:
 
     path: Path
     dtypes: dict[str, torch.dtype]
+
+
+def read_config(source: Path) -> dict[str, object]:
+    """Read the fields of an Ouro-format `config.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is of another format.
+    """
+    path = source / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{source} has no config.json; name the folder of an Ouro-format checkpoint")
+    fields = read_json(path)
+    model_type = fields.get("model_type")
+    if model_type == MeltConfig.model_type:
+        raise CheckpointError(f"{source} is a MELT checkpoint already; serve it, or convert the LoopLM it came from")
+    if model_type != LoopLMConfig.model_type:
+        raise CheckpointError(f"{path} says model_type={model_type!r}; only Ouro-format checkpoints can be converted")
+    return fields
 
 
 def read_headers(source: Path, shapes: Shapes) -> list[Shard]:

@@ -26,8 +26,8 @@ from melt_serve.checkpoint_files import (
     Shapes,
     copy_the_rest,
     licence_of,
+    read_config,
     read_headers,
-    read_json,
     verify_values,
 )
 from melt_serve.config import DecodeMode, GateType, InitialState, LoopLMConfig, MeltConfig, sharing_unit, weight_shapes
@@ -65,9 +65,8 @@ def convert(
         max_loops: the most loops a request may ask for, by default the source's `total_ut_steps`.
 
     Raises:
-        CheckpointError: the source is not a whole, finite checkpoint.
-        ConversionError: the source is not of Ouro's format, the target is taken, the options do not fit, or the disk
-            is too small.
+        CheckpointError: the source is not a whole, finite Ouro-format checkpoint.
+        ConversionError: the target is taken, the options do not fit, or the disk is too small.
         OSError: the disk fails on the way.
     """
     source, target = source.resolve(), target.resolve()
@@ -136,24 +135,6 @@ def check_folders(source: Path, target: Path) -> None:
         raise ConversionError(f"the target {target} is a file; choose a new folder")
     if target.exists() and any(target.iterdir()):
         raise ConversionError(f"the target {target} exists and is not empty; choose a new folder or empty it")
-
-
-def read_config(source: Path) -> dict[str, object]:
-    """Read the fields of an Ouro-format `config.json`.
-
-    Raises:
-        ConversionError: there is none, or it is of another format.
-    """
-    path = source / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{source} has no config.json; name the folder of an Ouro-format checkpoint")
-    fields = read_json(path)
-    model_type = fields.get("model_type")
-    if model_type == MeltConfig.model_type:
-        raise ConversionError(f"{source} is a MELT checkpoint already; serve it, or convert the LoopLM it came from")
-    if model_type != LoopLMConfig.model_type:
-        raise ConversionError(f"{path} says model_type={model_type!r}; only Ouro-format checkpoints can be converted")
-    return fields
 
 
 def split_gate(gate: Shapes, dtype: torch.dtype) -> list[Shapes]:
