@@ -95,12 +95,12 @@ def run_session(
 ) -> int:
     """Do a command's work in one session; return the exit code, which says how it ended.
 
-    Returns:
-        0 when done, 3 when the minutes are over, 128 + signal after a signal that the work heard, 130 after Ctrl-C.
-
     Args:
         paused: said when the session is over before the work is.
         stopped: said after Ctrl-C outside the steps of training.
+
+    Returns:
+        0 when done, 3 when the minutes are over, 128 + signal after a signal that the work heard, 130 after Ctrl-C.
     """
     from melt_serve.train.session import Paused, Session
 
