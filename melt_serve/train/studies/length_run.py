@@ -170,7 +170,7 @@ def run(
         "loss": log[-1]["loss"],
         "right": right,
         "seconds": round(sum(entry["seconds"] for entry in log), 1),
-        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in log), 1),
+        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in log), 3),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -188,10 +188,8 @@ def test_a_run_cut_in_sessions_gives_the_record_of_an_unbroken_one(done, tmp_pat
         except Paused:
             sessions += 1
     assert sessions == TINY.steps  # --minutes 0 still makes a step
-    cut, unbroken = (
-        read_records(records)[0],
-        next(record for record in read_records(done) if record["model"] == "melt-4"),
-    )
+    cut = read_records(records)[0]
+    unbroken = next(record for record in read_records(done) if record["model"] == "melt-4")
     assert {**cut, **dict.fromkeys(SECONDS)} == {**unbroken, **dict.fromkeys(SECONDS)}
     assert cut["cpu_seconds"] > 0 and [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
@@ -199,9 +197,8 @@ def test_a_run_cut_in_sessions_gives_the_record_of_an_unbroken_one(done, tmp_pat
 def test_the_report_says_what_the_records_say(done, tmp_path):
     records = read_records(done)
     for record in records:  # as it may come out: five steps teach nothing
-        record["right"] = [
-            0.95 if record["model"] == "melt-4" and letter < 9 + record["seed"] else 0.5 for letter in range(24)
-        ]
+        held = 9 + record["seed"] if record["model"] == "melt-4" else 0
+        record["right"] = [0.95] * held + [0.5] * (24 - held)
     markdown, plot, numbers = write_lengths_report(tmp_path / "lengths.md", ["chains"], MODELS, TINY, records)
     assert json.loads(numbers.read_text()) == [
         record for model in MODELS for record in records if (record["task"], record["model"]) == ("chains", model.name)
