@@ -207,7 +207,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """`melt-serve convert`."""
-    from melt_serve.convert import ConversionError, convert
+    from melt_serve.checkpoint_files import CheckpointError
+    from melt_serve.convert import convert
 
     try:
         convert(
@@ -221,7 +222,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             show_progress=not arguments.quiet,
         )
-    except ConversionError as error:
+    except CheckpointError as error:
         return fail(error)
     print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
     return 0

@@ -1,4 +1,4 @@
-"""An Ouro-format checkpoint into a MELT one: the same weights plus a fresh gate (arXiv 2605.07721).
+"""Conversion of an Ouro-format checkpoint into a MELT: the same weights plus a fresh gate (arXiv 2605.07721).
 
 Adding the gate renames nothing, so a shard is verified tensor by tensor and its file copied as it is;
 the gate goes into shards of its own. Memory stays near one shard, whatever the checkpoint's size.
@@ -6,57 +6,40 @@ the gate goes into shards of its own. Memory stays near one shard, whatever the 
 
 import json
 import math
-import re
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from melt_serve.checkpoint_files import (
+    INDEX_FILE,
+    CheckpointError,
+    Shapes,
+    copy_the_rest,
+    licence_of,
+    read_config,
+    read_headers,
+    verify_values,
+)
 from melt_serve.config import DecodeMode, GateType, InitialState, LoopLMConfig, MeltConfig, sharing_unit, weight_shapes
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 GATE_SHARD_BYTES = 256 << 20
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 VLLM_BLOCK_SIZE = 16  # vLLM's default, when the user names none
-CARRIED_OVER = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-
-Shapes = dict[str, tuple[int, ...]]
 
 
-class ConversionError(ValueError):
-    """The checkpoint cannot be converted; the message names the thing and the remedy."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file of the source, its header read and found right."""
-
-    path: Path
-    dtypes: dict[str, torch.dtype]
+class ConversionError(CheckpointError):
+    """The checkpoint cannot be converted as asked; the message names the thing and the remedy."""
 
 
 def convert(
@@ -82,8 +65,8 @@ def convert(
         max_loops: the most loops a request may ask for, by default the source's `total_ut_steps`.
 
     Raises:
-        ConversionError: the source is not a whole, finite Ouro-format checkpoint, the target is
-            taken, the options do not fit, or the disk is too small.
+        CheckpointError: the source is not a whole, finite Ouro-format checkpoint.
+        ConversionError: the target is taken, the options do not fit, or the disk is too small.
         OSError: the disk fails on the way.
     """
     source, target = source.resolve(), target.resolve()
@@ -137,7 +120,11 @@ def convert(
 
 
 def check_folders(source: Path, target: Path) -> None:
-    """Refuse folders that cannot be read from or written to."""
+    """Refuse folders that cannot be read from or written to.
+
+    Raises:
+        ConversionError: one of them cannot.
+    """
     if not source.exists():
         raise ConversionError(f"the source {source} does not exist; name the folder of an Ouro-format checkpoint")
     if not source.is_dir():
@@ -150,108 +137,8 @@ def check_folders(source: Path, target: Path) -> None:
         raise ConversionError(f"the target {target} exists and is not empty; choose a new folder or empty it")
 
 
-def read_config(source: Path) -> dict[str, object]:
-    """The fields of an Ouro-format `config.json`."""
-    path = source / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{source} has no config.json; name the folder of an Ouro-format checkpoint")
-    fields = read_json(path)
-    model_type = fields.get("model_type")
-    if model_type == MeltConfig.model_type:
-        raise ConversionError(f"{source} is a MELT checkpoint already; serve it, or convert the LoopLM it came from")
-    if model_type != LoopLMConfig.model_type:
-        raise ConversionError(f"{path} says model_type={model_type!r}; only Ouro-format checkpoints can be converted")
-    return fields
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON file that holds an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds no JSON object; download it again")
-    return content
-
-
-def read_headers(source: Path, shapes: Shapes) -> list[Shard]:
-    """Open every shard, check its tensors' names, shapes and dtypes; no values are read."""
-    shards = []
-    seen: dict[str, Path] = {}
-    for path in shard_paths(source):
-        with opened(path, "np") as file:
-            dtypes = {}
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(key)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                if key not in shapes:
-                    raise ConversionError(
-                        f"{path} holds the unexpected tensor {key}; is config.json that of this checkpoint?"
-                    )
-                if key in seen:
-                    raise ConversionError(f"{path} and {seen[key]} both hold {key}; remove the shard that is left over")
-                if shape != shapes[key]:
-                    raise ConversionError(
-                        f"{key} in {path} has shape {list(shape)}, config.json implies {list(shapes[key])}; "
-                        "the two must come from the same checkpoint"
-                    )
-                if dtype not in DTYPES:
-                    raise ConversionError(
-                        f"{key} in {path} has dtype {dtype}; convert the unquantised checkpoint ({', '.join(DTYPES)})"
-                    )
-                seen[key], dtypes[key] = path, DTYPES[dtype]
-            shards.append(Shard(path, dtypes))
-    if missing := [key for key in shapes if key not in seen]:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConversionError(f"{source} lacks the tensor {missing[0]}{others}; download the checkpoint again")
-    return shards
-
-
-def shard_paths(source: Path) -> list[Path]:
-    """The checkpoint's safetensors files, in the order of their names."""
-    if (source / SINGLE_FILE).is_file():
-        return [source / SINGLE_FILE]
-    index = source / INDEX_FILE
-    if not index.is_file():
-        if any(source.glob("*.bin")) or any(source.glob("*.pt*")):
-            raise ConversionError(
-                f"{source} holds pickled weights only, which can run code when read; save them as safetensors first"
-            )
-        raise ConversionError(f"{source} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the checkpoint again")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index} has no weight_map; download it again")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not (source / name).is_file():
-            raise ConversionError(f"{index} names the shard {name}, which {source} lacks; download the shard again")
-    return [source / name for name in names]
-
-
-@contextmanager
-def opened(path: Path, framework: str) -> Iterator[safe_open]:
-    """A safetensors file, with its own complaints turned into ours."""
-    try:
-        with safe_open(path, framework=framework) as file:
-            yield file
-    except SafetensorError as error:
-        raise ConversionError(f"{path} is truncated or no safetensors file ({error}); download it again") from error
-
-
-def verify_values(shard: Shard, bar: tqdm) -> None:
-    """Refuse NaN and infinite weights, which would be found only as bad answers."""
-    with opened(shard.path, "pt") as file:
-        for key in shard.dtypes:
-            tensor = file.get_tensor(key)
-            low, high = tensor.aminmax()  # unlike isfinite().all(), makes no tensor of the same size
-            if not (low.isfinite() and high.isfinite()):
-                raise ConversionError(f"{key} in {shard.path} holds NaN or infinite values; download the shard again")
-            bar.update(tensor.nbytes)
-
-
 def split_gate(gate: Shapes, dtype: torch.dtype) -> list[Shapes]:
-    """The gate's tensors in shards of at most GATE_SHARD_BYTES (or one tensor, where that is larger)."""
+    """Split the gate's tensors into shards of at most GATE_SHARD_BYTES, or of one tensor that is larger."""
     parts: list[Shapes] = []
     size = GATE_SHARD_BYTES
     for key, shape in gate.items():
@@ -265,25 +152,33 @@ def split_gate(gate: Shapes, dtype: torch.dtype) -> list[Shapes]:
 
 
 def fresh(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """A gate tensor as the reference model starts it: W_z, U_z ~ N(0, 0.02), b_z = -2."""
+    """Make a gate tensor as the reference model starts it: W_z, U_z ~ N(0, 0.02), b_z = -2."""
     if key.endswith(".bias"):
         return torch.full(shape, GATE_BIAS)
     return torch.empty(shape).normal_(std=GATE_WEIGHT_STD, generator=generator)
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file; a failing disk is an OSError here too."""
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk fails, which safetensors reports in its own way.
+    """
     path.touch()
-    rights = path.stat().st_mode
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(rights)  # as of any new file; safetensors would keep it from all other users
+        path.chmod(mode)  # as of any new file; safetensors would keep it from all other users
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Refuse a disk that cannot hold the target."""
+    """Refuse a disk that cannot hold the target.
+
+    Raises:
+        ConversionError: it cannot.
+    """
     existing = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -307,7 +202,11 @@ def warn_about_blocks(chunk_size: int) -> None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes it at the end, or vanishes: on errors, Ctrl-C and SIGTERM."""
+    """Yield a folder beside `target` that becomes it at the end, or vanishes: on errors, Ctrl-C and SIGTERM.
+
+    Raises:
+        ConversionError: another conversion writes there.
+    """
     new_parents = [parent for parent in target.parents if not parent.exists()]
     folder = target.with_name(f".{target.name}.partial")
     ours = False
@@ -368,18 +267,8 @@ def unheard(*_: object) -> None:
     """Ignore a signal; unlike with SIG_IGN, Python does not complain about one that has arrived already."""
 
 
-def copy_the_rest(source: Path, folder: Path) -> None:
-    """Carry over what is not weights: tokenizer, chat template, generation defaults, licence."""
-    for pattern in CARRIED_OVER:
-        for path in source.glob(pattern):
-            if path.is_file():
-                copy = folder / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
-
-
 def card(source: Path, config: MeltConfig, seed: int) -> str:
-    """The README of the converted checkpoint."""
+    """Write the model card of the converted checkpoint."""
     return f"""\
 ---
 {licence_of(source)}library_name: melt_serve
@@ -399,14 +288,6 @@ The gate is untrained: post-train this checkpoint (arXiv 2605.07721) before judg
 """
 
 
-def licence_of(source: Path) -> str:
-    """The line of a model card's head that names its licence; empty if none does."""
-    readme = source / "README.md"
-    head = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    licence = re.match(r"---\n(?:.*\n)*?(license: .*\n)", head)
-    return licence[1] if licence else ""
-
-
 def write_json(path: Path, content: object) -> None:
-    """JSON as Hugging Face writes it: indented, with a line end."""
+    """Write JSON as Hugging Face does: indented, with a line end."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from melt_serve import cli
+from melt_serve.checkpoint_files import CheckpointError
 from melt_serve.config import LoopLMConfig, weight_shapes
 from melt_serve.convert import ConversionError, convert
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
@@ -45,7 +47,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def save_ouro(folder: Path, max_shard_size: str = "50GB", dtype: torch.dtype = torch.float32) -> Path:
-    """A source as it is published: an Ouro-style config, tokenizer files, remote code, a licence."""
+    """Write a source as it is published: an Ouro-style config, tokenizer files, remote code, a licence."""
     model = tiny_looplm(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((folder / "config.json").read_text())
@@ -183,7 +185,7 @@ def pickle_only(source: Path) -> None:
 
 
 def no_room(source: Path) -> None:
-    """A checkpoint as large as the disk's free space: a hole in a file takes none of it."""
+    """Make a checkpoint as large as the disk's free space: a hole in a file takes none of it."""
     path = source / "model.safetensors"
     vocabulary = shutil.disk_usage(source).free // (64 * 4) + 1
     edit_json(source / "config.json", vocab_size=vocabulary, tie_word_embeddings=True)
@@ -229,7 +231,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
             s / "model.safetensors",
             lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
         ),
-        r"dtype I8; convert the unquantised",
+        r"dtype I8; use the unquantised",
     ),
     "NaN": (poison(float("nan")), r"model\.norm\.weight .* NaN or infinite"),
     "infinity": (poison(float("-inf")), r"model\.norm\.weight .* NaN or infinite"),
@@ -277,10 +279,19 @@ def test_a_bad_source_is_refused_in_one_sentence_and_leaves_nothing_behind(kind,
     source = tmp_path / "ouro"
     shutil.copytree(request.getfixturevalue(kind), source)
     spoil(source)
-    with pytest.raises(ConversionError, match=message) as refusal:
+    with pytest.raises(CheckpointError, match=message) as refusal:
         convert(source, tmp_path / "new" / "melt", show_progress=False)
     assert "\n" not in str(refusal.value)
     assert [path for path in tmp_path.iterdir() if path != source] == []
+
+
+def test_bad_weights_are_one_line_on_the_command_line(single, tmp_path, capsys):
+    source = tmp_path / "ouro"
+    shutil.copytree(single, source)
+    (source / "model.safetensors").write_bytes(b"?")
+    assert cli.main(["convert", str(source), str(tmp_path / "melt"), "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("melt-serve: error: ") and "truncated or no safetensors" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -343,7 +354,7 @@ def test_the_callers_signal_handlers_are_its_own_again(single, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(single, broken)
     poison(float("nan"))(broken)
-    with pytest.raises(ConversionError):
+    with pytest.raises(CheckpointError):
         convert(broken, tmp_path / "other", show_progress=False)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -428,5 +439,5 @@ def test_a_signal_in_mid_conversion_leaves_nothing_behind(sent, exit_codes, larg
 def test_what_is_written_may_be_read_as_any_new_file(single, tmp_path):
     convert(single, tmp_path / "melt")
     (tmp_path / "new").touch()
-    rights = {path.stat().st_mode for path in (tmp_path / "melt").iterdir()}
-    assert rights == {(tmp_path / "new").stat().st_mode}
+    modes = {path.stat().st_mode for path in (tmp_path / "melt").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}

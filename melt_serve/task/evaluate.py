@@ -27,7 +27,7 @@ HELDOUT_SEED = 1
 BATCH = 100
 CONNECTIONS = 16
 RETRIES = 2
-"""Of a question that a server has no time for; the client waits longer before each."""
+"""Retries per question when the server is busy, with growing pauses."""
 
 
 class EvaluationError(ValueError):
@@ -36,10 +36,10 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table; `chunk_size`, `decode_mode` and `exit_threshold` are a MELT's.
+    """How a checkpoint did at one depth; `chunk_size`, `decode_mode` and `exit_threshold` are a MELT's.
 
     Attributes:
-        loops: the most that a token runs; unknown of a server, as `mean_loops`.
+        loops: the most that a token runs; unknown of a server, and so are `mean_loops`.
         mean_loops: over the tokens of prompts and replies.
         accuracy: the share of right answers.
     """
@@ -56,7 +56,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said.
+    """A model's reply to one question.
 
     Attributes:
         answer: after its reasoning.
@@ -70,7 +70,7 @@ class Reply:
 
 
 def heldout(count: int) -> list[Question]:
-    """The first questions of the held-out set, which is the same for everyone."""
+    """Return the first questions of the held-out set, which is the same for everyone."""
     return list(islice(questions("heldout", HELDOUT_SEED), count))
 
 
@@ -117,7 +117,7 @@ def score(
     modes: Sequence[DecodeMode] | None = None,
     thresholds: Sequence[float] | None = None,
 ) -> list[Score]:
-    """The model's table: a line for each depth, and of a MELT for each decode mode and exit threshold."""
+    """Score a model at each depth, and a MELT at each decode mode and exit threshold, too."""
     asked = heldout(count)
     if not isinstance(model, MeltForCausalLM):
         return [
@@ -140,7 +140,7 @@ def measure(
     label: str,
     **depth: float,
 ) -> tuple[float, int, float]:
-    """The mean loops of all tokens, the questions, and the share of them that `generate` answers right, greedily."""
+    """Return the mean loops of all tokens, the questions, and the share that `generate` answers right, greedily."""
     replies: list[Reply] = []
     for first in tqdm(range(0, len(asked), BATCH), desc=label, unit="batch", leave=False):
         replies += answers(model, tokenizer, asked[first : first + BATCH], **depth)
@@ -156,7 +156,7 @@ def answers(
     asked: Sequence[Question],
     **depth: float,
 ) -> list[Reply]:
-    """What the model says, one batch; `depth` are `loops` and a MELT's `exit_threshold`."""
+    """Ask the model one batch of questions; `depth` are `loops` and a MELT's `exit_threshold`."""
     prompts = tokenizer.pad({"input_ids": [prompt_ids(question, tokenizer) for question in asked]}, return_tensors="pt")
     prompt, lengths = prompts["input_ids"], prompts["attention_mask"].sum(-1)
     output = model.generate(**prompts, **depth, max_new_tokens=longest_reply(tokenizer), do_sample=False)
@@ -176,7 +176,7 @@ def answers(
 
 
 def longest_reply(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens of the longest right reply, its end mark included."""
+    """Count the tokens of the longest right reply, its end mark included."""
     chain = " ".join(["Follow", *NAMES[:SENTENCES], PLACES[0]])
     return len(tokenizer.encode(f"<think>{chain}</think>In {PLACES[0]}.")) + 1
 
@@ -216,7 +216,11 @@ def evaluate_server(url: str, count: int, model: str | None = None, api_key: str
 
 
 def first_model(client: "OpenAI") -> str:
-    """The first model that a server lists."""
+    """Return the first model that a server lists.
+
+    Raises:
+        EvaluationError: it lists none.
+    """
     models = client.models.list().data
     if not models:
         raise EvaluationError(f"{client.base_url} lists no models: name one with --model")
@@ -224,7 +228,7 @@ def first_model(client: "OpenAI") -> str:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """The scores in columns."""
+    """Format the scores in columns."""
     lines: list[tuple[str, ...]] = [("checkpoint", "loops", "C", "mode", "exit", "mean loops", "questions", "right")]
     for each in scores:
         facts = (each.loops, each.chunk_size, each.decode_mode, each.exit_threshold)

@@ -17,7 +17,7 @@ MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens with a chat template, the same at every call."""
+    """Build a byte-level BPE tokenizer of at most `VOCABULARY` tokens with a chat template, the same at every call."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def corpus() -> list[str]:
-    """The text the merges are learnt from: the task's names and places, and questions for all other words."""
+    """Return the text that the merges are learnt from: the task's names and places, and questions for other words."""
     words = [*NAMES, *PLACES]
     text = [f"{word} {word}" for word in words for _ in range(20)]
     for question in islice(questions("train", seed=0), 200):
@@ -52,6 +52,6 @@ def corpus() -> list[str]:
 
 
 def prompt_ids(question: Question, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The question through the chat template, ready for the assistant to speak."""
+    """Render the question through the chat template, ready for the assistant to speak, as token ids."""
     messages = [{"role": "user", "content": question.prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -66,7 +66,7 @@ class Question:
         return self.reply_within(SILENT_STEPS)
 
     def reply_within(self, steps: int) -> str:
-        """What a model knows of the reply that takes at most so many steps for a word; always as many words.
+        """Return what a model knows of the reply that takes at most so many steps for a word; always as many words.
 
         With fewer than `SILENT_STEPS` it says how far it came: `<think></think>In Bob.`
         """
@@ -76,14 +76,14 @@ class Question:
         return f"<think>{' '.join(['Follow', self.steps[0], *said])}</think>{self.answer}"
 
     def check(self, reply: str) -> bool:
-        """Whether `reply`, the text after `</think>`, is the answer; white space around it does not count."""
+        """Tell whether `reply`, the text after `</think>`, is the answer; white space around it does not count."""
         return reply.strip() == self.answer
 
 
 def questions(
     split: Split, seed: int | str, sentences: int = SENTENCES, kinds: Sequence[Kind] = KINDS
 ) -> Iterator[Question]:
-    """Endless questions of this many sentences; no prompt of one split is ever one of the other."""
+    """Yield endless questions of this many sentences; no prompt of one split is ever one of the other."""
     draw = random.Random(f"{split} {seed}")
     while True:
         question = draw_question(draw, sentences, kinds)
@@ -92,7 +92,7 @@ def questions(
 
 
 def draw_question(draw: random.Random, sentences: int, kinds: Sequence[Kind]) -> Question:
-    """One random story with a question: aloud about anybody in it, silent about one of the nearer, by chain."""
+    """Draw one random story with a question: aloud about anybody in it, silent about one of the nearer, by chain."""
     names, kind = draw.sample(NAMES, sentences), draw.choice(kinds)
     story, leads_to = [INSTRUCTIONS[kind]], dict[str, str]()
     for person, name in enumerate(names):
@@ -111,7 +111,7 @@ def draw_question(draw: random.Random, sentences: int, kinds: Sequence[Kind]) ->
 
 
 def chain_from(name: str, leads_to: dict[str, str]) -> tuple[str, ...]:
-    """From somebody to a place."""
+    """Follow the story from somebody to a place; return everybody on the way, and the place."""
     steps = [name]
     while steps[-1] in leads_to:
         steps.append(leads_to[steps[-1]])
@@ -119,5 +119,5 @@ def chain_from(name: str, leads_to: dict[str, str]) -> tuple[str, ...]:
 
 
 def split_of(prompt: str) -> Split:
-    """The split a prompt belongs to, by a hash of its text that never changes."""
+    """Return the split a prompt belongs to, by a hash of its text that never changes."""
     return "heldout" if hashlib.sha256(prompt.encode()).digest()[0] % HELDOUT_SHARE == 0 else "train"

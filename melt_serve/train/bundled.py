@@ -1,162 +1,68 @@
-"""The bundled checkpoints from nothing: a LoopLM is trained, then turned into the MELT that is served.
+"""`python -m melt_serve.train bundled`: make the bundled checkpoints from nothing."""
 
-Five stages, each resumable: the teacher; the same model with one loop, to see what depth is worth; phase 1,
-interpolated transition; phase 2, attention-aligned distillation; the exit gate. Then a table of held-out questions.
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from melt_serve.bundled import CHECKPOINTS
+from melt_serve.train.commands import Commands, add_minutes, add_questions, add_resume, new_command, run_stages
+
+if TYPE_CHECKING:
+    from melt_serve.train.recipe import Recipe
+    from melt_serve.train.session import Session
+
+DESCRIPTION = """\
+Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
+measure both on held-out questions, and write them with their cards. About half an hour on
+2 CPU cores.
+
+A run can be cut into sessions: Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved every
+minute anyway. --resume goes on, and computes exactly what an unbroken run would have."""
+EXAMPLES = """\
+examples:
+  python -m melt_serve.train bundled                        remake the bundled checkpoints, in place
+  python -m melt_serve.train bundled --minutes 20           the first twenty minutes of it
+  python -m melt_serve.train bundled --resume               ... and the rest
+  python -m melt_serve.train bundled --out ./mine --seed 1  others of their kind, elsewhere
 """
 
-from pathlib import Path
 
-import torch
-from torch.optim import AdamW, Muon, Optimizer
-from transformers import PreTrainedTokenizerFast
-
-from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.config import DECODE_MODES, LoopLMConfig
-from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
-from melt_serve.task.evaluate import Score, score
-from melt_serve.task.tokenizer import MAX_TOKENS, VOCABULARY, build_tokenizer
-from melt_serve.task.who_is_where import KINDS
-from melt_serve.train.data.task_batches import training_batch
-from melt_serve.train.distil.build import melt_config, plain, student_of
-from melt_serve.train.distil.losses import cross_entropy_over_loops
-from melt_serve.train.distil.phase import loops_of, run_phase
-from melt_serve.train.distil.student import Student
-from melt_serve.train.loop.export import export, student_card, teacher_card
-from melt_serve.train.loop.logs import LOG, minutes_trained
-from melt_serve.train.loop.trainer import Losses, run_stage
-from melt_serve.train.recipe import Distillation, Pretraining, Recipe
-from melt_serve.train.session import Session
-
-EXIT_BIAS = -3.0
-"""The exit gate's bias before it is trained: a token leaves after a loop with a probability of about one in twenty."""
-EXIT_THRESHOLDS = (0.9, 0.5)
-"""Measured at the usual depth."""
+def add_command(commands: Commands) -> None:
+    """Add `bundled` to the commands of `python -m melt_serve.train`."""
+    command = new_command(
+        commands, "bundled", bundled, "remake the bundled checkpoints from nothing", DESCRIPTION, EXAMPLES
+    )
+    add = command.add_argument
+    add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
+    add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
+    add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
+    add_resume(command)
+    add_minutes(command)
+    add_questions(command)
 
 
-def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Session, count: int) -> list[Score]:
-    """Run all stages, measure on `count` held-out questions, and write both checkpoints with their cards.
+def bundled(arguments: argparse.Namespace) -> int:
+    """Make the bundled checkpoints, for one session; return the exit code."""
+    from melt_serve.train.recipe import Recipe
 
-    Args:
-        folder: holds states and logs; what an earlier session left there is gone on with.
-        target: `looplm-demo` and `melt-demo` in it are replaced when everything is done, and not before.
+    recipe = Recipe(output=str(arguments.out)).seeded(arguments.seed)
+    return run_stages(
+        lambda session: make_bundled(recipe, arguments.run, session, arguments.questions),
+        arguments.run,
+        arguments,
+        f"bundled --resume --run {arguments.run}",
+    )
+
+
+def make_bundled(recipe: "Recipe", folder: Path, session: "Session", questions: int) -> str:
+    """Make both checkpoints of the bundled kind, print their table, and return where they are.
 
     Raises:
-        Paused, TrainingError: see `run_stage`.
+        Paused, TrainingError: see `make_checkpoints`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
-    shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
-    student = fresh_student(teacher, recipe)
-    phases = (("transition", recipe.transition), ("alignment", recipe.alignment), ("exits", recipe.exits))
-    for name, stage in phases:
-        distil(name, stage, teacher, student, tokenizer, folder, session)
-    melt = plain(student)
-    scores = measure(teacher, shallow, melt, recipe, count)
-    minutes = minutes_trained(folder / LOG)
-    target.mkdir(parents=True, exist_ok=True)
-    export(teacher, tokenizer, teacher_card(teacher, recipe, minutes, scores), target / LOOPLM.name)
-    export(melt, tokenizer, student_card(melt, recipe, minutes, scores), target / MELT.name)
-    return scores
+    from melt_serve.task.evaluate import table
+    from melt_serve.train.bundled_run import make_checkpoints
 
-
-def pretrain(
-    name: str,
-    recipe: Recipe,
-    stage: Pretraining,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    session: Session,
-) -> OuroForCausalLM:
-    """Train a LoopLM from nothing: cross-entropy on the replies, at every loop."""
-    model = fresh_looplm(recipe, stage, tokenizer)
-
-    def losses(step: int) -> Losses:
-        aloud = step < stage.aloud_until * stage.steps
-        batch = training_batch(tokenizer, stage.batch, stage.seed, step, ("aloud",) if aloud else KINDS)
-        loops = loops_of(stage, step)
-        output = model(batch.input_ids, attention_mask=batch.attention_mask, loops=loops, output_loops=True)
-        answered = output.loop_logits[:, batch.before_reply]
-        return {"loss": cross_entropy_over_loops(answered, batch.reply_by_loop(loops))}
-
-    inside = {id(weight) for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2}
-    matrices = [weight for weight in model.parameters() if id(weight) in inside]
-    others = [weight for weight in model.parameters() if id(weight) not in inside]
-    optimizers: list[Optimizer] = [
-        Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        AdamW(others, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay),
-    ]
-    run_stage(name, stage, model, optimizers, losses, folder, session)
-    return model.eval().requires_grad_(False)
-
-
-def distil(
-    name: str,
-    stage: Distillation,
-    teacher: OuroForCausalLM,
-    student: Student,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    session: Session,
-) -> None:
-    """One phase of post-training on the task's questions."""
-    run_phase(
-        name,
-        stage,
-        teacher,
-        student,
-        lambda step: [training_batch(tokenizer, stage.batch, stage.seed, step)],
-        folder,
-        session,
-    )
-
-
-def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokenizerFast) -> OuroForCausalLM:
-    """A LoopLM before its first step; by default it will run the recipe's loops, or all it is trained for if fewer."""
-    shape = recipe.shape
-    config = LoopLMConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.05,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        total_ut_steps=min(recipe.shape.loops, max(stage.loops)),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(recipe.seed)
-    model = OuroForCausalLM(config).train()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(std=stage.embedding_std)
-        model.lm_head.weight.copy_(0.1 * model.model.embed_tokens.weight)
-        model.model.early_exit_gate.bias.fill_(EXIT_BIAS)
-    return model
-
-
-def fresh_student(teacher: OuroForCausalLM, recipe: Recipe, **gate: str) -> Student:
-    """The teacher's weights with a fresh gate, as `melt-serve convert` makes it; `gate` are config fields."""
-    shape = recipe.shape
-    config = melt_config(
-        teacher.config, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate
-    )
-    return student_of(teacher, recipe.seed + 1, config)
-
-
-def measure(
-    teacher: OuroForCausalLM, shallow: OuroForCausalLM, melt: MeltForCausalLM, recipe: Recipe, count: int
-) -> list[Score]:
-    """The table that shows what depth, the gate and post-training are worth."""
-    tokenizer, loops = build_tokenizer(), recipe.shape.loops
-    depths = [t for t in (1, 2, 3, 4, 6, 8) if t <= recipe.shape.max_loops]
-    converted = plain(fresh_student(teacher, recipe, kv_gate_type="last"))
-    return [
-        *score(teacher, tokenizer, "looplm-demo", depths, count),
-        *score(shallow, tokenizer, "shallow", [1], count),
-        *score(converted, tokenizer, "converted", [loops], count, DECODE_MODES),
-        *score(melt, tokenizer, "melt-demo", depths, count, DECODE_MODES),
-        *score(melt, tokenizer, "melt-demo", [loops], count, DECODE_MODES, EXIT_THRESHOLDS),
-    ]
+    target = Path(recipe.output or CHECKPOINTS)
+    print(table(make_checkpoints(recipe, folder, target, session, questions)))
+    return f"{target}/looplm-demo and {target}/melt-demo"

@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Stage:
-    """One optimizer's run.
+    """The settings of one stage of training.
 
     Attributes:
         learning_rate: AdamW's; for the teacher that of vectors and embeddings only.
@@ -126,7 +126,7 @@ class Distillation(Stage):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The bundled checkpoints, from nothing.
+    """The recipe of the bundled checkpoints, made from nothing.
 
     Attributes:
         shallow: a LoopLM of one loop on the teacher's data: what the same weights learn without depth.
@@ -152,14 +152,14 @@ class Recipe:
     output: str | None = None
 
     def seeded(self, seed: int) -> "Recipe":
-        """The same recipe with other weights and other data."""
+        """Return the same recipe with other weights and other data."""
         stages = {name: replace(getattr(self, name), seed=seed) for name in STAGES}
         return replace(self, seed=seed, **stages)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learnt from.
+    """The data of a post-training, and how it is packed.
 
     Attributes:
         files: `.jsonl` and `.parquet` files, and folders that a Hugging Face dataset was saved to, with `messages` or
@@ -180,7 +180,7 @@ class Data:
 
 @dataclass(frozen=True)
 class PostTraining:
-    """A LoopLM of one's own into a MELT.
+    """The recipe of a post-training: a LoopLM of one's own into a MELT.
 
     Attributes:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.

@@ -24,7 +24,7 @@ class RecipeError(ValueError):
 def load_recipe(
     name: str, overrides: Sequence[str] = (), defaults: Mapping[str, object] = MappingProxyType({})
 ) -> Recipe | PostTraining:
-    """The recipe of that name or file, changed by `key.path=value` words.
+    """Load the recipe of that name or file, changed by `key.path=value` words.
 
     Args:
         name: a bundled recipe's, see `bundled_recipes`, or a TOML file's path.
@@ -54,7 +54,11 @@ def load_recipe(
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe's file."""
+    """Return the file of a recipe.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
     if name in bundled_recipes():
         return RECIPES / f"{name}.toml"
     if Path(name).is_file():
@@ -63,7 +67,11 @@ def find_recipe(name: str) -> Path:
 
 
 def read_table(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the file and the overrides say, not checked yet."""
+    """Read what the file and the overrides say, not checked yet.
+
+    Raises:
+        RecipeError: the file is not TOML, or a word changes nothing.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -90,7 +98,7 @@ def override(table: dict[str, Any], word: str) -> None:
 
 
 def complaint(kind: type, error: Any) -> str:
-    """One of pydantic's errors in our words."""
+    """Say one of pydantic's errors in our words."""
     where = [str(part) for part in error["loc"]]
     name = ".".join(where)
     match error["type"]:
@@ -107,7 +115,7 @@ def complaint(kind: type, error: Any) -> str:
 
 
 def fields_at(kind: type, path: Sequence[str]) -> list[str]:
-    """The fields of the dataclass that is found along this path of fields; none where there is a value."""
+    """List the fields of the dataclass that is found along this path of fields; none where there is a value."""
     for step in path:
         (found,) = (field.type for field in fields(kind) if field.name == step)
         options = [each for each in (found, *get_args(found)) if isinstance(each, type) and is_dataclass(each)]

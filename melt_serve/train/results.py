@@ -1,10 +1,9 @@
-"""What studies share: a file of one JSON row a finished run, the words they are asked with, and tables of rows."""
+"""What studies and trials share: a file of one JSON record a finished run, the words they are asked with, reports."""
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,141 +11,166 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from melt_serve.terminal import fail
+from melt_serve.train.atomic import replacing
+from melt_serve.train.commands import add_minutes
 from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Session
+    from matplotlib.figure import Figure
 
 
-Row = dict[str, Any]
+Record = dict[str, Any]
+"""What came out of one run, as JSON; its `settings` tell it from other runs."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run that is wanted.
+class WantedRun:
+    """A run that a study wants to have a record of.
 
     Attributes:
         title: for the progress bar.
-        settings: what makes the run the run it is: of rows with the same settings one is enough.
-        run: does it, with its states in the folder it is given, and removes that folder; gives the row.
+        settings: what makes the run the run it is: of records with the same settings one is enough.
+        run: does it, with its states in the folder it is given, and removes that folder; gives the record.
     """
 
     title: str
-    settings: Row
-    run: Callable[[Path], Row]
+    settings: Record
+    run: Callable[[Path], Record]
 
 
-def add_study_flags(command: argparse.ArgumentParser, what: str, rows: Path, seeds_by_default: tuple[int, ...]) -> None:
-    """The flags that all studies have.
+def add_study_flags(
+    command: argparse.ArgumentParser, what: str, folder: Path, seeds_by_default: tuple[int, ...]
+) -> None:
+    """Add the flags that all studies have.
 
     Args:
         what: --list shows, in words.
-        rows: the file of results, by default.
+        folder: see `add_records`.
     """
     add = command.add_argument
-    add("--list", action="store_true", help=f"show {what}, rows there are and estimated minutes; run nothing")
-    add("--report", type=Path, metavar="FILE.md", help="write FILE.md, FILE.svg and FILE.json of the rows; run nothing")
+    add("--list", action="store_true", help=f"show {what}, finished runs and estimated minutes; run nothing")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.md",
+        help="write FILE.md, FILE.svg and FILE.json of what is done; run nothing",
+    )
     shown = ",".join(map(str, seeds_by_default))
     add("--seeds", type=seeds, default=seeds_by_default, metavar="S,...", help=f"one run each (default: {shown})")
-    add("--rows", type=Path, default=rows, help=f"file of results (default: {rows})")
-    add("--minutes", type=minutes, default=math.inf, metavar="M", help="save and stop after M minutes")
+    add_records(command, folder)
+    add_minutes(command, math.inf)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`a,b` as it was meant."""
+def add_records(command: argparse.ArgumentParser, folder: Path) -> None:
+    """Add the flag that names the file of results.
+
+    Args:
+        folder: where it lies by default, as `records.jsonl`, or as `rows.jsonl` if an older version began one there.
+    """
+    default, before = folder / "records.jsonl", folder / "rows.jsonl"
+    if before.exists() and not default.exists():
+        default = before
+    command.add_argument(
+        "--records", "--rows", type=Path, default=default, metavar="FILE", help=f"file of results (default: {default})"
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Parse names with commas between them, such as `full,no-chunks`."""
     return tuple(text.split(","))
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """`0,1` as numbers."""
+    """Parse seeds with commas between them, such as `0,1`."""
     return tuple(int(each) for each in text.split(","))
 
 
-def minutes(text: str) -> float:
-    """A time that can be waited for."""
-    if (value := float(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {text}")
-    return value
-
-
-def exit_code(work: Callable[["Session"], None], minutes: float) -> int:
-    """Do a command's work in a session of so many minutes, and say in one line how it ended if it is not done."""
-    from melt_serve.train.session import Paused, Session, TrainingError
-
-    session = Session(minutes)
-    again = "the same command goes on"
-    try:
-        work(session)
-    except Paused:
-        print(f"paused, everything is saved; {again}", file=sys.stderr)
-        return 3 if session.signal is None else 128 + session.signal
-    except KeyboardInterrupt:
-        print(f"\nstopped, finished runs are saved; {again}", file=sys.stderr)
-        return 130
-    except (StudyError, OSError, TrainingError) as error:
-        return fail(error, "melt_serve.train")
-    return 0
-
-
-def run_missing(planned: Sequence[Planned], path: Path) -> None:
-    """Do the runs that are not in the file yet, in their order, and append each when it is done."""
+def run_missing(wanted: Sequence[WantedRun], path: Path) -> None:
+    """Do the runs that are not in the file yet, in their order, and append each record when it is there."""
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = [row["settings"] for row in read_rows(path)]
+    done = [record["settings"] for record in read_records(path)]
     todo = []
-    for each in planned:
+    for each in wanted:
         if each.settings not in done:
             done.append(each.settings)
             todo.append(each)
     if not todo:
-        print(f"all {len(planned)} runs are in {path}", file=sys.stderr)
+        print(f"all {len(wanted)} runs are in {path}", file=sys.stderr)
         return
     with tqdm(total=len(todo), desc="runs", unit="run", dynamic_ncols=True) as bar:
         for each in todo:
             bar.set_description(each.title)
-            append_row(path, each.run(path.parent / fingerprint(each.settings)))
+            append_record(path, each.run(path.parent / fingerprint(each.settings)))
             bar.update()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The runs that are done.
+def read_records(path: Path) -> list[Record]:
+    """Read the records of the runs that are done; none where there is no file.
 
     Raises:
         StudyError: a line is broken.
     """
-    rows = []
+    records = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             raise StudyError(f"{path}, line {number}, is not JSON; mend or remove it") from None
-    return rows
+    return records
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Add one run; the file is replaced whole, so that no crash leaves half a line."""
-    part = path.with_name(f".{path.name}.partial")
+def append_record(path: Path, record: Record) -> None:
+    """Add one record; the file is replaced whole, so that no crash leaves half a line."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    part.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(before + json.dumps(record) + "\n", encoding="utf-8")
 
 
-def fingerprint(settings: Row) -> str:
-    """A folder's name for the states of a run with these settings."""
+def fingerprint(settings: Record) -> str:
+    """Name a folder for the states of a run with these settings."""
     return f"run-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """The rows a report is of, one a line."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+def check_report(path: Path) -> None:
+    """Find out, before minutes of work, whether a report can be written.
+
+    Raises:
+        OSError: no matplotlib, or no such folder.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise OSError("--report needs matplotlib: pip install matplotlib") from None
+    if not path.parent.is_dir() or path.suffix != ".md":
+        raise OSError(f"--report {path}: name a file that ends in .md, in a folder that is there")
+
+
+def write_report(
+    path: Path, introduction: str, caption: str, figure: "Figure", sections: Sequence[str], records: Sequence[Record]
+) -> list[Path]:
+    """Write a report as Markdown, and beside it its figure (.svg) and the records it is of (.json).
+
+    Args:
+        path: see `check_report`.
+        caption: says what the figure shows; the figure stands between introduction and sections.
+
+    Returns:
+        The three files.
+    """
+    files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
+    parts = (introduction, f"![{caption}]({files[1].name})", *sections)
+    path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    figure.savefig(files[1])
+    lines = ",\n".join(json.dumps(record) for record in records)
+    files[2].write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return files
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the lowest and the highest where there are several."""
+    """Format the mean, and the lowest and the highest where there are several."""
     if not values:
         return "-"
     if len(values) == 1:
@@ -155,7 +179,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as Markdown, the first the head."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    rows.insert(1, "|---" * len(lines[0]) + "|")
-    return "\n".join(rows)
+    """Format lines of cells as Markdown, the first as the head."""
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    text.insert(1, "|---" * len(lines[0]) + "|")
+    return "\n".join(text)

@@ -1,128 +1,88 @@
-"""A LoopLM of one's own into a MELT that is served: `python -m melt_serve.train run`."""
+"""`python -m melt_serve.train run`: follow a recipe, most often from a LoopLM of one's own to a MELT that is served."""
 
-import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from melt_serve.train.bundled import make_bundled
+from melt_serve.train.commands import (
+    Commands,
+    add_minutes,
+    add_questions,
+    add_recipe,
+    add_resume,
+    new_command,
+    run_stages,
+)
+from melt_serve.train.recipes import bundled_recipes
 
-from melt_serve.config import MeltConfig
-from melt_serve.convert import warn_about_blocks
-from melt_serve.train.data.batch import Batch, moved
-from melt_serve.train.data.sequences import Sequences
-from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain
-from melt_serve.train.distil.gate_rank import cut_gate
-from melt_serve.train.distil.phase import run_phase
-from melt_serve.train.distil.teacher import load_teacher
-from melt_serve.train.loop.distributed import process_group, rank, world_size
-from melt_serve.train.loop.export import export, run_card
-from melt_serve.train.loop.logs import LOG
-from melt_serve.train.loop.trainer import Saving
-from melt_serve.train.recipe import PostTraining
-from melt_serve.train.session import Session, TrainingError
+if TYPE_CHECKING:
+    from melt_serve.train.session import Session
 
-RECIPE = "recipe.json"
-MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks", "compile")
-"""Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
+DESCRIPTION = """\
+Follow a recipe: a LoopLM becomes a MELT by the paper's two phases, and is written as a checkpoint that vLLM serves.
 
+RECIPE is a TOML file, or one that comes with the package: {recipes}. Every field can be set on the
+command line as key=value, or stage.key=value; recipe.py says what each means. Paths are relative to where you are.
 
-def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
-    """Run the recipe's stages, then write the MELT to its output.
+--run keeps the run: the recipe, states, losses.jsonl, TensorBoard's logs, and losses.svg, a plot of every part of the
+loss. Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved as often as the recipe says anyway.
+--resume goes on after any of them or a crash, and computes exactly what an unbroken run would have.
 
-    Args:
-        folder: holds recipe, states and logs; what an earlier session left there is gone on with.
-
-    Raises:
-        TrainingError: no such teacher, no free output, or `folder` holds another recipe's run; see also `run_stage`.
-        DataError: see `Sequences`.
-        Paused: the session ended first.
-    """
-    check_output(Path(recipe.output))
-    teacher, tokenizer = load_teacher(recipe)
-    sequences = Sequences(recipe, tokenizer, folder)
-    dtype, target = DTYPES[recipe.dtype], Path(recipe.output)
-    with process_group(dtype) as device:
-        check_share(recipe)
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            note_recipe(recipe, folder)
-            warn_about_blocks(recipe.chunk_size)
-        student = fresh_student(recipe, teacher)
-        place(recipe, teacher, student, device)
-        saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
-        for name, stage in recipe.stages.items():
-            batches = batches_of(recipe, sequences, first, device)
-            run_phase(name, stage, teacher, student, batches, folder, session, saving)
-            first += stage.steps * recipe.sequences
-        melt = plain(student)
-        if rank() == 0:
-            if recipe.gate_rank is not None:
-                melt = cut_gate(melt, recipe.gate_rank)
-            melt.to(dtype)
-            export(melt, tokenizer, run_card(melt, recipe, folder / LOG), target, Path(recipe.teacher))
+Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
+EXAMPLES = """\
+examples:
+  python -m melt_serve.train run melt-1.6b teacher=./Ouro-1.4B-Thinking data.files=chats.jsonl output=./melt-1.6b
+      the paper's run; a line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, ...]}
+      or {"text": "..."}
+  python -m melt_serve.train run melt-1.6b ... chunk_size=500 alignment.alignment=0
+      with the paper's chunks, and without aligned attention
+  python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
+  python -m melt_serve.train run ./mine.toml --run runs/mine --resume
+      an hour of a recipe of your own, and the rest
+  torchrun --nproc-per-node 8 -m melt_serve.train run ./mine.toml --run-folder runs/mine
+      on eight GPUs, with FSDP; the losses are those of one, up to rounding
+  tensorboard --logdir runs
+      watch
+"""
+HELP_RUN = "folder for states and logs (default: runs/RECIPE); torchrun takes --run for its own: say --run-folder there"
 
 
-def check_share(recipe: PostTraining) -> None:
-    """See that all processes have the same work.
+def add_command(commands: Commands) -> None:
+    """Add `run` to the commands of `python -m melt_serve.train`."""
+    command = new_command(
+        commands,
+        "run",
+        run,
+        "follow a recipe: make a MELT from a LoopLM of your own",
+        DESCRIPTION.format(recipes=", ".join(bundled_recipes())),
+        EXAMPLES,
+    )
+    add_recipe(command)
+    command.add_argument("--run", "--run-folder", type=Path, help=HELP_RUN)
+    add_resume(command)
+    add_minutes(command)
+    add_questions(command)
 
-    Raises:
-        TrainingError: a step's micro-batches cannot be shared out evenly.
-    """
-    micro_batches = recipe.sequences // recipe.micro_batch
-    if micro_batches % world_size():
-        raise TrainingError(
-            f"a step has {micro_batches} micro-batches of micro_batch={recipe.micro_batch} sequences, which "
-            f"{world_size()} processes cannot share evenly; change batch_tokens, micro_batch or the processes"
-        )
 
-
-def check_output(output: Path) -> None:
-    """Refuse a folder that holds anything but a MELT, for it will be replaced.
+def run(arguments: argparse.Namespace) -> int:
+    """Follow the recipe, of whichever kind it is, for one session; return the exit code.
 
     Raises:
-        TrainingError: it does, or is no folder.
+        RecipeError: there is no such recipe, or it cannot be followed.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        melt = json.loads((output / "config.json").read_text(encoding="utf-8"))["model_type"] == MeltConfig.model_type
-    except (OSError, ValueError, KeyError):
-        melt = False
-    if not melt:
-        raise TrainingError(f"output={output} holds something that is not a MELT checkpoint; name a new folder")
+    from melt_serve.train.post_training import post_train
+    from melt_serve.train.recipe import PostTraining
+    from melt_serve.train.recipe_files import load_recipe
 
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = arguments.run or Path("runs") / Path(arguments.recipe).stem
 
-def note_recipe(recipe: PostTraining, folder: Path) -> None:
-    """Write down what the run is, or see that it is the one that is there.
+    def train(session: "Session") -> str:
+        if not isinstance(recipe, PostTraining):
+            return make_bundled(recipe, folder, session, arguments.questions)
+        post_train(recipe, folder, session)
+        return recipe.output
 
-    Raises:
-        TrainingError: it is another one.
-    """
-    path, facts = folder / RECIPE, json.loads(json.dumps(asdict(recipe)))
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in facts if key not in MAY_CHANGE and facts[key] != known.get(key)]
-        if changed:
-            raise TrainingError(
-                f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
-                "say the same again, or use another --run folder"
-            )
-    part = path.with_name(f".{RECIPE}.partial")
-    part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def batches_of(
-    recipe: PostTraining, sequences: Sequences, first: int, device: torch.device
-) -> Callable[[int], Sequence[Batch]]:
-    """This process's micro-batches of a step, of a stage whose first sequence has the number `first`."""
-    size = recipe.micro_batch
-
-    def batches(step: int) -> list[Batch]:
-        begin = first + step * recipe.sequences
-        starts = range(begin, begin + recipe.sequences, size)[rank() :: world_size()]
-        return [moved(sequences(range(start, start + size)), device) for start in starts]
-
-    return batches
+    words = " ".join([arguments.recipe, *arguments.overrides])
+    return run_stages(train, folder, arguments, f"run {words} --resume --run {folder}")

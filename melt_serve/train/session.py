@@ -16,6 +16,10 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says why, and what is on disk is good."""
 
 
+class StudyError(ValueError):
+    """Something that is asked for does not exist, or the records cannot be read; the message says which."""
+
+
 class Session:
     """One stretch of time in which stages may run, and the signals that end it early."""
 
@@ -44,7 +48,3 @@ class Session:
 
     def _end(self, number: int, _: object) -> None:
         self.signal = number
-
-
-class StudyError(ValueError):
-    """Something that is asked for does not exist, or the rows cannot be read; the message says which."""

@@ -9,7 +9,7 @@ from melt_serve.task.who_is_where import NAMES, PLACES, SENTENCES, SILENT_STEPS,
 
 
 def solve(prompt: str) -> str:
-    """The place, by reading the story forwards, as a person would."""
+    """Find the place by reading the story forwards, as a person would."""
     places: dict[str, str] = {}
     for name, how, target in re.findall(r"(\w+) is (in|with) (\w+)\.", prompt):
         places[name] = target if how == "in" else places[target]

@@ -1,8 +1,6 @@
 """The bundled checkpoints: the pipeline that makes them, on tiny models, and what is bundled."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
-from melt_serve.train.bundled import fresh_student, make_checkpoints, plain
+from melt_serve.train.__main__ import main
+from melt_serve.train.bundled_run import fresh_student, make_checkpoints, plain
 from melt_serve.train.loop.trainer import LOG
 from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Shape
 from melt_serve.train.session import Paused, Session
@@ -76,7 +75,7 @@ def test_what_is_written_is_what_transformers_loads(made):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["looplm-demo", "melt-demo"]
 
 
-def test_many_sittings_make_the_same_checkpoints_bit_for_bit(made, tmp_path):
+def test_many_sessions_make_the_same_checkpoints_bit_for_bit(made, tmp_path):
     folder, scores = made
     sessions = 0
     while True:
@@ -109,25 +108,24 @@ def test_the_bundled_checkpoints_are_small_and_whole():
     assert sum(file.stat().st_size for path in (LOOPLM, MELT) for file in path.iterdir()) < 16 << 20
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_sitting_ends_saves_and_says_how_to_go_on(tmp_path):
+def test_a_session_ends_saves_and_says_how_to_go_on(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
-    first = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0")
-    assert first.returncode == 3 and "--resume" in first.stderr and "Traceback" not in first.stderr
+    words = ["bundled", "--run", str(run), "--out", str(out), "--minutes", "0"]
+    assert main(words) == 3
+    go_on = f"paused, everything is saved; go on with: python -m melt_serve.train bundled --resume --run {run}\n"
+    assert capsys.readouterr().err.endswith(go_on)
     assert len(logged(run)) == 1 and not out.exists()
-    again = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0")
-    assert again.returncode == 1 and "holds a run already" in again.stderr
-    resumed = command("demo", "--run", str(run), "--out", str(out), "--minutes", "0", "--resume")
-    assert resumed.returncode == 3 and len(logged(run)) == 2
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"melt_serve.train: error: {run} holds a run already") and said.count("\n") == 1
+    assert main([*words, "--resume"]) == 3 and len(logged(run)) == 2
 
 
-def test_help_teaches_and_bad_words_are_one_error():
-    assert "--resume" in command("demo", "--help").stdout
+def test_help_teaches_and_bad_words_are_one_error(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["bundled", "--help"])
+    assert "--resume" in capsys.readouterr().out
     for words in (["--seed", "x"], ["--questions", "0"], ["--minutes", "-1"]):
-        wrong = command("demo", *words)
-        assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+        with pytest.raises(SystemExit, match="2"):
+            main(["bundled", *words])
+        assert f"error: argument {words[0]}: " in capsys.readouterr().err

@@ -38,7 +38,7 @@ def run(folder, name, *words):
 
 
 def start(folder, name, *words, **arguments):
-    """The same in a process of its own."""
+    """Start the same in a process of its own."""
     command = ["run", str(folder / "recipe.toml"), f"output={folder / name}-melt", "--run", str(folder / name), *words]
     return subprocess.Popen(
         [sys.executable, "-m", "melt_serve.train", *command],
@@ -106,7 +106,7 @@ def test_micro_batches_are_one_batch(unbroken):
     assert_close(logged(unbroken / "micro-1"), logged(unbroken / "micro-4"))
 
 
-def test_many_sittings_are_the_unbroken_run_bit_for_bit(unbroken):
+def test_many_sessions_are_the_unbroken_run_bit_for_bit(unbroken):
     for _ in range(3):
         assert run(unbroken, "sessions", "--minutes", "0", "--resume") == 3
         assert not (unbroken / "sessions-melt").exists()
@@ -147,7 +147,7 @@ def test_ctrl_c_saves_and_after_kill_9_a_run_goes_on_bit_for_bit(unbroken):
 
 @contextmanager
 def files_of_at_most(size):
-    """A disk that takes no larger file."""
+    """Let the disk take no larger file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

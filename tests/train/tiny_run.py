@@ -39,7 +39,7 @@ alignment = 0.1
 
 
 def prepare(folder: Path) -> Path:
-    """Write teacher, chats and recipe; give the recipe's path."""
+    """Write teacher, chats and recipe; return the recipe's path."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     config = LoopLMConfig(
@@ -67,13 +67,13 @@ def prepare(folder: Path) -> Path:
 
 
 def logged(run: Path) -> list[dict]:
-    """Every step's numbers, but the seconds."""
+    """Read every step's numbers, but the seconds."""
     entries = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
 def assert_close(one: list[dict], other: list[dict]) -> None:
-    """Two runs' logs are the same but for rounding."""
+    """Assert that two runs' logs are the same but for rounding."""
     for entry, expected in zip(one, other, strict=True):
         assert entry.keys() == expected.keys()
         for part, value in expected.items():

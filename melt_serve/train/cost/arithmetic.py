@@ -10,7 +10,7 @@ from melt_serve.train.recipe import Distillation, PostTraining
 
 
 def sequence_flops(student: MeltConfig, recipe: PostTraining, stage: Distillation) -> float:
-    """Of a sequence in a step: teacher forward, student forward and backward, and forward again where checkpointed.
+    """Count the FLOPs of a sequence in a step: teacher forward, student forward and backward, what is recomputed.
 
     Matmuls and attention; a multiplication and an addition are two.
     """
@@ -23,8 +23,8 @@ def sequence_flops(student: MeltConfig, recipe: PostTraining, stage: Distillatio
     layers, depth = student.num_hidden_layers, length * loops
     student_layers = depth * layers * (layer + extra)
     forward = depth * (layers * layer + head) + student_layers + depth * head
-    again = student_layers if recipe.checkpoint_chunks else 0
-    return forward + 2 * (student_layers + depth * head) + again
+    recomputed = student_layers if recipe.checkpoint_chunks else 0
+    return forward + 2 * (student_layers + depth * head) + recomputed
 
 
 def memory(
@@ -34,7 +34,7 @@ def memory(
     processes: int,
     kept: float,
 ) -> dict[str, int]:
-    """Bytes on each device, by part; temporary copies are not counted.
+    """Return the bytes on each device, by part; temporary copies are not counted.
 
     Args:
         kept: see `kept_for_backward`.
@@ -44,8 +44,8 @@ def memory(
     sharded = processes > 1 or recipe.dtype != "float32"
     parts = {
         "weights, float32, sharded": 4 * weights / processes,
-        f"weights gathered, {recipe.dtype}": size * weights * sharded,
-        "gradients": 4 * weights * (1 + sharded / processes),
+        f"weights gathered, {recipe.dtype}": size * weights if sharded else 0,
+        "gradients": 4 * weights * (1 + 1 / processes if sharded else 1),
         "optimizer states": 8 * weights / processes,
         "teacher": size * of_teacher,
         **step_memory(teacher, recipe, stage, kept),
@@ -54,20 +54,21 @@ def memory(
 
 
 def step_memory(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, kept: float) -> dict[str, float]:
-    """Bytes that are there while a step runs, by part: `memory` without what is there between steps."""
+    """Return the bytes that are there while a step runs, by part: `memory` without what is there between steps."""
     student, size = student_config(recipe, teacher), DTYPES[recipe.dtype].itemsize
-    loops, tokens, again = max(stage.loops), recipe.micro_batch * recipe.sequence_length, recipe.checkpoint_chunks
+    loops, tokens = max(stage.loops), recipe.micro_batch * recipe.sequence_length
+    recomputed = recipe.checkpoint_chunks
     rows = tokens * kv_bytes_per_token(student, size)
     layer_states = student.num_hidden_layers * student.hidden_size * tokens * size
     logits = min(ANSWERS_AT_ONCE, loops * tokens) * student.vocab_size * (3 * size + 5 * 4)
-    if again:
+    if recomputed:
         logits = max(0.0, logits - kept)  # they are gone before the last chunk runs again
     return {
         "teacher's attention outputs": loops * layer_states if stage.alignment else 0,
-        "final rows and gradients": 2 * rows if again else 0,
-        "phase 1's rows per loop and gradients": 2 * loops * rows if again and stage.interpolate else 0,
+        "final rows and gradients": 2 * rows if recomputed else 0,
+        "phase 1's rows per loop and gradients": 2 * loops * rows if recomputed and stage.interpolate else 0,
         "embeddings, states of every loop, their gradients": (2 * loops + 1) * tokens * student.hidden_size * size,
-        "kept for backward, of the last chunk" if again else "kept for backward": kept,
-        "logits of the loss, beyond the last chunk" if again else "logits of the loss": logits,
+        "kept for backward, of the last chunk" if recomputed else "kept for backward": kept,
+        "logits of the loss, beyond the last chunk" if recomputed else "logits of the loss": logits,
         "gradient of the head": student.vocab_size * student.hidden_size * (2 * size + 4),
     }

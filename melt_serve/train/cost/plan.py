@@ -1,24 +1,40 @@
-"""`python -m melt_serve.train plan`: what a post-training takes, before it is started.
+"""`python -m melt_serve.train cost`: what a post-training takes, before it is started.
 
 Letters as in `melt_serve.modeling`: T loops, N layers, S tokens of a sequence, d hidden size, C chunk size.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from melt_serve.capacity import GB, shape_of
-from melt_serve.config import LoopLMConfig
-from melt_serve.terminal import columns
-from melt_serve.train.cost.arithmetic import memory, sequence_flops
-from melt_serve.train.cost.probe import kept_for_backward, measured_rate, reduced
-from melt_serve.train.distil.build import student_config
-from melt_serve.train.recipe import PostTraining
-from melt_serve.train.recipe_files import RecipeError, load_recipe
+from melt_serve.terminal import columns, positive
+from melt_serve.train.commands import Commands, add_recipe, new_command
+
+if TYPE_CHECKING:
+    from melt_serve.config import LoopLMConfig
+    from melt_serve.train.recipe import PostTraining
+
+DESCRIPTION = """\
+Show what a post-training takes, without starting it: steps, tokens, arithmetic, the memory of each device by part, and
+the time. Neither data nor teacher is read, but for the teacher's shape; without one it is Ouro-1.4B's.
+
+Time and what is kept for the backward pass are extrapolated from real steps of each stage that are run now, with random
+weights, on this machine's device: the width divided by --scale, two layers, sequences of two chunks, all loops. Time is
+scaled by arithmetic, so it is that of more of this device; small shapes use a GPU badly, so there it is too long."""
+EXAMPLES = """\
+examples:
+  python -m melt_serve.train cost melt-1.6b --processes 8
+      the paper's run on eight devices like this one
+  python -m melt_serve.train cost melt-1.6b --scale 1
+      measured at the recipe's own width, on a GPU
+  python -m melt_serve.train cost ./mine.toml micro_batch=4 checkpoint_chunks=false
+"""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """What one stage takes.
 
     Attributes:
         memory: bytes on each device, by part.
@@ -33,12 +49,49 @@ class StagePlan:
     seconds: float
 
 
-def to_be_planned(recipe: str, overrides: Sequence[str]) -> tuple[PostTraining, LoopLMConfig]:
-    """A recipe that may lack a teacher, data and output, and its teacher's shape, by default Ouro-1.4B's.
+def add_command(commands: Commands) -> None:
+    """Add `cost` to the commands of `python -m melt_serve.train`."""
+    help = "see what a recipe takes, without starting it"
+    command = new_command(commands, "cost", cost, help, DESCRIPTION, EXAMPLES)
+    add_recipe(command)
+    add = command.add_argument
+    add("--processes", type=positive, default=1, metavar="P", help="devices that share the work (default: 1)")
+    add("--scale", type=positive, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
+
+
+def cost(arguments: argparse.Namespace) -> int:
+    """Print what the recipe takes; return the exit code.
+
+    Raises:
+        RecipeError, PlanError: see `to_be_planned`.
+    """
+    import torch
+
+    from melt_serve.train.cost.probe import MEASURED_STEPS
+
+    recipe, teacher = to_be_planned(arguments.recipe, arguments.overrides)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.recipe}: {recipe.teacher}, C={recipe.chunk_size}, sequences of {recipe.sequence_length:,} tokens, "
+        f"{recipe.sequences} a step, {arguments.processes} processes, {recipe.dtype}"
+    )
+    print(table(plan(recipe, teacher, arguments.processes, arguments.scale)))
+    print(
+        f"\ntime: from {MEASURED_STEPS} steps of each stage at 1/{arguments.scale} of the width on {device}, by FLOPs"
+    )
+    return 0
+
+
+def to_be_planned(recipe: str, overrides: Sequence[str]) -> tuple["PostTraining", "LoopLMConfig"]:
+    """Load a recipe that may lack teacher, data and output; return it and its teacher's shape, by default Ouro-1.4B's.
 
     Raises:
         RecipeError, PlanError: there is none, or it is no post-training.
     """
+    from melt_serve.capacity import shape_of
+    from melt_serve.train.recipe import PostTraining
+    from melt_serve.train.recipe_files import RecipeError, load_recipe
+
     defaults = {"teacher": "ouro-1.4b", "data": {"files": "-"}, "output": "-"}
     loaded = load_recipe(recipe, overrides, defaults)
     if not isinstance(loaded, PostTraining):
@@ -46,13 +99,17 @@ def to_be_planned(recipe: str, overrides: Sequence[str]) -> tuple[PostTraining, 
     return loaded, shape_of(loaded.teacher)
 
 
-def plan(recipe: PostTraining, teacher: LoopLMConfig, processes: int, scale: int) -> dict[str, StagePlan]:
-    """Every stage by name. Runs some steps of each at a shape `scale` times smaller, see `reduced`.
+def plan(recipe: "PostTraining", teacher: "LoopLMConfig", processes: int, scale: int) -> dict[str, StagePlan]:
+    """Plan every stage, by name. Runs some steps of each at a shape `scale` times smaller, see `probe.reduced`.
 
     Args:
         teacher: its shape.
         processes: devices that share the work.
     """
+    from melt_serve.train.cost.arithmetic import memory, sequence_flops
+    from melt_serve.train.cost.probe import kept_for_backward, measured_rate, reduced
+    from melt_serve.train.distil.build import student_config
+
     small_teacher, small = reduced(teacher, recipe, scale)
     plans = {}
     for name, stage in recipe.stages.items():
@@ -69,7 +126,7 @@ def plan(recipe: PostTraining, teacher: LoopLMConfig, processes: int, scale: int
 
 
 def table(plans: dict[str, StagePlan]) -> str:
-    """Steps, memory and time in columns; GB are 10^9 bytes."""
+    """Format steps, memory and time in columns; GB are 10^9 bytes."""
     all_steps = [("", *plans, "together")]
     for what, values in (
         ("steps", [each.steps for each in plans.values()]),
@@ -83,6 +140,6 @@ def table(plans: dict[str, StagePlan]) -> str:
     for part in next(iter(plans.values())).memory:
         sizes = [each.memory[part] for each in plans.values()]
         if any(sizes):
-            parts.append((part, *(f"{size / GB:.2f} GB" for size in sizes)))
-    parts.append(("sum", *(f"{sum(each.memory.values()) / GB:.2f} GB" for each in plans.values())))
+            parts.append((part, *(f"{size / 1e9:.2f} GB" for size in sizes)))
+    parts.append(("sum", *(f"{sum(each.memory.values()) / 1e9:.2f} GB" for each in plans.values())))
     return f"{columns(all_steps)}\n\n{columns(parts)}"

@@ -1,4 +1,4 @@
-"""What a step takes, measured: some real steps at a reduced shape."""
+"""Some real steps at a reduced shape: their speed, and what they keep for the backward pass."""
 
 import math
 import time
@@ -25,7 +25,7 @@ MEASURED_STEPS = 2
 
 
 def reduced(teacher: LoopLMConfig, recipe: PostTraining, scale: int) -> tuple[LoopLMConfig, PostTraining]:
-    """The same run with the width divided by `scale`, two layers, few words and sequences of two chunks.
+    """Return the same run with the width divided by `scale`, two layers, few words and sequences of two chunks.
 
     Loops, chunks and the shares of queries, rows and MLP stay, so that what grows with N * d can be scaled up again.
     """
@@ -49,7 +49,7 @@ def reduced(teacher: LoopLMConfig, recipe: PostTraining, scale: int) -> tuple[Lo
 
 
 def measured_rate(teacher_config: LoopLMConfig, recipe: PostTraining, stage: Distillation) -> float:
-    """FLOPs a second of real steps of one micro-batch, the median, on this machine's device."""
+    """Measure FLOPs a second, the median of real steps of one micro-batch, on this machine's device."""
     student, loss = random_step(teacher_config, recipe, stage)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     optimizer = AdamW(student.parameters(), lr=0.0)
@@ -67,7 +67,7 @@ def measured_rate(teacher_config: LoopLMConfig, recipe: PostTraining, stage: Dis
 
 
 def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, scale: int) -> float:
-    """Bytes kept within chunks: of the last one where chunks are run again, else of all.
+    """Count the bytes kept within chunks: of the last one where chunks are recomputed, else of all.
 
     Counted at two small widths, for all of it is linear in the width, the layers, and the rows a chunk sees.
     """
@@ -89,7 +89,7 @@ def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distil
 def random_step(
     teacher_config: LoopLMConfig, recipe: PostTraining, stage: Distillation
 ) -> tuple[Student, Callable[[], Tensor]]:
-    """A student with random weights, and a step's loss on random tokens, all learnt, at the most loops."""
+    """Build a student with random weights, and a step's loss on random tokens, all learnt, at the most loops."""
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[recipe.dtype]
     torch.manual_seed(recipe.seed)
     teacher = OuroForCausalLM(teacher_config).to(device, dtype).eval().requires_grad_(False)
@@ -107,7 +107,7 @@ def random_step(
 
 @contextmanager
 def kept_bytes(student: Student) -> Iterator[list[int]]:
-    """Bytes kept for the backward pass, weights left out: before and after each chunk."""
+    """Collect the bytes kept for the backward pass, weights left out: before and after each chunk."""
     counts: list[int] = []
     kept: dict[int, Tensor] = {}
     weights = {weight.untyped_storage().data_ptr() for weight in student.parameters()}

@@ -1,4 +1,4 @@
-"""The memory of one real training step, as sequences and loops grow, beside what `plan` says of it.
+"""The memory of one real training step, as sequences and loops grow, beside what `cost` says of it.
 
 Letters as in `melt_serve.modeling`: T loops, S tokens of a sequence.
 """
@@ -25,14 +25,14 @@ PHASE_1, PHASE_2, WITHOUT = "phase 1", "phase 2", "phase 1 without the LoopLM's 
 
 @dataclass(frozen=True)
 class Measured:
-    """One step of one sequence, forward and backward.
+    """The memory of one step of one sequence, forward and backward.
 
     Attributes:
         variant: PHASE_1, PHASE_2, or WITHOUT: phase 1 with MELT's rows alone.
         length: S.
         loops: T.
         peak: the most bytes that were there at once, but for weights and what else was there before the step.
-        planned: the same, as `plan.step_memory` has it.
+        planned: the same, as `arithmetic.step_memory` has it.
     """
 
     variant: str
@@ -46,10 +46,10 @@ class Measured:
 def measure(
     recipe: PostTraining, teacher: LoopLMConfig, scale: int, lengths: Sequence[int], loops: Sequence[int]
 ) -> list[Measured]:
-    """Both phases, with and without chunks that run again: every length at the recipe's loops, and all loops at one.
+    """Measure both phases, with and without `checkpoint_chunks`: every length at the recipe's loops, all loops at one.
 
     Args:
-        teacher: its shape, of which the width is divided by `scale`, see `plan.reduced`.
+        teacher: its shape, of which the width is divided by `scale`, see `probe.reduced`.
     """
     small, recipe = reduced(teacher, recipe, scale)
     usual, middle = max(recipe.transition.loops), sorted(lengths)[(len(lengths) - 1) // 2]
@@ -61,25 +61,25 @@ def measure(
     }
     runs = list(product(points, (True, False), variants.items()))
     found = []
-    for (length, each_loops), again, (variant, stage) in tqdm(runs, unit="step", dynamic_ncols=True):
+    for (length, each_loops), recomputed, (variant, stage) in tqdm(runs, unit="step", dynamic_ncols=True):
         stage = replace(stage, loops=(each_loops,))
         run = replace(
             recipe,
             sequence_length=length,
             batch_tokens=length * recipe.micro_batch,
-            checkpoint_chunks=again,
+            checkpoint_chunks=recomputed,
             transition=stage,
             alignment=stage,
             max_loops=None,
         )
         planned = step_memory(small, run, stage, kept_for_backward(small, run, stage, 2))
         peak = peak_of_step(run, small, stage)
-        found.append(Measured(variant, again, length, each_loops, peak, round(sum(planned.values()))))
+        found.append(Measured(variant, recomputed, length, each_loops, peak, round(sum(planned.values()))))
     return found
 
 
 def peak_of_step(recipe: PostTraining, teacher: LoopLMConfig, stage: Distillation) -> int:
-    """The most bytes at once in a step's forward and backward, on this machine's device."""
+    """Return the most bytes at once in a step's forward and backward, on this machine's device."""
     student, loss = random_step(teacher, recipe, stage)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     gc.collect()

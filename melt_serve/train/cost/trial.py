@@ -1,18 +1,20 @@
 """`python -m melt_serve.train trial`: some steps of each phase, and what they ask of this device."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melt_serve.terminal import at_least, columns, fail, positive
+from melt_serve.terminal import at_least, columns, positive
+from melt_serve.train.commands import SAME_COMMAND, Commands, add_minutes, add_recipe, new_command, run_session
+from melt_serve.train.results import Record, add_records
 
 if TYPE_CHECKING:
-    from melt_serve.train.cost.trial_run import Row, Trial
+    from melt_serve.train.cost.trial_run import Trial
+    from melt_serve.train.session import Session
 
 
-ROWS = Path("runs/trial/rows.jsonl")
+FOLDER = Path("runs/trial")
 RECIPE = "melt-1.6b"
 STEPS = 5
 CPU_SCALE = 16
@@ -27,8 +29,8 @@ sequences of two chunks unless sequence_length= says otherwise; --scale 1 asks f
 two micro-batches unless batch_tokens= says otherwise.
 
 A trial can be cut into sessions: after --minutes, Ctrl-C or SIGTERM its state is saved, and the same command goes on.
-The first step of a phase in each session warms up and does not count. Each phase is a line of JSON in --rows; one that
-is there already, of the same settings and the same kind of device, is shown, not measured again.
+The first step of a phase in each session warms up and does not count. Each phase is a line of JSON in --records; one
+that is there already, of the same settings and the same kind of device, is shown, not measured again.
 
 Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
 EXAMPLES = """\
@@ -36,23 +38,22 @@ examples:
   python -m melt_serve.train trial                               MELT-1.6B: on a GPU at its true size, else reduced
   python -m melt_serve.train trial --minutes 8                   ... eight minutes of it, and the time to save
   python -m melt_serve.train trial melt-1.6b sequence_length=4096 --steps 20
-  python -m melt_serve.train trial ./mine.toml micro_batch=2 checkpoint_chunks=false --rows mine.jsonl
+  python -m melt_serve.train trial ./mine.toml micro_batch=2 checkpoint_chunks=false --records mine.jsonl
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: Commands) -> None:
     """Add `trial` to the commands of `python -m melt_serve.train`."""
-    command = commands.add_parser(
+    command = new_command(
+        commands,
         "trial",
-        help="take some steps of a recipe with random weights, and see what they ask of this device",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        trial,
+        "take some steps of a recipe with random weights, and see what they ask of this device",
+        DESCRIPTION,
+        EXAMPLES,
     )
-    command.set_defaults(run_command=trial)
+    add_recipe(command, RECIPE)
     add = command.add_argument
-    add("recipe", metavar="RECIPE", nargs="?", default=RECIPE, help=f"a recipe's name or file (default: {RECIPE})")
-    add("overrides", metavar="key=value", nargs="*", help="change a field of the recipe")
     add("--steps", type=at_least(2), default=STEPS, metavar="N", help=f"of each phase (default: {STEPS})")
     add(
         "--scale",
@@ -61,49 +62,50 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="K",
         help=f"reduce the width by K (default: 1, the true size, on a GPU, else {CPU_SCALE})",
     )
-    add("--rows", type=Path, default=ROWS, help=f"file of results (default: {ROWS})")
-    add("--minutes", type=float, default=10.0, metavar="M", help="save and stop after M minutes (default: 10)")
+    add_records(command, FOLDER)
+    add_minutes(command, 10.0)
 
 
 def trial(arguments: argparse.Namespace) -> int:
-    """Run what the command line asks for; the exit code."""
+    """Take the steps that are not recorded yet, print what is recorded, and return the exit code.
+
+    Raises:
+        RecipeError, PlanError: see `prepare`.
+        StudyError, TrainingError: see `measure`.
+    """
     import torch
 
-    from melt_serve.capacity import PlanError
     from melt_serve.train.cost.trial_run import measure, prepare
-    from melt_serve.train.recipe_files import RecipeError
-    from melt_serve.train.session import Paused, Session, StudyError, TrainingError
+    from melt_serve.train.session import TrainingError
 
-    session = Session(arguments.minutes)
     if "=" in arguments.recipe and not Path(arguments.recipe).exists():
         arguments.recipe, arguments.overrides = RECIPE, [arguments.recipe, *arguments.overrides]
     scale = arguments.reduced_by or (1 if torch.cuda.is_available() else CPU_SCALE)
-    rows: list[Row] = []
-    try:
-        tried = prepare(arguments.recipe, arguments.overrides, scale, arguments.steps)
-        print(head(arguments.recipe, tried), flush=True)
-        for row in measure(tried, arguments.rows, session):
-            rows.append(row)
-    except Paused:
-        print(f"paused, all is saved beside {arguments.rows}; the same command goes on", file=sys.stderr)
-        return 3 if session.signal is None else 128 + session.signal
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from where the last session ended", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        return fail(
-            f"{error}; lower sequence_length or micro_batch, or reduce the width with --scale", "melt_serve.train"
-        )
-    except (StudyError, OSError, PlanError, RecipeError, TrainingError) as error:
-        return fail(error, "melt_serve.train")
-    finally:
-        if rows:
-            print(f"\n{table(rows)}")
-    return 0
+    tried = prepare(arguments.recipe, arguments.overrides, scale, arguments.steps)
+    print(head(arguments.recipe, tried), flush=True)
+
+    def work(session: "Session") -> None:
+        records: list[Record] = []
+        try:
+            for record in measure(tried, arguments.records, session):
+                records.append(record)
+        except torch.OutOfMemoryError as error:
+            remedy = "lower sequence_length or micro_batch, or reduce the width with --scale"
+            raise TrainingError(f"{error}; {remedy}") from None
+        finally:
+            if records:
+                print(f"\n{table(records)}")
+
+    return run_session(
+        work,
+        arguments.minutes,
+        f"paused, all is saved beside {arguments.records}; {SAME_COMMAND}",
+        f"stopped; {SAME_COMMAND} from where the last session ended",
+    )
 
 
 def head(name: str, tried: "Trial") -> str:
-    """What is tried, where, and how it differs from a run."""
+    """Describe what is tried, where, and how it differs from a run."""
     import torch
 
     from melt_serve.device import name_of
@@ -117,8 +119,8 @@ def head(name: str, tried: "Trial") -> str:
     )
 
 
-def table(rows: "Sequence[Row]") -> str:
-    """The phases in columns; GB and GFLOP are 10^9."""
+def table(records: Sequence[Record]) -> str:
+    """Format the phases in columns; GB and GFLOP are 10^9."""
     lines: list[tuple[str, ...]] = [
         (
             "phase",
@@ -133,17 +135,17 @@ def table(rows: "Sequence[Row]") -> str:
             "with what runs again",
         )
     ]
-    for row in rows:
+    for record in records:
         lines.append(
             (
-                row["phase"],
-                f"{len(row['seconds'])} of {row['steps']}",
-                *(f"{row[rate]:,.0f}" for rate in ("tokens_per_second", "slowest", "fastest")),
-                f"{row['peak_memory'] / 1e9:.2f} GB",
-                f"{row['flops_per_token'] / 1e9:,.4g}",
-                f"{row['flops_per_second'] / 1e9:,.4g}",
-                f"{row['share']:.0%} of {row['matmul_rate'] / 1e9:,.4g}",
-                f"{row['share_with_repeats']:.0%}",
+                record["phase"],
+                f"{len(record['seconds'])} of {record['steps']}",
+                *(f"{record[rate]:,.0f}" for rate in ("tokens_per_second", "slowest", "fastest")),
+                f"{record['peak_memory'] / 1e9:.2f} GB",
+                f"{record['flops_per_token'] / 1e9:,.4g}",
+                f"{record['flops_per_second'] / 1e9:,.4g}",
+                f"{record['share']:.0%} of {record['matmul_rate'] / 1e9:,.4g}",
+                f"{record['share_with_repeats']:.0%}",
             )
         )
     return columns(lines)

@@ -1,4 +1,4 @@
-"""One trial: some steps of each phase, taken as `run` takes them, and a row of what they asked of the device."""
+"""One trial: some steps of each phase, taken as `run` takes them, and a record of what they asked of the device."""
 
 import json
 import math
@@ -28,18 +28,17 @@ from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.trainer import Saving
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.recipe_files import RecipeError, find_recipe, load_recipe, override, read_table
-from melt_serve.train.results import append_row, fingerprint, read_rows
+from melt_serve.train.results import Record, append_record, fingerprint, read_records
 from melt_serve.train.session import Paused, Session, TrainingError
 
 MICRO_BATCHES = 2
 CHUNKS = 2
-SITTINGS = "sessions.jsonl"
-Row = dict[str, Any]
+SESSIONS = "sessions.jsonl"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried.
+    """A recipe as it is tried.
 
     Attributes:
         recipe: with as many steps, sequences and tokens as are tried.
@@ -54,20 +53,20 @@ class Trial:
 
     @property
     def size(self) -> str:
-        """Whether it is the true one, in words."""
+        """Whether the size is the true one, in words."""
         teacher = self.teacher
         how = "true" if self.scale == 1 else f"reduced by {self.scale}"
         shape = f"width {teacher.hidden_size:,}, {teacher.num_hidden_layers} layers, {teacher.vocab_size:,} words"
         return f"{how} ({shape}, {self.recipe.sequence_length:,} tokens a sequence)"
 
-    def settings(self, device: str) -> Row:
-        """What makes a trial the one it is."""
+    def settings(self, device: str) -> Record:
+        """Return what makes a trial the one it is."""
         facts = {"device": device, "teacher": self.teacher.to_dict(), "recipe": asdict(self.recipe)}
         return json.loads(json.dumps(facts))  # as it will be read from the file
 
 
 def prepare(name: str, overrides: Sequence[str], scale: int, steps: int) -> Trial:
-    """The recipe of that name or file as it is tried.
+    """Load the recipe of that name or file as it is tried.
 
     Raises:
         RecipeError: there is none such, or it is not of a post-training.
@@ -101,8 +100,8 @@ def prepare(name: str, overrides: Sequence[str], scale: int, steps: int) -> Tria
     return Trial(recipe, teacher, scale, tokens)
 
 
-def measure(tried: Trial, path: Path, session: Session) -> Iterator[Row]:
-    """Every phase's row, in order; one that is not in the file yet is measured, and appended.
+def measure(tried: Trial, path: Path, session: Session) -> Iterator[Record]:
+    """Yield every phase's record, in order; one that is not in the file yet is measured, and appended.
 
     Raises:
         Paused: the session ended first.
@@ -114,24 +113,24 @@ def measure(tried: Trial, path: Path, session: Session) -> Iterator[Row]:
         if world_size() > 1:
             raise TrainingError("a trial is one process on one device; start it without torchrun")
         settings = tried.settings(name_of(device))
-        rows = {row["phase"]: row for row in read_rows(path) if row["settings"] == settings}
+        records = {record["phase"]: record for record in read_records(path) if record["settings"] == settings}
         folder = path.parent / fingerprint(settings)
-        if rows.keys() < recipe.stages.keys():
+        if records.keys() < recipe.stages.keys():
             folder.mkdir(parents=True, exist_ok=True)
             teacher, student = random_models(tried, device)
         for name in recipe.stages:
-            if name not in rows:
+            if name not in records:
                 take_steps(name, tried, teacher, student, folder, device, session)
-                rows[name] = row_of(name, tried, folder, settings)
-                append_row(path, rows[name])
+                records[name] = record_of(name, tried, folder, settings)
+                append_record(path, records[name])
                 (folder / f"{name}.state.pt").unlink(missing_ok=True)
-            yield rows[name]
+            yield records[name]
         if folder.exists():
             shutil.rmtree(folder)
 
 
 def random_models(tried: Trial, device: torch.device) -> tuple[OuroForCausalLM, Student]:
-    """Teacher and student as `run` has them, but with random weights, made where they will be."""
+    """Build teacher and student as `run` does, but with random weights, made where they will be."""
     torch.manual_seed(tried.recipe.seed)
     with device:
         teacher = OuroForCausalLM(tried.teacher).eval().requires_grad_(False)
@@ -149,7 +148,7 @@ def take_steps(
     device: torch.device,
     session: Session,
 ) -> None:
-    """One phase's steps, or what of them fits the session; what only this session knows becomes a line in `folder`.
+    """Take one phase's steps, or what of them fits the session; note in `folder` what only this session knows.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
@@ -172,14 +171,14 @@ def take_steps(
     if steps:
         entry = {"phase": name, "first_step": steps[0], "peak_memory": peak_memory(device)}
         entry["matmul_rate"] = matmul_rate(device, DTYPES[recipe.dtype])
-        with (folder / SITTINGS).open("a", encoding="utf-8") as log:
+        with (folder / SESSIONS).open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
     if pause:
         raise pause
 
 
 def random_batch(recipe: PostTraining, words: int, number: int) -> Batch:
-    """Sequences from this number on: a document each, all of it learnt."""
+    """Draw sequences from this number on: a document each, all of it learnt."""
     generator = torch.Generator().manual_seed(random.Random(f"trial {recipe.seed} {number}").getrandbits(63))
     ids = torch.randint(words, (recipe.micro_batch, recipe.sequence_length), generator=generator)
     labels = ids.clone()
@@ -198,21 +197,21 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that PyTorch had allocated on the GPU, or that the process had resident on a CPU (Linux)."""
+    """Return the most bytes that PyTorch had allocated on the GPU, or the process had resident on a CPU (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def row_of(name: str, tried: Trial, folder: Path, settings: Row) -> Row:
-    """What a phase's steps of all sessions say.
+def record_of(name: str, tried: Trial, folder: Path, settings: Record) -> Record:
+    """Sum up a phase's steps of all sessions.
 
     Raises:
         TrainingError: all of them were the first of a session.
     """
     recipe, stage = tried.recipe, tried.recipe.stages[name]
-    sessions = [entry for entry in read_log(folder / SITTINGS) if entry["phase"] == name]
+    sessions = [entry for entry in read_log(folder / SESSIONS) if entry["phase"] == name]
     warm_ups = {entry["first_step"] for entry in sessions}
     entries = [entry for entry in read_log(folder / LOG) if entry["stage"] == name]
     counted = [entry for entry in entries if entry["step"] not in warm_ups]

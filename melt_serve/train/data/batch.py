@@ -12,14 +12,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """B chats, right-padded; or B packs of documents.
+    """A batch of B chats, right-padded, or of B packs of documents.
 
     Attributes:
         input_ids, attention_mask: [B, S].
         labels: [B, S], the token itself where it belongs to the reply or its end mark, else -100; in packs also
             -100 where a document begins, because the token before it is another's.
         prompt_lengths: [B], tokens before the reply; not of packs.
-        replies: of the bundled task, [SILENT_STEPS + 1, tokens], row i the replies within i steps, in the order of
+        replies: of the bundled task, [SILENT_STEPS + 1, tokens], at i the replies within i steps, in the order of
             `before_reply`.
         document_starts: of packs, [B, S], the column where each token's document begins.
     """
@@ -33,16 +33,16 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """[B, S], true where there is a token."""
+        """The mask of tokens, [B, S]: true where there is one."""
         return self.attention_mask.bool()
 
     @property
     def before_reply(self) -> Tensor:
-        """[B, S], true where the next token is one of the reply."""
+        """The mask of answers, [B, S]: true where the next token is one of the reply."""
         return torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
 
     def reply_by_loop(self, loops: int) -> Tensor:
-        """[T, tokens], what each loop is to answer: loop t the reply within t - 1 steps, the last loop all of it."""
+        """Return what each loop is to answer, [T, tokens]: loop t the reply within t - 1 steps, the last one all."""
         assert self.replies is not None
         within = torch.arange(loops).clamp(max=SILENT_STEPS)
         within[-1] = SILENT_STEPS
@@ -50,6 +50,6 @@ class Batch:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on that device."""
+    """Copy the batch to that device."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **{name: each.to(device) for name, each in values.items() if isinstance(each, Tensor)})

@@ -28,7 +28,7 @@ class BrokenRecord(DataError):
 
 
 class Message(BaseModel):
-    """One of a chat; what else it holds is the chat template's business."""
+    """A message of a chat; what else it holds is the chat template's business."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -38,7 +38,7 @@ class Record(BaseModel):
     """A chat or a text.
 
     Attributes:
-        place: file and line, or row.
+        place: file and line, or number in the table.
     """
 
     messages: list[Message] | None = None
@@ -48,7 +48,7 @@ class Record(BaseModel):
 
     @model_validator(mode="after")
     def check(self) -> "Record":
-        """A record must hold something."""
+        """See that the record holds something to learn from."""
         if not self.messages and not self.text:
             raise ValueError("it has neither messages nor text")
         return self
@@ -60,29 +60,29 @@ class Record(BaseModel):
 
 
 class Source(Protocol):
-    """One file or folder."""
+    """A file or a folder of records."""
 
     path: Path
 
     def __len__(self) -> int:
-        """The records, broken ones included."""
+        """Count the records, broken ones included."""
 
     def read(self, index: int) -> Record:
-        """One record.
+        """Read one record.
 
         Raises:
             BrokenRecord: it is none.
         """
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
-        """Records in the order of the file from `cursor` on ([] is the beginning), each with the cursor after it."""
+        """Yield the file's records in order from `cursor` on ([] is the beginning), each with the cursor after it."""
 
     def identity(self) -> list[str | int]:
-        """What tells it from other data, without reading it."""
+        """Return what tells it from other data, without reading it."""
 
 
 class Corpus:
-    """Several sources, one after another.
+    """The records of several sources, one source after another.
 
     Raises:
         DataError: a file of an unknown kind.
@@ -103,7 +103,7 @@ class Corpus:
         return self.ends[-1]
 
     def read(self, index: int) -> Record | BrokenRecord:
-        """One record of all, or what is wrong with it."""
+        """Read one record of all, or return what is wrong with it."""
         number = bisect_right(self.ends, index)
         try:
             return self.sources[number].read(index - (self.ends[number - 1] if number else 0))
@@ -111,7 +111,7 @@ class Corpus:
             return broken
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
-        """As `Source.stream`, through all of them."""
+        """Yield the records of all sources, one source after another; see `Source.stream`."""
         first, *inside = cursor or [0]
         for number, source in enumerate(self.sources[first:], first):
             for record, after in source.stream(inside):
@@ -119,12 +119,12 @@ class Corpus:
             inside = []
 
     def identity(self) -> list[list[str | int]]:
-        """What tells it from other data."""
+        """Return what tells the corpus from other data."""
         return [source.identity() for source in self.sources]
 
 
 def open_source(path: Path) -> Source:
-    """The source a path names, by its kind.
+    """Open the source that a path names, by its kind.
 
     Raises:
         DataError: of an unknown kind.
@@ -142,7 +142,7 @@ def open_source(path: Path) -> Source:
 
 
 class JsonLines:
-    """A JSON object a line; blank lines do not count. Of the file, at most where its lines begin is kept in memory."""
+    """A file with a JSON object a line, blank lines left out. At most where its lines begin is kept in memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -170,13 +170,13 @@ class JsonLines:
         return len(self.lines[0])
 
     def read(self, index: int) -> Record:
-        """See `Source`."""
+        """Read one record, as `Source` says."""
         begins, numbers = self.lines
         self.file.seek(begins[index])
         return self.parse(self.file.readline(), numbers[index])
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
-        """See `Source`; a cursor is the byte and the number of the last line before it."""
+        """Yield records as `Source` says; a cursor is the byte it begins at and the number of lines before it."""
         offset, number = cursor or (0, 0)
         with self.path.open("rb") as file:
             file.seek(offset)
@@ -190,7 +190,11 @@ class JsonLines:
                     yield broken, [offset, number]
 
     def parse(self, line: bytes, number: int) -> Record:
-        """A line's record."""
+        """Parse one line.
+
+        Raises:
+            BrokenRecord: it is not JSON, or holds no record.
+        """
         place = f"{self.path}:{number}"
         try:
             fields = json.loads(line)
@@ -199,7 +203,7 @@ class JsonLines:
         return checked(fields, place)
 
     def identity(self) -> list[str | int]:
-        """See `Source`."""
+        """Return what tells it from other data, as `Source` says."""
         return [self.path.name, self.path.stat().st_size]
 
 
@@ -214,37 +218,41 @@ class Table:
             raise DataError(f"{path} needs the `datasets` package: pip install datasets") from None
         try:
             if path.is_dir():
-                self.rows = datasets.load_from_disk(str(path))
+                self.table = datasets.load_from_disk(str(path))
             else:
-                self.rows = datasets.Dataset.from_parquet(str(path))
+                self.table = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # of many kinds, pyarrow's among them
             raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
-        if isinstance(self.rows, dict):
-            raise DataError(f"{path} holds the splits {', '.join(self.rows)}: name one, such as {path / 'train'}")
+        if isinstance(self.table, dict):
+            raise DataError(f"{path} holds the splits {', '.join(self.table)}: name one, such as {path / 'train'}")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
     def read(self, index: int) -> Record:
-        """See `Source`."""
-        return checked(self.rows[index], f"{self.path}: row {index}")
+        """Read one record, as `Source` says."""
+        return checked(self.table[index], f"{self.path}: row {index}")
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
-        """See `Source`; a cursor is the number of the next row."""
+        """Yield records as `Source` says; a cursor is the number of the next record."""
         (first,) = cursor or [0]
-        for index in range(first, len(self.rows)):
+        for index in range(first, len(self.table)):
             try:
                 yield self.read(index), [index + 1]
             except BrokenRecord as broken:
                 yield broken, [index + 1]
 
     def identity(self) -> list[str | int]:
-        """See `Source`."""
-        return [self.path.name, len(self.rows)]
+        """Return what tells it from other data, as `Source` says."""
+        return [self.path.name, len(self.table)]
 
 
 def checked(fields: object, place: str) -> Record:
-    """A record, or a BrokenRecord that says in one line what it lacks."""
+    """Validate one record.
+
+    Raises:
+        BrokenRecord: says in one line what it lacks.
+    """
     if not isinstance(fields, dict):
         raise BrokenRecord(f"{place}: not a JSON object")
     try:

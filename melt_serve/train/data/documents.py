@@ -18,7 +18,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Document:
-    """What is learnt from without looking at anything else.
+    """Tokens that are learnt from without looking at any other document.
 
     Attributes:
         tokens: [L], int32.
@@ -36,7 +36,7 @@ class Document:
 
 
 def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
-    """The record's documents.
+    """Tokenize a record into its documents.
 
     A text is one, all of it supervised, with an end mark if the tokenizer has one. A chat is one, the assistant's
     replies and their end marks supervised: as the chat template's `{% generation %}` marks say, or, without such,
@@ -72,7 +72,7 @@ def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Doc
 
 
 def fitted(document: Document, length: int, too_long: TooLong) -> list[Document]:
-    """The document in at most so many tokens: its beginning (`cut`), all of it as several (`split`), or none (`drop`).
+    """Fit a document into so many tokens: its beginning (`cut`), all of it as several (`split`), or none (`drop`).
 
     Parts that supervise nothing are left out.
     """
@@ -90,12 +90,12 @@ class UnrenderableReply(ValueError):
 
 
 def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template for plain chats, where a tokenizer has several."""
+    """Return the template for plain chats, where a tokenizer has several."""
     return tokenizer.get_chat_template()
 
 
 def text_document(text: str, tokenizer: PreTrainedTokenizerFast) -> Document:
-    """All of a text, and that it ends."""
+    """Tokenize a text, all of it supervised, with an end mark if the tokenizer has one."""
     tokens = tokenizer(text, verbose=False)["input_ids"]
     if tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
         tokens = [*tokens, tokenizer.eos_token_id]
@@ -105,7 +105,7 @@ def text_document(text: str, tokenizer: PreTrainedTokenizerFast) -> Document:
 def marked_document(
     chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
 ) -> Document:
-    """A chat, supervised as the template's own marks say."""
+    """Tokenize a chat, supervised as the template's own marks say."""
     encoded = tokenizer.apply_chat_template(chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     return document_of(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])
 
@@ -113,7 +113,7 @@ def marked_document(
 def rendered_replies(
     chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Texts that hold every reply once as it is given, with the replies' first and last places in them."""
+    """Yield texts that hold every reply once as it is given, with where each begins and ends."""
 
     def render(messages: list[dict[str, Any]], **options: bool) -> str:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
@@ -137,13 +137,13 @@ def rendered_replies(
 
 
 def reply_end(said: str, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Where a reply's end mark ends: the white space that templates put after it is never generated."""
+    """Return where a reply's end mark ends: the white space that templates put after it is never generated."""
     stripped = said.rstrip()
     return len(stripped) if stripped.endswith(tuple(tokenizer.all_special_tokens)) else len(said)
 
 
 def spans_document(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> Document:
-    """A rendered chat; a token is supervised if all of it lies in one of the spans."""
+    """Tokenize a rendered chat; a token is supervised if all of it lies in one of the spans."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     supervised = [
         any(start <= first < last <= end for start, end in spans) for first, last in encoded["offset_mapping"]
@@ -152,5 +152,5 @@ def spans_document(text: str, spans: list[tuple[int, int]], tokenizer: PreTraine
 
 
 def document_of(tokens: list[int], supervised: list[bool]) -> Document:
-    """Compactly."""
+    """Build a Document with int32 tokens and a bool mask."""
     return Document(torch.tensor(tokens, dtype=torch.int32), torch.tensor(supervised, dtype=torch.bool))

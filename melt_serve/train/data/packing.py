@@ -92,7 +92,7 @@ Pack = list[Document]
 
 
 def warn(broken: BrokenRecord) -> None:
-    """What is done about a skipped record by default."""
+    """Log a skipped record: what is done about it by default."""
     logger.warning("left out: %s", broken)
 
 
@@ -113,7 +113,7 @@ class Batches:
         world_size: int = 1,
         report: Callable[[BrokenRecord], None] = warn,
     ):
-        """Before the first batch.
+        """Stand before the first batch.
 
         Args:
             report: told of every record that is skipped, in the first epoch.
@@ -138,7 +138,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, or this rank's share of it.
+        """Return the next batch, or this rank's share of it.
 
         Raises:
             BrokenRecord: where records must not be broken.
@@ -148,7 +148,7 @@ class Batches:
         return collate(packs[self.rank :: self.world_size], self.packing)
 
     def next_pack(self) -> Pack:
-        """The next pack, whatever rank it is for."""
+        """Return the next pack, whatever rank it is for."""
         ends = 0
         while self.used == len(self.packs):
             ends += not self.next_window()
@@ -158,7 +158,7 @@ class Batches:
         return self.packs[self.used - 1]
 
     def next_window(self) -> bool:
-        """Read and pack the next window; false, where this epoch has none, and the next one begins."""
+        """Read and pack the next window; return false where this epoch has none, and the next one begins."""
         records, after = self.order.window(self.epoch, self.next_cursor)
         if not records:
             self.epoch, self.next_cursor = self.epoch + 1, []
@@ -178,7 +178,7 @@ class Batches:
         return True
 
     def documents_of(self, record: Record | BrokenRecord) -> list[Document]:
-        """A record's documents, each short enough for a pack."""
+        """Return a record's documents, each short enough for a pack."""
         self.counts.records += 1
         try:
             if isinstance(record, BrokenRecord):
@@ -206,7 +206,7 @@ class Batches:
         counts.lost_to_grid += sum(-len(document) % size for document in pack[:-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON; the same for all ranks."""
+        """Return where the stream stands, as JSON; the same for all ranks."""
         return {
             "data": self.data,
             "epoch": self.epoch,
@@ -231,14 +231,14 @@ class Batches:
 
 
 class Permuted:
-    """All records of an epoch in random order. A cursor is how many of them are done."""
+    """The order that takes all records of an epoch at random. A cursor is how many of them are done."""
 
     def __init__(self, corpus: Corpus, packing: Packing):
         self.corpus, self.packing = corpus, packing
         self.epoch: int | None = None
 
     def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
-        """The records from this cursor on, none at the end, and the cursor after them."""
+        """Read the records from this cursor on, none at the end; return them and the cursor after them."""
         if epoch != self.epoch:
             seed = random.Random(f"order {self.packing.seed} {epoch}").getrandbits(63)
             self.order = torch.randperm(len(self.corpus), generator=torch.Generator().manual_seed(seed))
@@ -249,13 +249,13 @@ class Permuted:
 
 
 class Streamed:
-    """Records in the files' order, shuffled within each window. A cursor is one in the files."""
+    """The order that follows the files, shuffled within each window. A cursor is one in the files."""
 
     def __init__(self, corpus: Corpus, packing: Packing):
         self.corpus, self.packing = corpus, packing
 
     def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
-        """As `Permuted.window`."""
+        """Read the records as `Permuted.window` does."""
         read = list(islice(self.corpus.stream(cursor), self.packing.window))
         records = [record for record, _ in read]
         random.Random(f"window {self.packing.seed} {epoch} {cursor}").shuffle(records)
@@ -263,7 +263,7 @@ class Streamed:
 
 
 def best_fit(lengths: Sequence[int], width: int, grid: int) -> list[list[int]]:
-    """Which documents share a pack: the longest first, each where least room is left (best-fit decreasing).
+    """Choose which documents share a pack: the longest first, each where least room is left (best-fit decreasing).
 
     Args:
         lengths: of the documents, at most `width` each.
@@ -290,15 +290,15 @@ def best_fit(lengths: Sequence[int], width: int, grid: int) -> list[list[int]]:
 
 
 def collate(packs: Sequence[Pack], packing: Packing) -> Batch:
-    """Packs as rows of S columns: as many for every batch, so that all ranks run the same chunks."""
+    """Lay packs out as a batch, [packs, S]: S is the same for every batch, so that all ranks run the same chunks."""
     ids, mask, labels, starts = (torch.zeros(len(packs), packing.length, dtype=torch.long) for _ in range(4))
     labels.fill_(IGNORED)
-    for row, pack in enumerate(packs):
+    for i, pack in enumerate(packs):
         column = 0
         for document in pack:
             here = slice(column, column + len(document))
-            ids[row, here], mask[row, here], starts[row, here] = document.tokens.long(), 1, column
-            labels[row, here] = document.tokens.long().where(document.supervised, IGNORED)
-            labels[row, column] = IGNORED
+            ids[i, here], mask[i, here], starts[i, here] = document.tokens.long(), 1, column
+            labels[i, here] = document.tokens.long().where(document.supervised, IGNORED)
+            labels[i, column] = IGNORED
             column += on_grid(len(document), packing.chunk_size)
     return Batch(ids, mask, labels, document_starts=starts)

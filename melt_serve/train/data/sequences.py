@@ -25,7 +25,7 @@ class Sequences:
     """
 
     def __init__(self, recipe: PostTraining, tokenizer: PreTrainedTokenizerFast, folder: Path):
-        """Nothing is read yet.
+        """Open the files; nothing is read yet.
 
         Raises:
             DataError: the files are missing, or none that can be read.
@@ -50,14 +50,14 @@ class Sequences:
         self.next = 0
 
     def __call__(self, numbers: range) -> Batch:
-        """The sequences with these numbers, as a batch.
+        """Return the sequences with these numbers, as a batch.
 
         Raises:
             DataError: see `Batches`.
         """
         self.go_to(numbers.start)
         batch = collate([self.next_pack() for _ in numbers], self.packing)
-        return batch if not self.packing.alone else one_document_a_row(batch)
+        return batch if not self.packing.alone else as_chats(batch)
 
     def go_to(self, number: int) -> None:
         """Let this sequence be the next one."""
@@ -70,7 +70,7 @@ class Sequences:
             self.next_pack()
 
     def next_pack(self) -> list[Any]:
-        """The next sequence's documents."""
+        """Return the next sequence's documents."""
         pack = self.stream.next_pack()
         if self.stream.used == 1 and all(first != self.next for first, _ in self.windows):
             self.windows.append((self.next, {**self.stream.state_dict(), "used": 0}))
@@ -89,15 +89,15 @@ class Sequences:
 
 
 def parsed(line: str) -> dict[str, Any] | None:
-    """What a line of the index says; nothing, if the run was killed while it was written."""
+    """Parse a line of the index; return None if the run was killed while it was written."""
     try:
         return json.loads(line)
     except ValueError:
         return None
 
 
-def one_document_a_row(batch: Batch) -> Batch:
-    """No packs, but documents that may run token by token from the first that is learnt on."""
+def as_chats(batch: Batch) -> Batch:
+    """Turn packs of one document each into chats, which may run token by token from the first learnt token on."""
     width = int(batch.attention_mask.sum(-1).max())
     return replace(
         batch,

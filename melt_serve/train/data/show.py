@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import MELT
-from melt_serve.terminal import at_least, columns, fail, positive, whole
+from melt_serve.terminal import at_least, columns, positive, whole
+from melt_serve.train.commands import Commands, new_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,17 +42,9 @@ MOST_SHOWN = 4000
 """Characters of the example document, half of them of its end."""
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """`data`, with `run_command` set to what runs it: arguments -> exit code."""
-    parser = commands.add_parser(
-        "data",
-        help="see what a run would learn from",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run_command=run)
-    add = parser.add_argument
+def add_command(commands: Commands) -> None:
+    """Add `data` to the commands of `python -m melt_serve.train`."""
+    add = new_command(commands, "data", show, "see what a run would learn from", DESCRIPTION, EXAMPLES).add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="see above")
     add("--checkpoint", type=Path, default=MELT, help="its tokenizer, chat template and C (default: the bundled one)")
     add("--length", type=at_least(2), default=10_000, metavar="S", help="tokens of a pack (default: 10000)")
@@ -70,38 +63,38 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add("--json", action="store_true", help="end with one line of JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Show it; the exit code."""
+def show(arguments: argparse.Namespace) -> int:
+    """Print counts, broken records and an example; return the exit code, 3 where records are broken.
+
+    Raises:
+        DataError: there is nothing to learn, or no record to show.
+        OSError: files that cannot be read.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     import melt_serve.modeling  # noqa: F401 (so that transformers knows the configs)
-    from melt_serve.train.data.datasets import Corpus, DataError
+    from melt_serve.train.data.datasets import Corpus
     from melt_serve.train.data.packing import Packing
 
-    try:
-        config = AutoConfig.from_pretrained(arguments.checkpoint, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, local_files_only=True)
-        corpus = Corpus(arguments.files)
-        packing = Packing(
-            length=arguments.length,
-            chunk_size=arguments.chunk_size or getattr(config, "chunk_size", None) or 512,
-            seed=arguments.seed,
-            streaming=arguments.streaming,
-            window=arguments.window,
-            too_long=arguments.too_long,
-            broken="skip",
-        )
-        counts, broken, lengths = read_once(corpus, tokenizer, packing)
-        print(table(counts, lengths, packing))
-        for line in broken[:NAMED]:
-            print(f"broken: {line}")
-        if len(broken) > NAMED:
-            print(f"broken: {len(broken) - NAMED:,} more")
-        print(f"\n{example(corpus, arguments.show, tokenizer)}")
-    except (OSError, DataError) as error:
-        return fail(error, "melt_serve.train")
-    except KeyboardInterrupt:
-        return 130
+    config = AutoConfig.from_pretrained(arguments.checkpoint, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, local_files_only=True)
+    corpus = Corpus(arguments.files)
+    packing = Packing(
+        length=arguments.length,
+        chunk_size=arguments.chunk_size or getattr(config, "chunk_size", None) or 512,
+        seed=arguments.seed,
+        streaming=arguments.streaming,
+        window=arguments.window,
+        too_long=arguments.too_long,
+        broken="skip",
+    )
+    counts, broken, lengths = read_once(corpus, tokenizer, packing)
+    print(table(counts, lengths, packing))
+    for line in broken[:NAMED]:
+        print(f"broken: {line}")
+    if len(broken) > NAMED:
+        print(f"broken: {len(broken) - NAMED:,} more")
+    print(f"\n{example(corpus, arguments.show, tokenizer)}")
     if arguments.json:
         print(json.dumps({**asdict(counts), "broken_records": broken, "packing": asdict(packing)}))
     return 3 if broken else 0
@@ -110,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 def read_once(
     corpus: "Corpus", tokenizer: "PreTrainedTokenizerFast", packing: "Packing"
 ) -> tuple["Counts", list[str], list[int]]:
-    """One epoch: the counts, what is wrong with broken records, and the tokens of each document.
+    """Read one epoch; return the counts, what is wrong with broken records, and the tokens of each document.
 
     Raises:
         DataError: there is nothing to learn.
@@ -133,7 +126,7 @@ def read_once(
 
 
 def table(counts: "Counts", lengths: list[int], packing: "Packing") -> str:
-    """The counts in columns."""
+    """Format the counts in columns."""
     ordered = sorted(lengths)
     padding = counts.columns - counts.tokens
     ends = padding - counts.lost_to_grid
@@ -150,20 +143,20 @@ def table(counts: "Counts", lengths: list[int], packing: "Packing") -> str:
         (
             f"  lost to the grid (C={packing.chunk_size})",
             f"{counts.lost_to_grid:,}",
-            share(counts.lost_to_grid, counts),
+            percent_of_columns(counts.lost_to_grid, counts),
         ),
-        ("  left at the packs' ends", f"{ends:,}", share(ends, counts)),
+        ("  left at the packs' ends", f"{ends:,}", percent_of_columns(ends, counts)),
     ]
     return columns(lines)
 
 
-def share(padding: int, counts: "Counts") -> str:
-    """Padding as a share of all columns."""
+def percent_of_columns(padding: int, counts: "Counts") -> str:
+    """Format padding as a share of all columns."""
     return f"{padding / counts.columns:.1%}"
 
 
 def example(corpus: "Corpus", number: int, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A record's documents as text, with what is learnt marked.
+    """Return a record's documents as text, with what is learnt marked.
 
     Raises:
         DataError: there is no such record, or it is broken.
@@ -185,7 +178,7 @@ def example(corpus: "Corpus", number: int, tokenizer: "PreTrainedTokenizerFast")
 
 
 def marked(document: "Document", tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The document's text, what is learnt between ⟦ and ⟧; a long one without its middle."""
+    """Return the document's text, what is learnt between ⟦ and ⟧; a long one without its middle."""
     learnt = document.supervised.clone()
     learnt[0] = False  # nothing comes before it that could be asked
     text = ""

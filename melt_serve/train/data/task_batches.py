@@ -19,17 +19,17 @@ def training_batch(
     number: int,
     kinds: Sequence[Kind] = KINDS,
 ) -> Batch:
-    """Batch `number` of a run: questions of one random length, longer ones drawn more often."""
+    """Draw batch `number` of a run: questions of one random length, longer ones drawn more often."""
     lengths = range(2, SENTENCES + 1)
     sentences = random.Random(f"length {seed} {number}").choices(lengths, weights=lengths)[0]
     return encode(list(islice(questions("train", f"{seed} {number}", sentences, kinds), size)), tokenizer)
 
 
 def encode(asked: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Questions with their replies; labels on the replies and the end mark only."""
+    """Tokenize questions with their replies; labels are on the replies and the end marks only."""
     prompts = [prompt_ids(question, tokenizer) for question in asked]
     replies = [tokenizer.encode(question.reply + tokenizer.eos_token) for question in asked]
-    rows = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    sequences = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
     labels = [torch.tensor([IGNORED] * len(prompt) + reply) for prompt, reply in zip(prompts, replies, strict=True)]
     within = [
         [token for question in asked for token in tokenizer.encode(question.reply_within(steps) + tokenizer.eos_token)]
@@ -37,8 +37,8 @@ def encode(asked: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> Bat
     ]
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
-        input_ids=pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-        attention_mask=pad([torch.ones_like(row) for row in rows], batch_first=True),
+        input_ids=pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        attention_mask=pad([torch.ones_like(each) for each in sequences], batch_first=True),
         labels=pad(labels, batch_first=True, padding_value=IGNORED),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
         replies=torch.tensor(within),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from melt_serve.checkpoint_files import CheckpointError, read_config, read_headers
 from melt_serve.config import LoopLMConfig, weight_shapes
-from melt_serve.convert import ConversionError, read_config, read_headers
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.recipe import PostTraining
@@ -28,7 +28,7 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
     try:
         config = LoopLMConfig(**read_config(path))
         read_headers(path, dict(weight_shapes(config)))
-    except ConversionError as error:
+    except CheckpointError as error:
         raise TrainingError(f"teacher={path} cannot be post-trained: {error}") from error
     if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
         raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")

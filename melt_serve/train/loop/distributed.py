@@ -1,7 +1,7 @@
 """One run on several processes, as torchrun starts them: FSDP2, and what they must agree on.
 
 The whole student is one unit of FSDP: its loops call the parts of a layer one by one, so hooks on layers would not be
-called. Weights, gradients and optimizer states are shared out between steps; a step gathers the weights once.
+called. Weights, gradients and optimizer states are sharded between steps; a step gathers the weights once.
 """
 
 import os
@@ -23,7 +23,7 @@ Tree = TypeVar("Tree")
 
 @contextmanager
 def process_group(dtype: torch.dtype) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; gives this one's device.
+    """Join the processes that torchrun started, if it did; give this one's device.
 
     Args:
         dtype: that is computed in; below float32, FSDP keeps the weights in float32, also for a process alone.
@@ -44,17 +44,17 @@ def process_group(dtype: torch.dtype) -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """This process's number; the one with 0 writes files and speaks."""
+    """Return this process's number; the one with 0 writes files and speaks."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(model: nn.Module, dtype: torch.dtype) -> None:
-    """Share the weights out among the processes; compute in `dtype`, add gradients up in float32."""
+    """Shard the weights over the processes; compute in `dtype`, add gradients up in float32."""
     if dist.is_initialized():
         # A warning about in-place operations on the model's answers, of which there are none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -63,20 +63,20 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def exchange_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds the processes' gradients up; one a step is enough."""
+    """Set whether the next backward pass adds the processes' gradients up; one a step is enough."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Sum the values over all processes, in place, and return them."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def any_of(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag as it is in all processes: true where it is in one."""
+    """Return each flag as true where it is true in any process."""
     if world_size() == 1:
         return flags
     values = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -85,25 +85,25 @@ def any_of(flags: list[bool], device: torch.device) -> list[bool]:
 
 
 def full_tensors(tree: Tree) -> Tree:
-    """The same with whole tensors on the CPU for shared ones. All processes must call it."""
+    """Gather sharded tensors, wherever they are in the tree, as whole ones on the CPU. All processes must call it."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, that every process has, shared out as another one is."""
+    """Shard a whole tensor, which every process has, as another one is."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take up whole weights."""
+    """Load a full state dict into a possibly sharded model."""
     own = model.state_dict()
     model.load_state_dict({key: shard_like(value, own[key]) for key, value in state.items()})
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take up whole moments."""
+    """Load a full state dict into the optimizer of a possibly sharded model."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = {
         number: {

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.convert import copy_the_rest, licence_of
+from melt_serve.checkpoint_files import copy_the_rest, licence_of
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
+from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.logs import NOT_LOSSES, minutes_trained, read_log
 from melt_serve.train.recipe import PostTraining, Recipe, Stage
 
@@ -34,29 +35,24 @@ def export(
     Raises:
         OSError: the disk is full, or fails.
     """
-    part = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        if source is not None:
-            copy_the_rest(source, part)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
-            shutil.copymode(part / "README.md", weights)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
+        with replacing(target) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            if source is not None:
+                copy_the_rest(source, part)
+            (part / "README.md").write_text(card, encoding="utf-8")
+            for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
+                shutil.copymode(part / "README.md", weights)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def teacher_card(model: OuroForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
-    """The LoopLM's model card."""
+    """Write the model card of the bundled LoopLM."""
     what = (
         f"A looped language model (LoopLM, as Ouro, arXiv 2510.25741) of {describe(model)}. It is the teacher that "
         "`melt-demo` was distilled from, and bundled to compare with: its KV cache grows with the loops."
@@ -69,7 +65,7 @@ def teacher_card(model: OuroForCausalLM, recipe: Recipe, minutes: float, scores:
 
 
 def student_card(model: MeltForCausalLM, recipe: Recipe, minutes: float, scores: Sequence[Score]) -> str:
-    """The MELT's model card."""
+    """Write the model card of the bundled MELT."""
     what = (
         f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
         f"{model.config.chunk_size} tokens, `{model.config.decode_mode}` decode mode. Its KV cache does "
@@ -85,7 +81,7 @@ def student_card(model: MeltForCausalLM, recipe: Recipe, minutes: float, scores:
 def card(
     name: str, what: str, how: str, stages: Sequence[str], recipe: Recipe, minutes: float, scores: Sequence[Score]
 ) -> str:
-    """A model card: what it is, how it was made, and what it answers."""
+    """Write a bundled checkpoint's model card: what it is, how it was made, and what it answers."""
     task = (
         "It answers one kind of question, made up endlessly by `melt_serve.task.who_is_where`: who is where, when most "
         f"people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together "
@@ -101,7 +97,7 @@ def card(
         f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}",
         fill(what, WIDTH),
         fill(task, WIDTH),
-        "    python -m melt_serve.train demo",
+        "    python -m melt_serve.train bundled",
         "## Recipe",
         fill(how, WIDTH),
         stage_table(made),
@@ -113,7 +109,7 @@ def card(
 
 
 def run_card(model: MeltForCausalLM, recipe: PostTraining, log: Path) -> str:
-    """The model card of a MELT made from a LoopLM of the user's own.
+    """Write the model card of a MELT made from a LoopLM of the user's own.
 
     Args:
         log: every step's losses.
@@ -145,8 +141,8 @@ def run_card(model: MeltForCausalLM, recipe: PostTraining, log: Path) -> str:
 
 
 def loss_table(log: Path) -> str:
-    """How far every part of the loss came in every stage."""
-    rows = ["| stage | part | first | last |", "|---" * 4 + "|"]
+    """Format how far every part of the loss came in every stage."""
+    lines = ["| stage | part | first | last |", "|---" * 4 + "|"]
     entries = read_log(log)
     for stage in dict.fromkeys(entry["stage"] for entry in entries):
         steps = [entry for entry in entries if entry["stage"] == stage]
@@ -154,12 +150,12 @@ def loss_table(log: Path) -> str:
             values = [entry[part] for entry in steps if part in entry]
             tenth = max(1, len(values) // 10)
             first, last = (sum(some) / tenth for some in (values[:tenth], values[-tenth:]))
-            rows.append(f"| {stage} | {part.replace('_', ' ')} | {first:.4g} | {last:.4g} |")
-    return "\n".join(rows)
+            lines.append(f"| {stage} | {part.replace('_', ' ')} | {first:.4g} | {last:.4g} |")
+    return "\n".join(lines)
 
 
 def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
-    """Weights and shape in words."""
+    """Describe weights and shape in words."""
     config = model.config
     weights = sum(parameter.numel() for parameter in model.parameters())
     plural = "s" * (config.num_hidden_layers > 1)
@@ -170,21 +166,21 @@ def describe(model: OuroForCausalLM | MeltForCausalLM) -> str:
 
 
 def stage_table(stages: Mapping[str, Stage]) -> str:
-    """Every field of these stages."""
-    rows = [f"| | {' | '.join(f'`{name}`' for name in stages)} |", "|---" * (len(stages) + 1) + "|"]
-    rows += [
+    """Format every field of these stages."""
+    lines = [f"| | {' | '.join(f'`{name}`' for name in stages)} |", "|---" * (len(stages) + 1) + "|"]
+    lines += [
         f"| {field.name} | {' | '.join(str(getattr(stage, field.name)) for stage in stages.values())} |"
         for field in fields(next(iter(stages.values())))
     ]
-    return "\n".join(rows)
+    return "\n".join(lines)
 
 
 def score_table(scores: Sequence[Score]) -> str:
-    """The scores as Markdown."""
-    rows = ["| checkpoint | loops | decode mode | exit threshold | mean loops | right |", "|---" * 6 + "|"]
-    rows += [
+    """Format the scores as Markdown."""
+    lines = ["| checkpoint | loops | decode mode | exit threshold | mean loops | right |", "|---" * 6 + "|"]
+    lines += [
         f"| {each.checkpoint} | {each.loops} | {each.decode_mode or '-'} | {each.exit_threshold or '-'} | "
         f"{each.mean_loops:.2f} | {each.accuracy:.1%} |"
         for each in scores
     ]
-    return "\n".join(rows)
+    return "\n".join(lines)

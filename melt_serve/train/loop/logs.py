@@ -1,12 +1,12 @@
 """What a run tells: losses.jsonl, a line a step; the same in TensorBoard; and a plot of every part."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.distributed import rank
 
 LOG = "losses.jsonl"
@@ -32,7 +32,7 @@ def board(folder: Path, name: str, step: int) -> Iterator[Callable[[dict[str, fl
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """Draw every part of the loss over all steps; the picture's path, None without matplotlib or steps."""
+    """Draw every part of the loss over all steps; return the picture's path, None without matplotlib or steps."""
     entries = read_log(folder / LOG)
     try:
         from matplotlib.figure import Figure
@@ -57,14 +57,13 @@ def plot_losses(folder: Path) -> Path | None:
         axes.set_xlim(0, len(entries))
         axes.legend(fontsize="small")
     axes.set_xlabel("step")
-    part_file = folder / f".{PLOT}.partial"
-    figure.savefig(part_file, format="svg")
-    os.replace(part_file, folder / PLOT)
+    with replacing(folder / PLOT) as part_file:
+        figure.savefig(part_file, format="svg")
     return folder / PLOT
 
 
 def read_log(log: Path) -> list[dict]:
-    """The whole lines of a log, in order."""
+    """Read the whole lines of a log, in order."""
     entries = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
@@ -81,13 +80,12 @@ def forget_after(log: Path, name: str, step: int) -> None:
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if keep_line(line, name, step)]
     if kept != lines:
-        part = log.with_name(f".{log.name}.partial")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, log)
+        with replacing(log) as part:
+            part.write_text("".join(kept), encoding="utf-8")
 
 
 def keep_line(line: str, name: str, step: int) -> bool:
-    """Whether a log line is whole and not one of the steps to come."""
+    """Tell whether a log line is whole and not one of the steps to come."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -96,6 +94,6 @@ def keep_line(line: str, name: str, step: int) -> bool:
 
 
 def minutes_trained(log: Path) -> float:
-    """The minutes that all steps took together, over all sessions."""
+    """Add up the minutes that all steps took, over all sessions."""
     lines = log.read_text(encoding="utf-8").splitlines()
     return sum(json.loads(line)["seconds"] for line in lines) / 60

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.distributed import any_of, full_tensors, load_model, load_optimizer, rank
 from melt_serve.train.loop.logs import LOG, board, forget_after
 from melt_serve.train.recipe import Stage
@@ -24,10 +25,10 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Saving:
-    """A run's state is saved when this many steps or minutes have passed since the last time.
+    """How often a run's state is saved: when this many steps or minutes have passed since the last time.
 
     Attributes:
-        at_end: and when its stage is done.
+        at_end: save it when its stage is done, too.
     """
 
     steps: float = math.inf
@@ -112,18 +113,17 @@ def run_stage(
 
 
 def share_of_rate(stage: Stage, step: int) -> float:
-    """The share of the highest learning rate at this step: a linear rise, a plateau, a linear fall."""
+    """Return the share of the highest learning rate at this step: a linear rise, a plateau, a linear fall."""
     fall = max(1, round(stage.steps * (1 - stage.decay_from)))
     return min(1.0, (step + 1) / stage.warmup, (stage.steps - step) / fall)
 
 
 def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Write the run's state, all of it or nothing; whole tensors, so that any number of processes can take it up.
+    """Write the run's state, all of it or nothing; whole tensors, so that any number of processes can load it.
 
     Raises:
         TrainingError: the disk is full, or fails.
     """
-    part = path.with_name(f".{path.name}.partial")
     state = {
         "stage": asdict(stage),
         "step": step,
@@ -133,20 +133,18 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     if rank() > 0:
         return
     try:
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind one of its own
-        part.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__ or error
         kept = "the one saved before is whole" if path.exists() else "there is none yet"
         raise TrainingError(f"the state {path} cannot be saved ({reason}); {kept}") from error
 
 
 def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Take up a saved state; gives the steps done, 0 where there is none.
+    """Load a saved state; return the steps done, 0 where there is none.
 
     Raises:
         TrainingError: the state is of another recipe.

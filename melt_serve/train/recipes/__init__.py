@@ -6,5 +6,5 @@ RECIPES = Path(__file__).parent
 
 
 def bundled_recipes() -> list[str]:
-    """Their names."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))

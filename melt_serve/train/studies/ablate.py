@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melt_serve.train.results import Planned, Row, add_study_flags, exit_code, read_rows, run_missing, words
+from melt_serve.train.commands import Commands, new_command, run_session
+from melt_serve.train.results import Record, WantedRun, add_study_flags, names, read_records, run_missing
 from melt_serve.train.session import StudyError
 
 if TYPE_CHECKING:
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
     from melt_serve.train.studies.ablations import Size, Variant
 
 
-ROWS = Path("runs/ablate/rows.jsonl")
+FOLDER = Path("runs/ablate")
 DESCRIPTION = """\
 Post-train the bundled LoopLM in many ways and hold the outcomes side by side: the paper's ablations of the recipe and
 of the gate, chunk sizes, and cheaper gates. --list shows the studies with their variants.
 
-Every run is appended to --rows as one line of JSON when it is measured, and a run that is there is not repeated: a
+Every run is appended to --records as one line of JSON when it is measured, and a run that is there is not repeated: a
 study may take many sessions. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
 command goes on with it.
 
@@ -33,52 +34,47 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: Commands) -> None:
     """Add `ablate` to the commands of `python -m melt_serve.train`."""
-    command = commands.add_parser(
-        "ablate",
-        help="measure what each part of the recipe and of the gate is worth",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run_command=ablate)
+    help = "measure what each part of the recipe and of the gate is worth"
+    command = new_command(commands, "ablate", ablate, help, DESCRIPTION, EXAMPLES)
     add = command.add_argument
     add("studies", metavar="STUDY", nargs="*", help="studies to run, in this order (default: all)")
     add("--size", default="small", help="small, or demo: that of the bundled recipe (default: small)")
-    add("--variants", type=words, metavar="V,...", help="only these of the studies")
-    add_study_flags(command, "studies, variants", ROWS, (0, 1, 2))
+    add("--variants", type=names, metavar="V,...", help="only these of the studies")
+    add_study_flags(command, "studies, variants", FOLDER, (0, 1, 2))
 
 
 def ablate(arguments: argparse.Namespace) -> int:
-    """Run, list or report what the command line asks for; the exit code."""
-    return exit_code(lambda session: carry_out(arguments, session), arguments.minutes)
+    """Run, list or report what the command line asks for; return the exit code."""
+    return run_session(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
 def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
-    """What is asked for, in one session.
+    """Do what is asked for, in one session.
 
     Raises:
-        StudyError: see `choose`, `read_rows` and `write_report`.
+        StudyError: see `choose`, `read_records` and `write_ablation_report`.
+        OSError: the report cannot be written.
         Paused, TrainingError: see `run_stage`.
     """
     size, chosen = choose(arguments.studies, arguments.variants, arguments.size)
-    rows = read_rows(arguments.rows)
+    records = read_records(arguments.records)
     if arguments.list:
-        print(listing(chosen, size, arguments.seeds, rows))
+        print(listing(chosen, size, arguments.seeds, records))
     elif arguments.report:
-        from melt_serve.train.studies.ablation_report import write_report
+        from melt_serve.train.studies.ablation_report import write_ablation_report
 
-        for path in write_report(arguments.report, chosen, size, rows):
+        for path in write_ablation_report(arguments.report, chosen, size, records):
             print(f"wrote {path}")
     else:
-        run_all(chosen, size, arguments.seeds, arguments.rows, session)
+        run_all(chosen, size, arguments.seeds, arguments.records, session)
 
 
 def choose(
     names: Sequence[str], variants: Sequence[str] | None, size: str
 ) -> tuple["Size", dict[str, tuple["Variant", ...]]]:
-    """The size, and the studies by name, each with the variants asked for.
+    """Return the size, and the studies by name, each with the variants asked for.
 
     Raises:
         StudyError: one of them does not exist.
@@ -110,8 +106,8 @@ def run_all(
     from melt_serve.train.studies.ablation_run import AblationRunner, settings
 
     runner = AblationRunner()
-    planned = [
-        Planned(
+    wanted = [
+        WantedRun(
             f"{variant.name}, seed {seed}",
             settings(variant, size, seed),
             partial(runner.run, variant, size, seed, session=session),
@@ -121,17 +117,19 @@ def run_all(
         for variant in study
         if seed in variant.seeds(seeds)
     ]
-    run_missing(planned, path)
+    run_missing(wanted, path)
 
 
-def listing(studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], rows: Sequence[Row]) -> str:
-    """Studies and variants in columns, with the runs that are done and the minutes that are left."""
+def listing(
+    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], records: Sequence[Record]
+) -> str:
+    """Format studies and variants in columns, with the runs that are done and the minutes that are left."""
     from melt_serve.terminal import columns
     from melt_serve.train.studies.ablation_run import settings
 
-    taken = [row["seconds"] / 60 for row in rows if row["size"] == size.name]
+    taken = [record["seconds"] / 60 for record in records if record["size"] == size.name]
     each = sum(taken) / len(taken) if taken else size.minutes
-    done = [row["settings"] for row in rows]
+    done = [record["settings"] for record in records]
     lines, left = [("study", "variant", "done", "what")], 0
     for name, study in studies.items():
         for variant in study:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from melt_serve.config import DECODE_MODES, DecodeMode
 from melt_serve.train.recipe import Shape
-from melt_serve.train.results import Row, markdown_table, spread, write_json
+from melt_serve.train.results import Record, check_report, markdown_table, spread, write_report
 from melt_serve.train.session import StudyError
 from melt_serve.train.studies.ablation_run import MEASURED_LOOPS, settings
 from melt_serve.train.studies.ablations import WHOLE_SEQUENCE, Size, Variant
@@ -51,83 +51,81 @@ class Measured:
     """
 
     variant: Variant
-    rows: Sequence[Row]
-    first: Sequence[Row]
+    records: Sequence[Record]
+    first: Sequence[Record]
 
     def outcomes(self, mode: DecodeMode, what: str, chunk_size: int | None = None) -> list[float]:
-        """`kd` or `right` of every run, at the first chunk size measured or at this one."""
-        return [outcome_of(row, mode, chunk_size)[what] for row in self.rows]
+        """Return `kd` or `right` of every run, at the first chunk size measured or at this one."""
+        return [outcome_of(record, mode, chunk_size)[what] for record in self.records]
 
     @property
     def ratios(self) -> list[float]:
         """KL over the first variant's with the same seed, `chunk` mode; where that is done."""
-        first = {row["seed"]: outcome_of(row, "chunk", None)["kd"] for row in self.first}
-        return [outcome_of(row, "chunk", None)["kd"] / first[row["seed"]] for row in self.rows if row["seed"] in first]
+        first = {record["seed"]: outcome_of(record, "chunk", None)["kd"] for record in self.first}
+        return [
+            outcome_of(record, "chunk", None)["kd"] / first[record["seed"]]
+            for record in self.records
+            if record["seed"] in first
+        ]
 
 
-def outcome_of(row: Row, mode: DecodeMode, chunk_size: int | None) -> dict[str, float]:
-    """One outcome of a run: of this decode mode, at the first chunk size or at this one."""
-    return next(each for each in row["outcomes"] if each["mode"] == mode and chunk_size in (None, each["chunk_size"]))
+def outcome_of(record: Record, mode: DecodeMode, chunk_size: int | None) -> dict[str, float]:
+    """Return one outcome of a run: of this decode mode, at the first chunk size or at this one."""
+    return next(
+        each for each in record["outcomes"] if each["mode"] == mode and chunk_size in (None, each["chunk_size"])
+    )
 
 
-def write_report(path: Path, studies: Studies, size: Size, rows: Sequence[Row]) -> list[Path]:
-    """Write `path`, and a plot and JSON beside it; gives all three.
+def write_ablation_report(path: Path, studies: Studies, size: Size, records: Sequence[Record]) -> list[Path]:
+    """Write `path`, and a plot and JSON beside it; return all three.
 
     Raises:
-        StudyError: no run of these studies is done, or matplotlib is missing.
+        StudyError: no run of these studies is done.
+        OSError: see `check_report`.
     """
+    check_report(path)
     found = {}
     for name, study in studies.items():
-        runs = [(variant, rows_of(variant, size, rows)) for variant in study]
+        runs = [(variant, records_of(variant, size, records)) for variant in study]
         found[name] = [Measured(variant, each, runs[0][1]) for variant, each in runs if each]
     found = {name: study for name, study in found.items() if study}
     if not found:
         raise StudyError(f"no run of size {size.name} is done yet: run the same command without --report")
-    used = [row for row in rows if any(row in each.rows for study in found.values() for each in study)]
-    try:
-        figure = plot(found)
-    except ImportError:
-        raise StudyError("--report needs matplotlib: pip install matplotlib") from None
-    files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
-    path.write_text(markdown(found, size, used, files[1].name), encoding="utf-8")
-    figure.savefig(files[1])
-    write_json(files[2], used)
-    return files
+    used = [record for record in records if any(record in each.records for study in found.values() for each in study)]
+    sections = []
+    for name, measured in found.items():
+        sections += [f"## Study `{name}`", gate_table(measured) if name in GATE_STUDIES else recipe_table(measured)]
+    return write_report(path, introduction(size, used), "KL to the teacher, by variant", plot(found), sections, used)
 
 
-def rows_of(variant: Variant, size: Size, rows: Sequence[Row]) -> list[Row]:
-    """The runs of this variant as it is defined now."""
-    return [row for row in rows if row["settings"] == settings(variant, size, row["seed"])]
+def records_of(variant: Variant, size: Size, records: Sequence[Record]) -> list[Record]:
+    """Choose the runs of this variant as it is defined now."""
+    return [record for record in records if record["settings"] == settings(variant, size, record["seed"])]
 
 
-def markdown(found: Found, size: Size, used: Sequence[Row], picture: str) -> str:
-    """The report's text."""
+def introduction(size: Size, used: Sequence[Record]) -> str:
+    """Say what was run and what the columns mean."""
     first = used[0]
-    head = INTRODUCTION.format(
+    return INTRODUCTION.format(
         size=size,
         loops=" or ".join(map(str, size.loops)),
         runs=len(used),
         threads=first["threads"],
         cores=first["cores"],
-        cpu=mean(row["cpu_seconds"] for row in used),
+        cpu=mean(record["cpu_seconds"] for record in used),
         torch=first["torch"],
         measured=MEASURED_LOOPS,
         teacher=first["outcomes"][0]["teacher_right"],
     )
-    parts = [head, f"![KL to the teacher, by variant]({picture})"]
-    for name, study in found.items():
-        parts.append(f"## Study `{name}`")
-        parts.append(gate_table(study) if name in GATE_STUDIES else recipe_table(study))
-    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def recipe_table(study: Sequence[Measured]) -> str:
-    """A line a variant, and one more for every other chunk size it is served with."""
+    """Format a study of recipes, a line a variant, and one more for every other chunk size it is served with."""
     lines = [("variant", "what", "seeds", "C", *OUTCOME_HEADS, "KL to first", "the paper")]
     for each in study:
-        chunk_sizes = sorted({outcome["chunk_size"] for row in each.rows for outcome in row["outcomes"]})
+        chunk_sizes = sorted({outcome["chunk_size"] for record in each.records for outcome in record["outcomes"]})
         for chunk_size in chunk_sizes:
-            facts = (str(len(each.rows)), "whole" if chunk_size == WHOLE_SEQUENCE else str(chunk_size))
+            facts = (str(len(each.records)), "whole" if chunk_size == WHOLE_SEQUENCE else str(chunk_size))
             shown = (
                 *outcome_cells(each, chunk_size),
                 spread(each.ratios, ".2f") if chunk_size == chunk_sizes[0] else "",
@@ -137,18 +135,18 @@ def recipe_table(study: Sequence[Measured]) -> str:
 
 
 def gate_table(study: Sequence[Measured]) -> str:
-    """A line a variant with what its gate costs."""
+    """Format a study of gates, a line a variant with what its gate costs."""
     lines = [("gate", "what", "weights", "multiply-adds", "seeds", *OUTCOME_HEADS, "KL to first", "the paper")]
     for each in study:
         multiply_adds = each.variant.gate_multiply_adds(Shape().hidden_size, MEASURED_LOOPS)
-        facts = (f"{each.rows[0]['gate_weights']:,}", f"{multiply_adds:,}", str(len(each.rows)))
+        facts = (f"{each.records[0]['gate_weights']:,}", f"{multiply_adds:,}", str(len(each.records)))
         shown = (*outcome_cells(each), spread(each.ratios, ".2f"))
         lines.append((f"`{each.variant.name}`", each.variant.what, *facts, *shown, each.variant.paper))
     return markdown_table(lines)
 
 
 def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
-    """KL in both decode modes, right replies in both."""
+    """Format KL in both decode modes, and right replies in both."""
     return [
         spread(each.outcomes(mode, what, chunk_size), form)
         for what, form in (("kd", ".4f"), ("right", ".1%"))
@@ -157,7 +155,7 @@ def outcome_cells(each: Measured, chunk_size: int | None = None) -> list[str]:
 
 
 def plot(found: Found) -> "Figure":
-    """KL in both decode modes: a panel a study, a line a variant, a dot a seed."""
+    """Draw KL in both decode modes: a panel a study, a line a variant, a dot a seed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

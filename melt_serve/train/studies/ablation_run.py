@@ -1,4 +1,4 @@
-"""One run of an ablation: a variant post-trained at a size and a seed, then measured; what comes out is a row."""
+"""One run of an ablation: a variant post-trained at a size and a seed, then measured; what comes out is a record."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.config import DECODE_MODES, DecodeMode
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import build_tokenizer
-from melt_serve.train.bundled import distil, fresh_student
+from melt_serve.train.bundled_run import distil, fresh_student
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil import losses
 from melt_serve.train.distil.build import start_gate
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
-from melt_serve.train.results import Row
+from melt_serve.train.results import Record
 from melt_serve.train.session import Session
 from melt_serve.train.studies.ablations import Size, Variant
 
@@ -50,8 +50,8 @@ class Outcome:
     teacher_right: float
 
 
-def settings(variant: Variant, size: Size, seed: int) -> Row:
-    """What makes a run the run it is: of rows with the same settings one is enough."""
+def settings(variant: Variant, size: Size, seed: int) -> Record:
+    """Return what makes a run the run it is: of records with the same settings one is enough."""
     usual = asdict(Variant("", ""))
     changes = {key: value for key, value in asdict(variant).items() if value != usual[key]}
     for words in ("name", "what", "paper"):
@@ -68,7 +68,7 @@ class AblationRunner:
         self.teacher = AutoModelForCausalLM.from_pretrained(LOOPLM, dtype=torch.float32).eval().requires_grad_(False)
         self.asked: dict[int, tuple[list[Batch], list[Tensor]]] = {}
 
-    def run(self, variant: Variant, size: Size, seed: int, folder: Path, session: Session) -> Row:
+    def run(self, variant: Variant, size: Size, seed: int, folder: Path, session: Session) -> Record:
         """Train and measure; `folder` holds the run's states until it is done, and goes with it.
 
         Raises:
@@ -98,7 +98,7 @@ class AblationRunner:
         }
 
     def student(self, variant: Variant, size: Size, seed: int) -> Student:
-        """The variant before its first step."""
+        """Build the variant before its first step."""
         student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.start == "melt":
             student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
@@ -114,7 +114,7 @@ class AblationRunner:
         return student
 
     def measure(self, student: Student, size: Size, chunk_sizes: Sequence[int]) -> list[Outcome]:
-        """Both decode modes at every chunk size, on the same held-out questions."""
+        """Measure both decode modes at every chunk size, on the same held-out questions."""
         outcomes = []
         batches, wanted = self.heldout(size.questions)
         teacher_right = right_share(batches, wanted)
@@ -127,7 +127,7 @@ class AblationRunner:
         return outcomes
 
     def heldout(self, count: int) -> tuple[list[Batch], list[Tensor]]:
-        """So many questions in batches, and what is wanted of each, asked once."""
+        """Return so many questions in batches, and what the teacher answers to each batch; it is asked only once."""
         if count not in self.asked:
             questions = heldout(count)
             batches = [encode(questions[i : i + BATCH], self.tokenizer) for i in range(0, count, BATCH)]
@@ -135,24 +135,24 @@ class AblationRunner:
         return self.asked[count]
 
     def wanted(self, batch: Batch) -> Tensor:
-        """The teacher's last logits before every token of the replies, [tokens, V]."""
+        """Return the teacher's last logits before every token of the replies, [tokens, V]."""
         return ask_teacher(self.teacher, batch, batch.before_reply, MEASURED_LOOPS, attention=False).logits[-1]
 
 
 @torch.inference_mode()
 def answers(student: Student, batch: Batch, mode: DecodeMode) -> Tensor:
-    """The last loop's logits before every token of the replies, [tokens, V]; rows as this mode decodes make them."""
+    """Return the last loop's logits before every token of the replies, [tokens, V], as this decode mode makes them."""
     return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=mode == "token").logits[-1]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
-    """KL(wanted || given) in nats, mean over tokens; both are batches of [tokens, V]."""
+    """Return KL(wanted || given) in nats, mean over tokens; both are batches of [tokens, V]."""
     teacher, student = (torch.cat(list(each)) for each in (wanted, given))
     return (losses.divergence(teacher, student) / len(student)).item()
 
 
 def right_share(batches: Sequence[Batch], logits: Sequence[Tensor]) -> float:
-    """The share of replies whose every token is the likeliest after those before it: what greedy decoding gives."""
+    """Return the share of replies that greedy decoding gives: every token is the likeliest after those before it."""
     right = total = 0
     for batch, given in zip(batches, logits, strict=True):
         assert batch.replies is not None

@@ -27,7 +27,7 @@ WHOLE_SEQUENCE = 2048
 
 @dataclass(frozen=True)
 class Size:
-    """How long a run is.
+    """The size of an ablation's runs.
 
     Attributes:
         steps: of phase 1 and of phase 2.
@@ -35,7 +35,7 @@ class Size:
         loops: each batch runs one of these.
         chunk_size: C, where a variant does not say otherwise.
         questions: held out, to measure on.
-        minutes: that a run took with one thread on 2 CPU cores, for `--list` before there are rows.
+        minutes: that a run took with one thread on 2 CPU cores, for `--list` before any is done.
     """
 
     name: str
@@ -84,17 +84,17 @@ class Variant:
     paper: str = ""
 
     def seeds(self, asked: Sequence[int]) -> Sequence[int]:
-        """Those that make a difference: one is enough where nothing is fresh and nothing is trained."""
+        """Choose the seeds that make a difference: one is enough where nothing is fresh and nothing is trained."""
         return asked[:1] if self.start == "melt" else asked
 
     def served_chunk_sizes(self, size: Size) -> tuple[int, ...]:
-        """C as it was trained; without chunks, the size's first: no server keeps all loops of a whole sequence."""
+        """Return C as it was trained; without chunks, the size's first: no server keeps all loops of a sequence."""
         if self.chunk_size == WHOLE_SEQUENCE:
             return (size.chunk_size, WHOLE_SEQUENCE)
         return (self.chunk_size or size.chunk_size,)
 
     def recipe(self, size: Size, seed: int) -> Recipe:
-        """All of it; only shape, seed, `transition` and `alignment` are used."""
+        """Return the whole recipe; only shape, seed, `transition` and `alignment` are used."""
         demo = Recipe().seeded(seed)
         common = {"batch": size.batch, "loops": size.loops, "warmup": size.warmup}
         first, second = ({"steps": steps, **common} for steps in size.steps)
@@ -106,7 +106,7 @@ class Variant:
         )
 
     def gate_multiply_adds(self, hidden_size: int, loops: int) -> int:
-        """Of the gate's matrices, for one token in one layer over T loops, of which the first has no gate."""
+        """Count those of the gate's matrices, for one token in one layer over T loops; the first has no gate."""
         if self.cheap_gate is not None:
             return self.cheap_gate.multiply_adds(hidden_size, loops)
         width = {"elementwise": hidden_size, "scalar": 1}.get(self.gate_type, 0)
@@ -148,7 +148,7 @@ RECIPE = (
 
 
 def gated(name: str, what: str, paper: str = "", **gate: Any) -> Variant:
-    """A gate, trained without attention alignment: the paper compares gates before it, and so they differ more."""
+    """Describe a gate, trained without attention alignment: the paper compares gates before it; so they differ more."""
     return Variant(name, what, alignment=NO_ALIGNMENT, paper=paper, **gate)
 
 
@@ -169,7 +169,7 @@ GATES = (
 
 
 def compressed(name: str, what: str, cheap_gate: CheapGate | None) -> Variant:
-    """The bundled MELT with its trained gate replaced by the nearest cheap one, and no step of training after that."""
+    """Describe the bundled MELT with its trained gate replaced by the nearest cheap one, not trained any further."""
     of_demo: dict[str, Any] = {"chunk_size": Recipe().shape.chunk_size, "transition": UNTRAINED, "alignment": UNTRAINED}
     return Variant(name, what, start="melt", cheap_gate=cheap_gate, **of_demo)
 

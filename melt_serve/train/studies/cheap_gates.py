@@ -31,51 +31,51 @@ class CheapGate:
     shared: bool = False
 
     def build(self, config: MeltConfig) -> KVGate:
-        """A fresh gate; the product of factors starts as W_z and U_z do."""
+        """Build a fresh gate; the product of factors starts as W_z and U_z do."""
         gate = LoopSharedGate(config) if self.shared else KVGate(config)
         gate.input_proj = self.projection(config.hidden_size, bias=True)
         gate.state_proj = self.projection(config.hidden_size, bias=False)
         return gate
 
     def approximate(self, trained: KVGate, config: MeltConfig) -> KVGate:
-        """The gate of this kind that is nearest to a trained element-wise one, matrix by matrix."""
+        """Build the gate of this kind that is nearest to a trained element-wise one, matrix by matrix."""
         gate = self.build(config)
         gate.input_proj.approximate(trained.input_proj)
         gate.state_proj.approximate(trained.state_proj)
         return gate
 
     def multiply_adds(self, size: int, loops: int) -> int:
-        """What z costs a token over T = `loops`: those of the matrices, in every loop that computes a z."""
+        """Count what z costs a token over T = `loops`: those of the matrices, in every loop that computes a z."""
         matrix = 2 * size * self.rank if self.rank is not None else size * size // self.blocks
         computing = loops - 1 - (max(0, last_sharing(loops) - 2) if self.shared else 0)
         return 2 * matrix * computing
 
     def projection(self, size: int, bias: bool) -> "LowRank | BlockDiagonal":
-        """What stands for W_z with b_z, or for U_z."""
+        """Build what stands for W_z with b_z, or for U_z."""
         return LowRank(size, self.rank, bias) if self.rank is not None else BlockDiagonal(size, self.blocks, bias)
 
 
 class LoopSharedGate(KVGate):
-    """Loops up to `last_sharing` use the z of loop 2."""
+    """A gate whose loops up to `last_sharing` use the z of loop 2."""
 
     def __init__(self, config: MeltConfig):
         super().__init__(config)
         self.last = last_sharing(config.total_ut_steps)
 
     def keep(self, n: Tensor, h: Tensor, loop: int) -> Tensor | float:
-        """z of this loop; a chunk's loops follow one another, so loop 2's is still there."""
+        """Return z of this loop; a chunk's loops follow one another, so loop 2's is still there."""
         if not 2 < loop <= self.last:
             self.z = super().keep(n, h, loop)
         return self.z
 
 
 def last_sharing(loops: int) -> int:
-    """The last loop of the first half of 2..T, which has the middle one."""
+    """Return the last loop of the first half of 2..T, which has the middle one."""
     return 1 + math.ceil((loops - 1) / 2)
 
 
 class LowRank(nn.Module):
-    """x -> B A x + b."""
+    """A linear layer of low rank: x -> B A x + b."""
 
     def __init__(self, size: int, rank: int, bias: bool):
         super().__init__()
@@ -85,12 +85,12 @@ class LowRank(nn.Module):
         self.bias = nn.Parameter(torch.full((size,), GATE_BIAS)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
+        """Map [..., d] to [..., d]."""
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
 
     @torch.no_grad()
     def approximate(self, linear: nn.Linear) -> None:
-        """The nearest of this rank."""
+        """Become the nearest layer of this rank to `linear`."""
         up, down = nearest_factors(linear.weight, len(self.down))
         self.up.copy_(up)
         self.down.copy_(down)
@@ -99,7 +99,7 @@ class LowRank(nn.Module):
 
 
 class BlockDiagonal(nn.Module):
-    """x -> W x + b, where W has square blocks on its diagonal and nothing beside them."""
+    """A linear layer x -> W x + b, where W has square blocks on its diagonal and nothing beside them."""
 
     def __init__(self, size: int, blocks: int, bias: bool):
         super().__init__()
@@ -108,14 +108,14 @@ class BlockDiagonal(nn.Module):
         self.bias = nn.Parameter(torch.full((size,), GATE_BIAS)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
+        """Map [..., d] to [..., d]."""
         blocks, width, _ = self.blocks.shape
         y = torch.einsum("...bi,boi->...bo", x.unflatten(-1, (blocks, width)), self.blocks).flatten(-2)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
     def approximate(self, linear: nn.Linear) -> None:
-        """The nearest of this form: the blocks on the diagonal."""
+        """Become the nearest layer of this form to `linear`: take the blocks on its diagonal."""
         blocks, width, _ = self.blocks.shape
         self.blocks.copy_(linear.weight.view(blocks, width, blocks, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
         if self.bias is not None:

@@ -19,7 +19,7 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.trainer import Losses, run_stage
 from melt_serve.train.recipe import Count, Rate, Share, Stage
-from melt_serve.train.results import Row
+from melt_serve.train.results import Record
 from melt_serve.train.session import Session
 from melt_serve.train.studies.word_problems import PROBLEMS, Word, WordProblem, words
 
@@ -51,7 +51,7 @@ class Curriculum(Stage):
     grown_at: Share = 0.5
 
     def length_at(self, step: int) -> int:
-        """Letters of every word in this step's batch."""
+        """Return the letters of every word in this step's batch."""
         grown = min(1.0, step / max(1.0, self.grown_at * self.steps))
         return round(self.first_length + (self.length - self.first_length) * grown)
 
@@ -61,7 +61,7 @@ CURRICULUM = Curriculum(steps=400, learning_rate=3e-3, batch=64)
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model that is compared.
+    """A model that the study of lengths compares.
 
     Attributes:
         what: in words.
@@ -81,7 +81,7 @@ class ModelUnderTest:
     patience: int = 1
 
     def config(self, vocabulary: int) -> LoopLMConfig:
-        """The model's shape."""
+        """Return the model's config."""
         shape = {
             "vocab_size": vocabulary,
             "hidden_size": 64,
@@ -95,7 +95,7 @@ class ModelUnderTest:
         return LoopLMConfig(**shape) if self.chunk_size is None else MeltConfig(**shape, chunk_size=self.chunk_size)
 
     def model(self, vocabulary: int, seed: int) -> OuroForCausalLM | MeltForCausalLM:
-        """The model before its first step."""
+        """Build the model before its first step."""
         torch.manual_seed(seed)
         config = self.config(vocabulary)
         model = MeltForCausalLM(config) if isinstance(config, MeltConfig) else OuroForCausalLM(config)
@@ -104,16 +104,14 @@ class ModelUnderTest:
         return model.train()
 
     def multiply_adds(self, vocabulary: int) -> int:
-        """Of the matrices inside the layers, for one letter; attention's scores are left out."""
+        """Count those of the matrices inside the layers, for one letter; attention's scores are left out."""
         shapes = dict(weight_shapes(self.config(vocabulary)))
-        matrices = {
-            key: rows * columns for key, (rows, *rest) in shapes.items() for columns in rest if ".layers." in key
-        }
+        matrices = {key: out * width for key, (out, *rest) in shapes.items() for width in rest if ".layers." in key}
         gates = sum(count for key, count in matrices.items() if "kv_gate" in key)
         return self.loops * sum(matrices.values()) - gates  # the first loop has no gate
 
     def layers_in_sequence(self, length: int) -> int:
-        """Layer applications that must wait for each other until the last letter of a word is answered."""
+        """Count the layer applications that must wait for each other until the last letter of a word is answered."""
         chunks = 1 if self.chunk_size is None else -(-length // self.chunk_size)
         return self.layers * self.loops * chunks
 
@@ -135,8 +133,8 @@ MODELS_UNDER_TEST: dict[str, ModelUnderTest] = {
 }
 
 
-def settings(under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed: int) -> Row:
-    """What makes a run the run it is: of rows with the same settings one is enough."""
+def settings(under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed: int) -> Record:
+    """Return what makes a run the run it is: of records with the same settings one is enough."""
     model = {key: value for key, value in asdict(under_test).items() if key not in ("name", "what")}
     problem = {key: value for key, value in asdict(PROBLEMS[task]).items() if key != "what"}
     facts = {"problem": problem, "seed": seed, "model": model, "course": asdict(curriculum)}
@@ -146,7 +144,7 @@ def settings(under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed
 
 def run(
     under_test: ModelUnderTest, task: str, curriculum: Curriculum, seed: int, folder: Path, session: Session
-) -> Row:
+) -> Record:
     """Train and measure; `folder` holds the run's states until it is done, and goes with it.
 
     Raises:
@@ -172,7 +170,7 @@ def run(
         "loss": log[-1]["loss"],
         "right": right,
         "seconds": round(sum(entry["seconds"] for entry in log), 1),
-        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in log), 1),
+        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in log), 3),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -216,7 +214,7 @@ def learn(
 
 @torch.inference_mode()
 def measure(model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, length: int) -> list[float]:
-    """The share of right answers after each letter of the same held-out words."""
+    """Return the share of right answers after each letter of the same held-out words."""
     model.eval()
     asked = words(problem, "heldout", "measured", length)
     right = torch.zeros(length)
@@ -227,18 +225,18 @@ def measure(model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, leng
 
 
 def ask(model: OuroForCausalLM | MeltForCausalLM, problem: WordProblem, letters: Tensor) -> Tensor:
-    """The logits after each letter, [words, length, V], with a start letter where the model has one."""
+    """Return the logits after each letter, [words, length, V], with a start letter where the model has one."""
     start = start_letter(problem)
     given = F.pad(letters, (1, 0), value=start) if model.config.vocab_size > start else letters
     return model(given).logits[:, -letters.shape[1] :]
 
 
 def start_letter(problem: WordProblem) -> int:
-    """The number after all letters and answers."""
+    """Return the number of the start letter, which comes after all letters and answers."""
     return max(problem.letters, problem.answers)
 
 
 def tensors(batch: Iterator[Word]) -> tuple[Tensor, Tensor]:
-    """Letters and answers of words, [words, length] each."""
+    """Gather letters and answers of words, [words, length] each."""
     drawn = list(batch)
     return torch.tensor([word.letters for word in drawn]), torch.tensor([word.answers for word in drawn])

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.terminal import positive
+from melt_serve.train.commands import Commands, new_command, run_session
 from melt_serve.train.results import (
-    Planned,
-    Row,
+    Record,
+    WantedRun,
     add_study_flags,
-    exit_code,
     fingerprint,
-    read_rows,
+    names,
+    read_records,
     run_missing,
-    words,
 )
 from melt_serve.train.session import StudyError
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from melt_serve.train.studies.length_run import Curriculum, ModelUnderTest
 
 
-ROWS = Path("runs/lengths/rows.jsonl")
+FOLDER = Path("runs/lengths")
+MINUTES = 3.0
+"""That a run took in the mean with one thread on 2 CPU cores, for `--list` before any is done."""
 DESCRIPTION = """\
 A finished MELT row carries T loops of work to every later token, so a MELT is recurrent along the sequence, once a
 chunk, where a LoopLM is not. Train LoopLM, MELT at several C, and a plain transformer of equal compute from nothing on
 word problems, with the same words in the same order, and ask each about words up to four times as long. --list shows
 tasks and models.
 
-Every run is appended to --rows as one line of JSON when it is measured, and a run that is there is not repeated: a
+Every run is appended to --records as one line of JSON when it is measured, and a run that is there is not repeated: a
 study may take many sessions. Ctrl-C, SIGTERM or --minutes saves the run at work after its current step; the same
 command goes on with it.
 
@@ -46,52 +48,47 @@ examples:
 """
 
 
-def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_command(commands: Commands) -> None:
     """Add `lengths` to the commands of `python -m melt_serve.train`."""
-    command = commands.add_parser(
-        "lengths",
-        help="measure accuracy against length: LoopLM, MELT at several C, a plain transformer",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run_command=lengths)
+    help = "measure accuracy against length: LoopLM, MELT at several C, a plain transformer"
+    command = new_command(commands, "lengths", lengths, help, DESCRIPTION, EXAMPLES)
     add = command.add_argument
-    add("--tasks", type=words, metavar="T,...", help="only these (default: all)")
-    add("--models", type=words, metavar="M,...", help="only these (default: all)")
+    add("--tasks", type=names, metavar="T,...", help="only these (default: all)")
+    add("--models", type=names, metavar="M,...", help="only these (default: all)")
     add("--steps", type=positive, metavar="N", help="steps of training (default: as in --list)")
-    add_study_flags(command, "tasks, models", ROWS, (0,))
+    add_study_flags(command, "tasks, models", FOLDER, (0,))
 
 
 def lengths(arguments: argparse.Namespace) -> int:
-    """Run, list or report what the command line asks for; the exit code."""
-    return exit_code(lambda session: carry_out(arguments, session), arguments.minutes)
+    """Run, list or report what the command line asks for; return the exit code."""
+    return run_session(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
 def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
-    """What is asked for, in one session.
+    """Do what is asked for, in one session.
 
     Raises:
-        StudyError: see `choose`, `read_rows` and `write_report`.
+        StudyError: see `choose`, `read_records` and `write_lengths_report`.
+        OSError: the report cannot be written.
         Paused, TrainingError: see `run_stage`.
     """
     tasks, models, curriculum = choose(arguments.tasks, arguments.models, arguments.steps)
-    rows = read_rows(arguments.rows)
+    records = read_records(arguments.records)
     if arguments.list:
-        print(listing(tasks, models, curriculum, arguments.seeds, rows))
+        print(listing(tasks, models, curriculum, arguments.seeds, records))
     elif arguments.report:
-        from melt_serve.train.studies.lengths_report import write_report
+        from melt_serve.train.studies.lengths_report import write_lengths_report
 
-        for path in write_report(arguments.report, tasks, models, curriculum, rows):
+        for path in write_lengths_report(arguments.report, tasks, models, curriculum, records):
             print(f"wrote {path}")
     else:
-        run_all(tasks, models, curriculum, arguments.seeds, arguments.rows, session)
+        run_all(tasks, models, curriculum, arguments.seeds, arguments.records, session)
 
 
 def choose(
     tasks: Sequence[str] | None, models: Sequence[str] | None, steps: int | None
 ) -> tuple[Sequence[str], Sequence["ModelUnderTest"], "Curriculum"]:
-    """The tasks by name, the models and the curriculum asked for, by default all and the usual one.
+    """Return the tasks by name, the models and the curriculum asked for, by default all and the usual one.
 
     Raises:
         StudyError: one of them does not exist.
@@ -121,8 +118,8 @@ def run_all(
     """
     from melt_serve.train.studies.length_run import run, settings
 
-    planned = [
-        Planned(
+    wanted = [
+        WantedRun(
             f"{task}, {model.name}, seed {seed}",
             settings(model, task, curriculum, seed),
             partial(run, model, task, curriculum, seed, session=session),
@@ -131,7 +128,7 @@ def run_all(
         for task in tasks
         for model in models
     ]
-    run_missing(planned, path)
+    run_missing(wanted, path)
 
 
 def listing(
@@ -139,26 +136,22 @@ def listing(
     models: Sequence["ModelUnderTest"],
     curriculum: "Curriculum",
     seeds: Sequence[int],
-    rows: Sequence[Row],
+    records: Sequence[Record],
 ) -> str:
-    """Tasks and models in columns, with the runs that are done and the minutes that are left."""
+    """Format tasks and models in columns, with the runs that are done and the minutes that are left."""
     from melt_serve.terminal import columns
     from melt_serve.train.studies.length_run import settings
     from melt_serve.train.studies.word_problems import PROBLEMS
 
-    done = {fingerprint(row["settings"]): row["seconds"] / 60 for row in rows}
-    lines, left, taken = [("task", "model", "done", "minutes", "what")], 0, list(done.values())
+    done = {fingerprint(record["settings"]): record["seconds"] / 60 for record in records}
+    lines, left = [("task", "model", "done", "minutes", "what")], 0
     for task in tasks:
         for model in models:
             ran = [done[key] for seed in seeds if (key := fingerprint(settings(model, task, curriculum, seed))) in done]
             left += len(seeds) - len(ran)
             spent = f"{sum(ran):.1f}" if ran else "-"
             lines.append((task, model.name, f"{len(ran)} of {len(seeds)}", spent, model.what))
-    each = sum(taken) / len(taken) if taken else MINUTES
+    each = sum(done.values()) / len(done) if done else MINUTES
     what = "\n".join(f"{task}: {PROBLEMS[task].what}" for task in tasks)
     to_go = f"{curriculum.steps} steps; about {each:.1f} minutes a run, {left * each:.0f} minutes to go"
     return f"{what}\n\n{columns(lines)}\n\n{to_go}"
-
-
-MINUTES = 3.0
-"""That a run took in the mean with one thread on 2 CPU cores, for `--list` before there are rows."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from melt_serve.train.results import Row, markdown_table, spread, write_json
+from melt_serve.train.results import Record, check_report, markdown_table, spread, write_report
 from melt_serve.train.session import StudyError
 from melt_serve.train.studies.length_run import (
     LONGER,
@@ -58,65 +58,67 @@ class Learned:
     """A model with its runs of one task, one a seed."""
 
     under_test: ModelUnderTest
-    rows: Sequence[Row]
+    records: Sequence[Record]
 
     def right_after(self, letters: int) -> list[float]:
-        """Of every run."""
-        return [row["right"][letters - 1] for row in self.rows]
+        """Return the share of right answers after so many letters, one value a run."""
+        return [record["right"][letters - 1] for record in self.records]
 
     @property
     def curve(self) -> list[float]:
-        """The mean over runs, by letter."""
-        return [mean(each) for each in zip(*(row["right"] for row in self.rows), strict=True)]
+        """The share of right answers by letter, mean over runs."""
+        return [mean(each) for each in zip(*(record["right"] for record in self.records), strict=True)]
 
 
 def held_to(right: Sequence[float]) -> int:
-    """The last letter before the first whose answers are not held."""
+    """Return the last letter before the first whose answers are not held."""
     return next((letters for letters, share in enumerate(right) if share < HELD), len(right))
 
 
-def write_report(
-    path: Path, tasks: Sequence[str], models: Sequence[ModelUnderTest], curriculum: Curriculum, rows: Sequence[Row]
+def write_lengths_report(
+    path: Path,
+    tasks: Sequence[str],
+    models: Sequence[ModelUnderTest],
+    curriculum: Curriculum,
+    records: Sequence[Record],
 ) -> list[Path]:
-    """Write `path`, and a plot and JSON beside it; gives all three.
+    """Write `path`, and a plot and JSON beside it; return all three.
 
     Raises:
-        StudyError: no run of these is done, or matplotlib is missing.
+        StudyError: no run of these is done.
+        OSError: see `check_report`.
     """
+    check_report(path)
     found = {}
     for task in tasks:
-        runs = [Learned(model, rows_of(model, task, curriculum, rows)) for model in models]
-        found[task] = [each for each in runs if each.rows]
+        runs = [Learned(model, records_of(model, task, curriculum, records)) for model in models]
+        found[task] = [each for each in runs if each.records]
     found = {task: learned for task, learned in found.items() if learned}
     if not found:
         raise StudyError(f"no run of {curriculum.steps} steps is done yet: run the same command without --report")
-    try:
-        figure = plot(found, curriculum)
-    except ImportError:
-        raise StudyError("--report needs matplotlib: pip install matplotlib") from None
-    used = [row for learned in found.values() for each in learned for row in each.rows]
-    files = [path, path.with_suffix(".svg"), path.with_suffix(".json")]
-    path.write_text(markdown(found, curriculum, used, files[1].name), encoding="utf-8")
-    figure.savefig(files[1])
-    write_json(files[2], used)
-    return files
+    used = [record for learned in found.values() for each in learned for record in each.records]
+    head, caption = introduction(found, curriculum, used), "Right answers by length, a panel a task"
+    sections = []
+    for task, learned in found.items():
+        sections += [f"## `{task}`: {PROBLEMS[task].what}", table(learned, curriculum)]
+    return write_report(path, head, caption, plot(found, curriculum), sections, used)
 
 
-def rows_of(model: ModelUnderTest, task: str, curriculum: Curriculum, rows: Sequence[Row]) -> list[Row]:
-    """The runs of this model and task as they are defined now."""
-    return [row for row in rows if row["settings"] == settings(model, task, curriculum, row["seed"])]
+def records_of(model: ModelUnderTest, task: str, curriculum: Curriculum, records: Sequence[Record]) -> list[Record]:
+    """Choose the runs of this model and task as they are defined now."""
+    return [record for record in records if record["settings"] == settings(model, task, curriculum, record["seed"])]
 
 
-def markdown(found: Found, curriculum: Curriculum, used: Sequence[Row], picture: str) -> str:
-    """The report's text."""
+def introduction(found: Found, curriculum: Curriculum, used: Sequence[Record]) -> str:
+    """Say what was run and what the columns mean."""
     first = used[0]
-    head = INTRODUCTION.format(
+    return INTRODUCTION.format(
         curriculum=curriculum,
         config=ModelUnderTest("", "").config(1),
         runs=len(used),
         threads=first["threads"],
         cores=first["cores"],
-        cpu=sum(row["cpu_seconds"] for row in used),
+        cpu=sum(record["cpu_seconds"] for record in used),
         torch=first["torch"],
         words=MEASURED_WORDS,
         longest=LONGER * curriculum.length,
@@ -124,40 +126,36 @@ def markdown(found: Found, curriculum: Curriculum, used: Sequence[Row], picture:
         held=HELD,
         guesses=", ".join(f"{1 / PROBLEMS[task].answers:.1%} of {task}" for task in found),
     )
-    parts = [head, f"![Right answers by length, a panel a task]({picture})"]
-    for task, learned in found.items():
-        parts += [f"## `{task}`: {PROBLEMS[task].what}", table(learned, curriculum)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def table(learned: Sequence[Learned], curriculum: Curriculum) -> str:
-    """A line a model."""
+    """Format one task's outcomes, a line a model."""
     lengths = [round(curriculum.length * share) for share in (0.5, 1, 1.5, 2, LONGER)]
     heads = [f"right after {length}" for length in lengths]
     costs = ("weights", "multiply-adds", "in sequence", "letters seen", "CPU, s", "ms a step")
     lines = [("model", "what", "seeds", *heads, "holds to", *costs)]
     for each in learned:
-        row = each.rows[0]
+        record = each.records[0]
         lines.append(
             (
                 f"`{each.under_test.name}`",
                 each.under_test.what,
-                str(len(each.rows)),
+                str(len(each.records)),
                 *(spread(each.right_after(length), ".1%") for length in lengths),
-                spread([held_to(row["right"]) for row in each.rows], ".0f"),
-                f"{row['weights']:,}",
-                f"{row['multiply_adds']:,}",
+                spread([held_to(run["right"]) for run in each.records], ".0f"),
+                f"{record['weights']:,}",
+                f"{record['multiply_adds']:,}",
                 str(each.under_test.layers_in_sequence(curriculum.length)),
-                f"{row['letters']:,}",
-                f"{mean(row['cpu_seconds'] for row in each.rows):.0f}",
-                f"{mean(1000 * row['cpu_seconds'] / row['steps'] for row in each.rows):.0f}",
+                f"{record['letters']:,}",
+                f"{mean(run['cpu_seconds'] for run in each.records):.0f}",
+                f"{mean(1000 * run['cpu_seconds'] / run['steps'] for run in each.records):.0f}",
             )
         )
     return markdown_table(lines)
 
 
 def plot(found: Found, curriculum: Curriculum) -> "Figure":
-    """A panel a task, a line a model: right answers by letter, and where training ended."""
+    """Draw a panel a task, a line a model: right answers by letter, and where training ended."""
     from matplotlib.figure import Figure
 
     colors = {name: f"C{i}" for i, name in enumerate(MODELS_UNDER_TEST)}

@@ -49,12 +49,12 @@ class Permutations:
 
     @cached_property
     def elements(self) -> tuple[Permutation, ...]:
-        """The answers."""
+        """The group's elements, by number of the answer."""
         return tuple(itertools.permutations(range(len(self.generators[0]))))
 
     @cached_property
     def products(self) -> list[list[int]]:
-        """[answer][letter], the answer after that letter."""
+        """The answer after each letter, as [answer before it][letter]."""
         number = {element: i for i, element in enumerate(self.elements)}
         return [[number[compose(element, each)] for each in self.generators] for element in self.elements]
 
@@ -69,14 +69,14 @@ class Permutations:
         return len(self.elements)
 
     def draw(self, draw: random.Random, length: int) -> Word:
-        """Letters drawn alike."""
+        """Draw a word, all letters equally likely."""
         letters = draw.choices(range(self.letters), k=length)
         answers = itertools.accumulate(letters, lambda product, letter: self.products[product][letter], initial=0)
         return Word(tuple(letters), tuple(answers)[1:])
 
 
 def compose(first: Permutation, then: Permutation) -> Permutation:
-    """One permutation after another: place i goes to then[first[i]]."""
+    """Apply one permutation after another: place i goes to then[first[i]]."""
     return tuple(then[place] for place in first)
 
 
@@ -96,12 +96,12 @@ class Chains:
 
     @cached_property
     def sentences(self) -> tuple[tuple[str, str], ...]:
-        """Who is meant, and in which place or with whom, by letter."""
+        """Who is spoken of, and in which place or with whom, by letter."""
         return tuple((name, to) for name in self.names for to in (*self.places, *self.names) if to != name)
 
     @cached_property
     def numbers(self) -> dict[tuple[str, str], int]:
-        """The letter of a sentence."""
+        """The letter of each sentence."""
         return {sentence: letter for letter, sentence in enumerate(self.sentences)}
 
     @property
@@ -115,7 +115,7 @@ class Chains:
         return len(self.places)
 
     def draw(self, draw: random.Random, length: int) -> Word:
-        """The chains' beginnings in random order, then one of the chains at a time goes on."""
+        """Draw the chains' beginnings in random order, then let one chain at a time go on."""
         last = draw.sample(self.names, len(self.places))  # of the chain that began in places[i]
         begins = draw.sample(range(len(self.places)), len(self.places))
         letters = [self.numbers[last[chain], self.places[chain]] for chain in begins]
@@ -142,7 +142,7 @@ PROBLEMS: dict[str, WordProblem] = {
 
 
 def words(problem: WordProblem, split: Split, seed: int | str, length: int) -> Iterator[Word]:
-    """Endless words of one length; their first `DECIDING_LETTERS` are never those of a word of the other split."""
+    """Yield endless words of one length; no word of the other split has their first `DECIDING_LETTERS`."""
     draw = random.Random(f"{problem.name} {split} {seed}")
     while True:
         word = problem.draw(draw, max(length, DECIDING_LETTERS))
@@ -151,6 +151,6 @@ def words(problem: WordProblem, split: Split, seed: int | str, length: int) -> I
 
 
 def split_of(problem: WordProblem, word: Word) -> Split:
-    """The split a word belongs to, by a hash of its first letters that never changes."""
+    """Return the split a word belongs to, by a hash of its first letters that never changes."""
     first = " ".join(map(str, (problem.name, *word.letters[:DECIDING_LETTERS])))
     return "heldout" if hashlib.sha256(first.encode()).digest()[0] % HELDOUT_SHARE == 0 else "train"

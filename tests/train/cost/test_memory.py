@@ -45,8 +45,8 @@ def test_peaks_are_those_planned_and_phase_1_keeps_rows_of_every_loop(tmp_path, 
         for each in json.loads((tmp_path / "memory.json").read_text())
     }
     assert len(steps) == 2 * 2 * 3
-    for (_, again, _, _), step in steps.items():
-        assert step["planned"] == pytest.approx(step["peak"], rel=0.3 if again else 0.15), step
+    for (_, recomputed, _, _), step in steps.items():
+        assert step["planned"] == pytest.approx(step["peak"], rel=0.3 if recomputed else 0.15), step
     for variant in (PHASE_1, PHASE_2, WITHOUT):
         for length in (32, 64):
             assert steps[variant, True, length, 2]["peak"] < steps[variant, False, length, 2]["peak"]

@@ -24,11 +24,11 @@ def small(**changes):
     return replace(recipe, **changes)
 
 
-@pytest.mark.parametrize(("stage", "again"), [("transition", True), ("alignment", False)])
-def test_the_arithmetic_is_that_of_real_steps(stage, again):
-    recipe = small(checkpoint_chunks=again)
+@pytest.mark.parametrize(("stage", "recomputed"), [("transition", True), ("alignment", False)])
+def test_the_arithmetic_is_that_of_real_steps(stage, recomputed):
+    recipe = small(checkpoint_chunks=recomputed)
     student, loss = random_step(TEACHER, recipe, recipe.stages[stage])
-    student.checkpoint_chunks = again
+    student.checkpoint_chunks = recomputed
     with FlopCounterMode(display=False) as counter:
         loss().backward()
     expected = sequence_flops(student_config(recipe, TEACHER), recipe, recipe.stages[stage])
@@ -45,8 +45,8 @@ def test_bytes_kept_are_those_counted_at_the_true_shape(stage):
         loss()
     assert kept_for_backward(wide, recipe, recipe.stages[stage], 2) == pytest.approx(counts[-1], rel=0.1)
     last = counts[-1] - counts[-2]
-    again = replace(recipe, checkpoint_chunks=True)
-    assert kept_for_backward(wide, again, again.stages[stage], 2) == pytest.approx(last, rel=0.1)
+    recomputed = replace(recipe, checkpoint_chunks=True)
+    assert kept_for_backward(wide, recomputed, recomputed.stages[stage], 2) == pytest.approx(last, rel=0.1)
 
 
 def test_phase_1_keeps_rows_of_every_loop_and_more_devices_share_the_states():
@@ -62,10 +62,10 @@ def test_phase_1_keeps_rows_of_every_loop_and_more_devices_share_the_states():
     assert eight["teacher"] == transition["teacher"]
 
 
-def test_plan_prints_steps_tokens_memory_and_time(capsys):
+def test_cost_prints_steps_tokens_memory_and_time(capsys):
     torch.set_num_threads(1)
     words = ["melt-1.6b", "chunk_size=16", "dtype=float32", "--scale", "64", "--processes", "8"]
-    assert main(["plan", *words]) == 0
+    assert main(["cost", *words]) == 0
     said = capsys.readouterr().out
     for part in ("160,000,000", "96,000,000", "256,000,000", "hours", "optimizer states", "phase 1's rows", "1/64"):
         assert part in said
@@ -73,9 +73,9 @@ def test_plan_prints_steps_tokens_memory_and_time(capsys):
 
 def test_what_cannot_be_planned_is_one_line(capsys):
     for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "is no checkpoint")):
-        assert main(["plan", *words]) == 1
+        assert main(["cost", *words]) == 1
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
     for words in (["--scale", "0"], ["--processes", "0"]):
         with pytest.raises(SystemExit, match="2"):
-            main(["plan", "melt-1.6b", *words])
+            main(["cost", "melt-1.6b", *words])

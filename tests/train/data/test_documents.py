@@ -44,7 +44,7 @@ def tokenizer(template: str = OWN) -> PreTrainedTokenizerFast:
 
 
 def learnt(document, reads: PreTrainedTokenizerFast) -> list[str]:
-    """The runs of supervised tokens, as text."""
+    """Return the runs of supervised tokens, as text."""
     runs, last = [], False
     for token, supervised in zip(document.tokens.tolist(), document.supervised.tolist(), strict=True):
         if supervised:

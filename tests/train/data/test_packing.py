@@ -32,7 +32,7 @@ def texts(count: int = RECORDS) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same records as two JSONL files, a saved dataset and a Parquet file."""
+    """Write the same records as two JSONL files, a saved dataset and a Parquet file."""
     import datasets
 
     folder = tmp_path_factory.mktemp("data")
@@ -61,7 +61,7 @@ def same(one, other) -> bool:
 
 
 def epoch_texts(batches: Batches, tokenizer) -> list[str]:
-    """The texts of the documents of one epoch, in their order."""
+    """Return the texts of the documents of one epoch, in their order."""
     found = []
     while batches.next_window():
         found += [tokenizer.decode(document.tokens) for pack in batches.packs for document in pack]

@@ -54,7 +54,7 @@ def test_alone_every_document_is_seen_once_an_epoch_in_an_order_of_the_seeds(rec
     def epoch(number, seed):
         words = ("data.pack=false", f"seed={seed}")
         batch = open_sequences(recipe_file, tmp_path / "none", *words)(range(10 * number, 10 * (number + 1)))
-        return [tuple(row[row > 0].tolist()) for row in batch.input_ids]
+        return [tuple(ids[ids > 0].tolist()) for ids in batch.input_ids]
 
     one = epoch(0, 0)
     assert one == epoch(0, 0) and len(set(one)) == 10

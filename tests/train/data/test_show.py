@@ -1,27 +1,22 @@
 """`python -m melt_serve.train data`: what it counts, what it marks, how it fails."""
 
-import argparse
 import json
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
 
 from melt_serve.bundled import MELT
+from melt_serve.train.__main__ import main
 from melt_serve.train.data.datasets import Record
 from melt_serve.train.data.documents import documents_of
-from melt_serve.train.data.show import add_command, marked
+from melt_serve.train.data.show import marked
 
 CHAT = [{"role": "user", "content": "Where is Ann?"}, {"role": "assistant", "content": "In Rome."}]
 
 
 def data(*words: object) -> int:
-    """`data` with these words; its exit code."""
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    arguments = parser.parse_args(["data", *map(str, words)])
-    return arguments.run_command(arguments)
+    """Run `data` with these words; return its exit code."""
+    return main(["data", *map(str, words)])
 
 
 @pytest.fixture
@@ -69,9 +64,9 @@ def test_good_data_exits_with_0_and_unusable_data_is_one_line(file, tmp_path, ca
         assert last.startswith("melt_serve.train: error:") and says in last
 
 
-def test_help_teaches_and_wrong_words_are_usage_errors(file):
-    command = [sys.executable, "-m", "melt_serve.train", "data"]
-    taught = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=300)
-    assert taught.returncode == 0 and "save_to_disk" in taught.stdout
+def test_help_teaches_and_wrong_words_are_usage_errors(file, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        data("--help")
+    assert "save_to_disk" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         data(file, "--length", "0")

@@ -39,7 +39,7 @@ def logged(folder):
     return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
 
 
-def test_a_run_of_many_sittings_is_the_unbroken_run(tmp_path):
+def test_a_run_of_many_sessions_is_the_unbroken_run(tmp_path):
     unbroken = run(tmp_path / "unbroken")
     for _ in range(STAGE.steps):
         with pytest.raises(Paused):

@@ -1,6 +1,5 @@
 """Ablations: runs that are done stay done, what is measured is what is served, and the report shows all of it."""
 
-import argparse
 import json
 import os
 import shutil
@@ -17,11 +16,12 @@ from melt_serve.modeling import MeltConfig
 from melt_serve.modeling.gate import GATE_WEIGHT_STD, KVGate
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
+from melt_serve.train.__main__ import main
 from melt_serve.train.data.task_batches import encode
-from melt_serve.train.results import append_row, read_rows
+from melt_serve.train.results import append_record, read_records
 from melt_serve.train.session import Paused, Session
-from melt_serve.train.studies.ablate import add_command, run_all
-from melt_serve.train.studies.ablation_report import write_report
+from melt_serve.train.studies.ablate import run_all
+from melt_serve.train.studies.ablation_report import write_ablation_report
 from melt_serve.train.studies.ablation_run import AblationRunner, answers, divergence, right_share
 from melt_serve.train.studies.ablations import (
     COMPRESSED,
@@ -47,24 +47,24 @@ def runner():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    rows = tmp_path_factory.mktemp("ablate") / "rows.jsonl"
-    run_all({"gates": (ELEMENTWISE, LAST), "recipe": RECIPE[1:2]}, SIZE, (0, 1), rows, Session())
-    return rows
+    records = tmp_path_factory.mktemp("ablate") / "records.jsonl"
+    run_all({"gates": (ELEMENTWISE, LAST), "recipe": RECIPE[1:2]}, SIZE, (0, 1), records, Session())
+    return records
 
 
 def test_a_run_that_two_studies_share_is_done_once(done):
-    rows = read_rows(done)
-    assert [(row["variant"], row["seed"]) for row in rows] == [
+    records = read_records(done)
+    assert [(record["variant"], record["seed"]) for record in records] == [
         ("elementwise", 0),
         ("last", 0),
         ("elementwise", 1),
         ("last", 1),
     ]
-    assert [path.name for path in done.parent.iterdir()] == ["rows.jsonl"]
-    for row in rows:
-        assert [(each["mode"], each["chunk_size"]) for each in row["outcomes"]] == [("token", 16), ("chunk", 16)]
-        assert all(each["kd"] > 0.01 for each in row["outcomes"])
-    kd = [row["outcomes"][0]["kd"] for row in rows]
+    assert [path.name for path in done.parent.iterdir()] == ["records.jsonl"]
+    for record in records:
+        assert [(each["mode"], each["chunk_size"]) for each in record["outcomes"]] == [("token", 16), ("chunk", 16)]
+        assert all(each["kd"] > 0.01 for each in record["outcomes"])
+    kd = [record["outcomes"][0]["kd"] for record in records]
     assert len(set(kd)) == 4
 
 
@@ -75,29 +75,29 @@ def test_a_run_that_is_done_is_not_repeated(done):
 
 
 def test_a_run_of_other_settings_is_another_run(done, tmp_path):
-    rows = Path(shutil.copy(done, tmp_path))
+    records = Path(shutil.copy(done, tmp_path))
     with pytest.raises(Paused):
-        run_all({"gates": (ELEMENTWISE,)}, replace(SIZE, batch=3), (0,), rows, Session(minutes=0))
+        run_all({"gates": (ELEMENTWISE,)}, replace(SIZE, batch=3), (0,), records, Session(minutes=0))
 
 
-def test_a_run_cut_in_sittings_gives_the_row_of_an_unbroken_one(done, tmp_path):
-    rows, sessions = tmp_path / "rows.jsonl", 0
+def test_a_run_cut_in_sessions_gives_the_record_of_an_unbroken_one(done, tmp_path):
+    records, sessions = tmp_path / "records.jsonl", 0
     while sessions < 50:
         try:
-            run_all({"gates": (ELEMENTWISE,)}, SIZE, (0,), rows, Session(minutes=0.001))
+            run_all({"gates": (ELEMENTWISE,)}, SIZE, (0,), records, Session(minutes=0.001))
             break
         except Paused:
             sessions += 1
     assert sessions > 0
-    assert read_rows(rows)[0]["outcomes"] == read_rows(done)[0]["outcomes"]
+    assert read_records(records)[0]["outcomes"] == read_records(done)[0]["outcomes"]
 
 
-def test_the_report_shows_every_run_and_keeps_its_row(done, tmp_path):
-    rows = read_rows(done)
-    markdown, plot, numbers = write_report(tmp_path / "report.md", {"gates": GATES}, SIZE, rows)
-    assert json.loads(numbers.read_text()) == rows and plot.read_text().startswith("<?xml")
+def test_the_report_shows_every_run_and_keeps_its_record(done, tmp_path):
+    records = read_records(done)
+    markdown, plot, numbers = write_ablation_report(tmp_path / "report.md", {"gates": GATES}, SIZE, records)
+    assert json.loads(numbers.read_text()) == records and plot.read_text().startswith("<?xml")
     lines = {line.split("|")[1].strip(): line.split("|") for line in markdown.read_text().splitlines() if "|" in line}
-    kd = [row["outcomes"][1]["kd"] for row in rows if row["variant"] == "last"]
+    kd = [record["outcomes"][1]["kd"] for record in records if record["variant"] == "last"]
     assert all(path.parent == tmp_path for path in (markdown, plot, numbers))
     assert f"{sum(kd) / 2:.4f} ({min(kd):.4f} to {max(kd):.4f})" in "|".join(lines["`last`"])
     assert "`scalar`" not in lines
@@ -127,7 +127,7 @@ def test_the_divergence_is_none_from_the_teacher_itself(runner):
     batch = encode(heldout(3), runner.tokenizer)
     wanted = runner.wanted(batch)
     whole = runner.student(Variant("whole", "", gate_type="last", chunk_size=WHOLE_SEQUENCE), SIZE, 0).eval()
-    given = answers(whole, batch, "chunk")  # one chunk of the last loops' rows is the LoopLM
+    given = answers(whole, batch, "chunk")  # one chunk of the last loops' records is the LoopLM
     assert abs(divergence([wanted], [given])) < 1e-6 < 1e-2 < divergence([wanted], [given.roll(1, -1)])
 
 
@@ -203,9 +203,9 @@ def test_a_gate_can_start_half_open(runner):
 
 
 def test_what_is_not_trained_runs_with_one_seed(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), rows, Session())
-    assert [row["seed"] for row in read_rows(rows)] == [1]
+    records = tmp_path / "records.jsonl"
+    run_all({"compressed": COMPRESSED[:1]}, replace(SIZE, questions=4), (1, 0), records, Session())
+    assert [record["seed"] for record in read_records(records)] == [1]
 
 
 def test_names_are_unique_within_a_study():
@@ -214,18 +214,15 @@ def test_names_are_unique_within_a_study():
 
 
 def test_a_broken_line_is_named(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    append_row(rows, {"variant": "full"})
-    rows.write_text(rows.read_text() + "{\n")
+    records = tmp_path / "records.jsonl"
+    append_record(records, {"variant": "full"})
+    records.write_text(records.read_text() + "{\n")
     with pytest.raises(ValueError, match="line 2"):
-        read_rows(rows)
+        read_records(records)
 
 
 def command(*words):
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    arguments = parser.parse_args(["ablate", *words])
-    return arguments.run_command(arguments)
+    return main(["ablate", *words])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +243,7 @@ def test_bad_words_end_in_one_line(words, told, tmp_path, monkeypatch, capsys):
 
 def test_the_list_says_what_is_done(done, capsys, monkeypatch):
     monkeypatch.setitem(SIZES, "small", SIZE)
-    assert command("gates", "--list", "--rows", str(done)) == 0
+    assert command("gates", "--list", "--records", str(done)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines[1:3]] == ["2", "2"]
 
@@ -259,5 +256,5 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert command("gates", "--seeds", "0", "--rows", str(tmp_path / "rows.jsonl")) == 130
+    assert command("gates", "--seeds", "0", "--records", str(tmp_path / "records.jsonl")) == 130
     assert "goes on" in capsys.readouterr().err and len(list(tmp_path.glob("*/transition.state.pt"))) == 1

@@ -1,6 +1,5 @@
-"""Accuracy against length: answers are right, held-out words stay apart, runs go on, the report says what rows say."""
+"""Accuracy against length: answers are right, held-out words stay apart, runs go on, the report shows them."""
 
-import argparse
 import json
 from dataclasses import replace
 from itertools import islice
@@ -9,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from melt_serve.train.results import append_row, read_rows
+from melt_serve.train.__main__ import main
+from melt_serve.train.results import append_record, read_records
 from melt_serve.train.session import Paused, Session
 from melt_serve.train.studies import length_run, word_problems
 from melt_serve.train.studies.length_run import CURRICULUM, LOOPLM, MODELS_UNDER_TEST, PLAIN, learn, measure
-from melt_serve.train.studies.lengths import add_command, run_all
-from melt_serve.train.studies.lengths_report import held_to, write_report
+from melt_serve.train.studies.lengths import run_all
+from melt_serve.train.studies.lengths_report import held_to, write_lengths_report
 from melt_serve.train.studies.word_problems import PROBLEMS, split_of, words
 
 TINY = replace(CURRICULUM, steps=5, batch=3, first_length=3, length=6)
@@ -159,19 +159,19 @@ def test_a_model_learns_short_words(tmp_path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    rows = tmp_path_factory.mktemp("lengths") / "rows.jsonl"
-    run_all(["s3", "chains"], MODELS, TINY, (0, 1), rows, Session())
-    return rows
+    records = tmp_path_factory.mktemp("lengths") / "records.jsonl"
+    run_all(["s3", "chains"], MODELS, TINY, (0, 1), records, Session())
+    return records
 
 
-def test_every_run_is_a_row_and_leaves_nothing_else(done):
-    rows = read_rows(done)
+def test_every_run_is_a_record_and_leaves_nothing_else(done):
+    records = read_records(done)
     planned = [(seed, task, model.name) for seed in (0, 1) for task in ("s3", "chains") for model in MODELS]
-    assert [(row["seed"], row["task"], row["model"]) for row in rows] == planned
-    assert [path.name for path in done.parent.iterdir()] == ["rows.jsonl"]
-    assert {len(row["right"]) for row in rows} == {24}
-    assert {row["letters"] for row in rows} == {3 * (3 + 4 + 5 + 6 + 6)}
-    assert len({row["loss"] for row in rows}) == len(rows)
+    assert [(record["seed"], record["task"], record["model"]) for record in records] == planned
+    assert [path.name for path in done.parent.iterdir()] == ["records.jsonl"]
+    assert {len(record["right"]) for record in records} == {24}
+    assert {record["letters"] for record in records} == {3 * (3 + 4 + 5 + 6 + 6)}
+    assert len({record["loss"] for record in records}) == len(records)
 
 
 def test_a_run_that_is_done_is_not_repeated(done):
@@ -180,26 +180,28 @@ def test_a_run_that_is_done_is_not_repeated(done):
     assert done.read_bytes() == before
 
 
-def test_a_run_cut_in_sittings_gives_the_row_of_an_unbroken_one(done, tmp_path):
-    rows, sessions = tmp_path / "rows.jsonl", 0
-    while not rows.exists() and sessions < 20:
+def test_a_run_cut_in_sessions_gives_the_record_of_an_unbroken_one(done, tmp_path):
+    records, sessions = tmp_path / "records.jsonl", 0
+    while not records.exists() and sessions < 20:
         try:
-            run_all(["s3"], MODELS[1:], TINY, (0,), rows, Session(minutes=0))
+            run_all(["s3"], MODELS[1:], TINY, (0,), records, Session(minutes=0))
         except Paused:
             sessions += 1
     assert sessions == TINY.steps  # --minutes 0 still makes a step
-    cut, unbroken = read_rows(rows)[0], next(row for row in read_rows(done) if row["model"] == "melt-4")
+    cut = read_records(records)[0]
+    unbroken = next(record for record in read_records(done) if record["model"] == "melt-4")
     assert {**cut, **dict.fromkeys(SECONDS)} == {**unbroken, **dict.fromkeys(SECONDS)}
-    assert cut["cpu_seconds"] > 0 and [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert cut["cpu_seconds"] > 0 and [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 
-def test_the_report_says_what_the_rows_say(done, tmp_path):
-    rows = read_rows(done)
-    for row in rows:  # as it may come out: five steps teach nothing
-        row["right"] = [0.95 if row["model"] == "melt-4" and letter < 9 + row["seed"] else 0.5 for letter in range(24)]
-    markdown, plot, numbers = write_report(tmp_path / "lengths.md", ["chains"], MODELS, TINY, rows)
+def test_the_report_says_what_the_records_say(done, tmp_path):
+    records = read_records(done)
+    for record in records:  # as it may come out: five steps teach nothing
+        held = 9 + record["seed"] if record["model"] == "melt-4" else 0
+        record["right"] = [0.95] * held + [0.5] * (24 - held)
+    markdown, plot, numbers = write_lengths_report(tmp_path / "lengths.md", ["chains"], MODELS, TINY, records)
     assert json.loads(numbers.read_text()) == [
-        row for model in MODELS for row in rows if (row["task"], row["model"]) == ("chains", model.name)
+        record for model in MODELS for record in records if (record["task"], record["model"]) == ("chains", model.name)
     ]
     assert plot.read_text().startswith("<?xml")
     tables = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
@@ -218,10 +220,7 @@ def test_a_model_holds_on_up_to_its_first_weak_answer(right, letters):
 
 
 def command(*words):
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    arguments = parser.parse_args(["lengths", *words])
-    return arguments.run_command(arguments)
+    return main(["lengths", *words])
 
 
 @pytest.mark.parametrize(
@@ -245,14 +244,16 @@ def test_steps_are_counted_from_one(capsys):
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
-def test_minutes_and_list_go_on_where_the_rows_are(tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
-    asked = ["--tasks", "s3", "--models", "looplm", "--steps", "2", "--rows", str(rows)]
+def test_minutes_and_list_go_on_where_the_records_are(tmp_path, capsys):
+    records = tmp_path / "records.jsonl"
+    asked = ["--tasks", "s3", "--models", "looplm", "--steps", "2", "--records", str(records)]
     assert command(*asked, "--minutes", "0") == 3
     assert "goes on" in capsys.readouterr().err
     assert command(*asked, "--list") == 0
     assert "0 of 1" in capsys.readouterr().out
-    append_row(rows, {"settings": length_run.settings(LOOPLM, "s3", replace(CURRICULUM, steps=2), 0), "seconds": 90.0})
+    append_record(
+        records, {"settings": length_run.settings(LOOPLM, "s3", replace(CURRICULUM, steps=2), 0), "seconds": 90.0}
+    )
     assert command(*asked, "--list") == 0
     assert ["s3", "looplm", "1", "of", "1", "1.5"] in [
         line.split()[:6] for line in capsys.readouterr().out.splitlines()
