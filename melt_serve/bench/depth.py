@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from melt_serve.bench.accuracy import accuracy_by_depth, trained_loops
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.options import flag
 from melt_serve.bench.report import draw_spread, judged, set_loop_axis, spread, verdict
 from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, scaled_shape
 from melt_serve.bench.throughput import STEP_TOKENS, refuse
-from melt_serve.bundled import MELT
 from melt_serve.terminal import columns, loop_list, positive, two_depths, whole
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ TIME_GOALS = {1: 0.35}
 MIX_GOALS = {(1, 8): 1.4}
 """What the throughput should gain where half of the requests think this much less than the others."""
 
-ACCURACY_CACHE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 128}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -65,7 +63,7 @@ class Options:
         two_depths,
         "T,T",
     )
-    decode_mode: "DecodeMode" = flag("token", "the MELTs'", choices=("token", "chunk"))
+    decode_mode: "DecodeMode" = flag("token", "the MELT's", choices=("token", "chunk"))
     chunk_size: int = flag(32, "the MELT's, in chunk mode a multiple of 32", positive, "C")
     requests: int = flag(16, "requests, all there from the start", positive, "N")
     prompt: int = flag(128, "tokens of a prompt", positive, "N")
@@ -202,7 +200,7 @@ def measure(options: Options) -> Measured:
         with Engine(f"MELT, {options.decode_mode} mode", options.checkpoint, engine_arguments(options)) as engine:
             engine.answer()
             served = serve(options, engine, progress)
-        right = answer(options, asked, progress) if asked else {}
+        right = accuracy_by_depth(asked, options.questions, options.decode_mode, progress) if asked else {}
     return Measured(depth_results(options, served, right), mix_result(options, served))
 
 
@@ -229,20 +227,6 @@ def serve(options: Options, engine: Engine, progress: tqdm) -> Served:
     return served
 
 
-def answer(options: Options, depths: Sequence[int], progress: tqdm) -> dict[int, float]:
-    """Return the share of right answers by depth, from a second engine with the bundled checkpoint."""
-    progress.set_description("starting")
-    arguments = {**ACCURACY_CACHE, "block_size": BLOCK_SIZE, "hf_overrides": {"decode_mode": options.decode_mode}}
-    right = {}
-    with Engine(f"{MELT.name}, {options.decode_mode} mode", MELT, arguments) as engine:
-        engine.answer()
-        for loops in depths:
-            progress.set_description(f"T={loops}, questions")
-            right[loops] = engine.ask("share_right", questions=options.questions, loops=loops)
-            progress.update()
-    return right
-
-
 def refuse_depths(options: Options) -> None:
     """Refuse before the engines start what cannot be served or compared.
 
@@ -262,15 +246,6 @@ def refuse_depths(options: Options) -> None:
             f"--accuracy={options.questions} asks the bundled checkpoint, which runs at most {trained_loops()} loops: "
             f"none of --loops is as few"
         )
-
-
-def trained_loops() -> int:
-    """Return the most loops that the bundled checkpoint runs."""
-    from melt_serve.config import MeltConfig
-
-    most = MeltConfig.from_pretrained(MELT).max_loops
-    assert most is not None
-    return most
 
 
 def workloads(options: Options) -> dict[str, list[int]]:
