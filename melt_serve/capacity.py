@@ -74,12 +74,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Bytes of all parts together."""
         return self.weights + self.kv + self.transient
 
 
 def plan(name: str, config: LoopLMConfig, load: Load, device_bytes: int | None = None) -> Plan:
-    """Add up one model's parts; the loops are the load's, not the config's."""
+    """Add up one model's parts. The loops are the load's, not the config's."""
     row = kv_bytes_per_token(config, KV_BYTES[load.kv_dtype], load.loops)
     open_chunk = transient = 0
     if isinstance(config, MeltConfig):
@@ -95,7 +95,7 @@ def plan(name: str, config: LoopLMConfig, load: Load, device_bytes: int | None =
 
 
 def compare(config: LoopLMConfig, load: Load, chunk_size: int, device_bytes: int | None = None) -> list[Plan]:
-    """The shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop)."""
+    """Plan the shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop)."""
     facts = shape_facts(config)
     looplm = LoopLMConfig(**facts)
     loops = {"total_ut_steps": load.loops, "max_loops": load.loops}
@@ -109,7 +109,7 @@ def compare(config: LoopLMConfig, load: Load, chunk_size: int, device_bytes: int
 
 
 def shape_of(model: str) -> LoopLMConfig:
-    """The config of a published shape, or of a checkpoint's folder or config.json.
+    """Return the config of a published shape, or of a checkpoint's folder or config.json.
 
     Raises:
         PlanError: neither of them, or a config of another kind.
@@ -127,7 +127,7 @@ def shape_of(model: str) -> LoopLMConfig:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """The plans in columns; GB are 10^9 bytes."""
+    """Show the plans in columns; GB are 10^9 bytes."""
     head = ("model", "KV a token", "open chunk", "KV", "weights", "transient", "sum")
     lines: list[tuple[str, ...]] = [(*head, "requests that fit") if plans[0].fits is not None else head]
     for each in plans:

@@ -1,12 +1,24 @@
-"""What all commands share: words that become values, and errors in one line."""
+"""What every command shares: subcommands, words that become values, and results, tables and errors on the screen."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+
+Subcommands = argparse._SubParsersAction  # argparse gives the type of `add_subparsers` no public name
+
+
+def add_command(
+    commands: "Subcommands[argparse.ArgumentParser]", name: str, help: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose help shows description and examples as they are written."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=help, description=description, epilog=examples, formatter_class=raw)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that are not smaller."""
+    """Return a parser of whole numbers that are not smaller."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -20,12 +32,12 @@ positive, whole = at_least(1), at_least(0)
 
 
 def loop_list(text: str) -> list[int]:
-    """Depths such as `1,2,4`."""
+    """Parse depths such as `1,2,4`."""
     return [positive(word) for word in text.split(",")]
 
 
 def two_depths(text: str) -> tuple[int, int]:
-    """Depths such as `1,8`."""
+    """Parse two depths such as `1,8`, the smaller first."""
     depths = loop_list(text)
     if len(depths) != 2 or depths[0] >= depths[1]:
         raise argparse.ArgumentTypeError(f"{text!r} is not two depths, the smaller first")
@@ -33,7 +45,7 @@ def two_depths(text: str) -> tuple[int, int]:
 
 
 def threshold_list(text: str) -> list[float]:
-    """Exit thresholds with commas between them."""
+    """Parse exit thresholds such as `0.5,1`."""
     try:
         thresholds = [float(word) for word in text.split(",")]
     except ValueError:
@@ -44,7 +56,7 @@ def threshold_list(text: str) -> list[float]:
 
 
 def words_of(first: str, second: str) -> Callable[[str], list[str]]:
-    """A parser of one or both of two words, such as `token,chunk`."""
+    """Return a parser of one or both of two words, such as `token,chunk`."""
 
     def word_list(text: str) -> list[str]:
         for word in text.split(","):
@@ -56,22 +68,40 @@ def words_of(first: str, second: str) -> Callable[[str], list[str]]:
 
 
 def byte_count(text: str) -> int:
-    """Bytes such as `4096`, `96M` or `2G`; K, M and G are powers of 1024."""
+    """Parse bytes such as `4096`, `96M` or `2G`; K, M and G are powers of 1024."""
     digits, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
     return positive(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
-def fail(error: Exception | str, program: str = "melt-serve") -> int:
-    """Say what went wrong in one line; the exit code of a failure."""
-    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
-    return 1
-
-
 def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first column flush left and the others flush right."""
+    """Align lines of cells, the first column flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for first, *rest in lines:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         text.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join(text)
+
+
+def print_json(results: object) -> None:
+    """Print one line of JSON: of a dataclass its fields and properties, of a list of them `{"results": [...]}`."""
+    print(json.dumps(plain({"results": results} if isinstance(results, list) else results)))
+
+
+def plain(value: object) -> object:
+    """Turn dataclasses, also those inside, into dicts of their fields and properties."""
+    if is_dataclass(value):
+        names = [field.name for field in fields(value)]
+        names += [name for name, member in vars(type(value)).items() if isinstance(member, property)]
+        return {name: plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value
+
+
+def fail(error: Exception | str, program: str = "melt-serve") -> int:
+    """Print in one line what went wrong; return the exit code of a failure."""
+    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 1

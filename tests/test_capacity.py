@@ -11,7 +11,7 @@ from melt_serve.bundled import MELT
 def rows(capsys, *words):
     assert cli.main(["plan", *words, "--json"]) == 0
     output = capsys.readouterr().out.splitlines()
-    return {row["model"]: row for row in json.loads(output[-1])["rows"]}
+    return {row["model"]: row for row in json.loads(output[-1])["results"]}
 
 
 def test_the_papers_memory_at_32000_tokens(capsys):

@@ -2,22 +2,42 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from melt_serve.bench.accuracy import accuracy_by_depth, trained_loops
 from melt_serve.bench.engine import BenchError, Engine
+from melt_serve.bench.options import flag
+from melt_serve.bench.report import draw_spread, judged, set_loop_axis, spread, verdict
 from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, scaled_shape
 from melt_serve.bench.throughput import STEP_TOKENS, refuse
-from melt_serve.bundled import MELT
-from melt_serve.config import DecodeMode, MeltConfig, kv_bytes_per_token
-from melt_serve.terminal import columns
+from melt_serve.terminal import columns, loop_list, positive, two_depths, whole
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from melt_serve.config import DecodeMode
+
+HELP = "time, cache and right answers with more or fewer loops"
+DESCRIPTION = """\
+Serve the same requests at each depth with one MELT engine, round by round. It has random weights and is built once,
+for the most loops; each request says its own. Shown are tokens a second, the time between two tokens of a request
+that is alone, the time relative to 4 loops, and the KV cache that a token and a request's open chunk take, counted
+in the blocks that the engine gave away. Then half of the requests think less than the others, against all at the
+larger depth."""
+EXAMPLES = """\
+examples:
+  melt-serve bench depth
+      8 layers, d=512, 16 requests of 128 + 64 tokens, at 1 to 16 loops; takes ten minutes or so on 2 quiet CPU cores
+  melt-serve bench depth --accuracy 200 --plot depth.png
+      also the share of right answers of the bundled checkpoint, as deep as it goes, and a figure
+  melt-serve bench depth --decode-mode chunk --chunk-size 64
+      the other decode mode, in which an open chunk keeps rows of every loop
+  melt-serve bench depth --loops 1,2,4 --mix 2,4 --layers 2 --requests 8 --generated 32 --json
+      smaller and quicker, another mix, and one line of JSON at the end"""
 
 USUAL_LOOPS = 4
 """Ouro's depth: times are relative to it, or to the measured depth nearest to it."""
@@ -28,54 +48,50 @@ TIME_GOALS = {1: 0.35}
 MIX_GOALS = {(1, 8): 1.4}
 """What the throughput should gain where half of the requests think this much less than the others."""
 
-ACCURACY_CACHE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 128}
-
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """What to measure; the engine is built for the largest of the depths."""
 
-    Attributes:
-        layers: N.
-        hidden: d, a multiple of 64.
-        loops: every T; the engine is built for the largest.
-        mix: two depths, the smaller first; None for 1 and 8, or as deep as the engine goes.
-        decode_mode: of all MELTs here.
-        chunk_size: C of the one with random weights.
-        requests: all there from the start.
-        prompt: tokens each.
-        generated: tokens each.
-        rounds: how often they are served at each depth.
-        questions: asked of the bundled checkpoint at each depth; 0 for none.
-    """
-
-    layers: int
-    hidden: int
-    loops: Sequence[int]
-    mix: tuple[int, int] | None
-    decode_mode: DecodeMode
-    chunk_size: int
-    requests: int
-    prompt: int
-    generated: int
-    rounds: int
-    questions: int = 0
+    layers: int = flag(8, "layers of the model", positive, "N")
+    hidden: int = flag(512, "hidden size, a multiple of 64", positive, "D")
+    loops: Sequence[int] = flag((1, 2, 4, 8, 16), "depths", loop_list, "T,T")
+    mix: tuple[int, int] | None = flag(
+        None,
+        "half of the requests at the first, half at the second depth, against all at the second "
+        "(default: 1,8, or 1 and the most of --loops where that is less)",
+        two_depths,
+        "T,T",
+    )
+    decode_mode: "DecodeMode" = flag("token", "the MELT's", choices=("token", "chunk"))
+    chunk_size: int = flag(32, "the MELT's, in chunk mode a multiple of 32", positive, "C")
+    requests: int = flag(16, "requests, all there from the start", positive, "N")
+    prompt: int = flag(128, "tokens of a prompt", positive, "N")
+    generated: int = flag(64, "tokens of an answer", positive, "N")
+    rounds: int = flag(3, "how often each depth serves them", positive, "N")
+    questions: int = flag(
+        0,
+        "also ask the bundled checkpoint N held-out questions at each depth it runs; 200 tell depths apart, 0 is none",
+        whole,
+        "N",
+        name="--accuracy",
+    )
 
     @property
     def depths(self) -> list[int]:
-        """From 1 loop up, each once."""
+        """All depths, each once, the smallest first."""
         return sorted(set(self.loops))
 
     @property
     def mixed(self) -> tuple[int, int] | None:
-        """The two depths of the mix; None if there is only one."""
+        """The two depths of the mix; None if there is only one depth."""
         default = (1, min(8, max(self.loops)))
         return self.mix or (default if default[1] > 1 else None)
 
     @property
     def base(self) -> int:
         """The depth whose time is 1."""
-        return min(self.depths, key=lambda loops: abs(loops - USUAL_LOOPS))
+        return base_of(self.depths)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -86,7 +102,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One depth.
 
     Attributes:
@@ -100,7 +116,7 @@ class Row:
     """
 
     loops: int
-    decode_mode: DecodeMode
+    decode_mode: "DecodeMode"
     rates: Sequence[float]
     relative_times: Sequence[float]
     time_goal: float | None
@@ -111,12 +127,12 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median round's."""
+        """The median of `rates`."""
         return median(self.rates)
 
     @property
     def relative_time(self) -> float:
-        """The median round's."""
+        """The median of `relative_times`."""
         return median(self.relative_times)
 
 
@@ -142,8 +158,16 @@ class Mix:
 
     @property
     def ratio(self) -> float:
-        """The median round's."""
+        """The median of `ratios`."""
         return median(self.ratios)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Every depth, and the mix of two of them if there was one."""
+
+    results: Sequence[Result]
+    mix: Mix | None
 
 
 @dataclass(frozen=True)
@@ -151,7 +175,7 @@ class Served:
     """What one engine did.
 
     Attributes:
-        held: bytes by work, as `Row` has them.
+        held: bytes by work, as `Result` has them.
         seconds: of each round, by work.
         latencies: seconds between two tokens in each round, by depth.
     """
@@ -161,7 +185,7 @@ class Served:
     latencies: dict[int, list[float]]
 
 
-def measure(options: Options) -> tuple[list[Row], Mix | None]:
+def measure(options: Options) -> Measured:
     """Serve every round at every depth with one engine; then ask the bundled checkpoint.
 
     Raises:
@@ -176,49 +200,35 @@ def measure(options: Options) -> tuple[list[Row], Mix | None]:
         with Engine(f"MELT, {options.decode_mode} mode", options.checkpoint, engine_arguments(options)) as engine:
             engine.answer()
             served = serve(options, engine, progress)
-        right = answer(options, asked, progress) if asked else {}
-    return depth_rows(options, served, right), mix_row(options, served)
+        right = accuracy_by_depth(asked, options.questions, options.decode_mode, progress) if asked else {}
+    return Measured(depth_results(options, served, right), mix_result(options, served))
 
 
 def serve(options: Options, engine: Engine, progress: tqdm) -> Served:
-    """Count the blocks of all works, and so warm the engine up; then go round."""
+    """Count the blocks of all works, which warms the engine up; then serve them in every round."""
     works = workloads(options)
     served = Served({}, {name: [] for name in works}, {loops: [] for loops in options.depths})
     for name in works:
         progress.set_description(f"{name}, blocks")
-        served.held[name] = engine.ask("rows_held", **load(options, 0, works[name]))
+        served.held[name] = engine.ask("rows_held", **generate_arguments(options, 0, works[name]))
         progress.update()
     for number in range(1, options.rounds + 1):
         # Who goes first changes, so that a machine that slows down favours nobody.
         order = 1 if number % 2 else -1
         for name in list(works)[::order]:
             progress.set_description(name)
-            served.seconds[name].append(engine.ask("generate", **load(options, number, works[name])))
+            served.seconds[name].append(engine.ask("generate", **generate_arguments(options, number, works[name])))
             progress.update()
         for loops in options.depths[::order]:
             progress.set_description(f"T={loops}, alone")
-            facts = {"prompt": options.prompt, "generated": options.generated, "seed": number, "loops": loops}
-            served.latencies[loops].append(engine.ask("latency", **facts))
+            lengths = {"prompt": options.prompt, "generated": options.generated}
+            served.latencies[loops].append(engine.ask("latency", **lengths, seed=number, loops=loops))
             progress.update()
     return served
 
 
-def answer(options: Options, depths: Sequence[int], progress: tqdm) -> dict[int, float]:
-    """The share of right answers by depth, from a second engine with the bundled checkpoint."""
-    progress.set_description("starting")
-    arguments = {**ACCURACY_CACHE, "block_size": BLOCK_SIZE, "hf_overrides": {"decode_mode": options.decode_mode}}
-    right = {}
-    with Engine(f"{MELT.name}, {options.decode_mode} mode", MELT, arguments) as engine:
-        engine.answer()
-        for loops in depths:
-            progress.set_description(f"T={loops}, questions")
-            right[loops] = engine.ask("share_right", questions=options.questions, loops=loops)
-            progress.update()
-    return right
-
-
 def refuse_depths(options: Options) -> None:
-    """Say before the engines start what cannot be served or compared.
+    """Refuse before the engines start what cannot be served or compared.
 
     Raises:
         BenchError: the option, and what it must be.
@@ -238,15 +248,8 @@ def refuse_depths(options: Options) -> None:
         )
 
 
-def trained_loops() -> int:
-    """The most loops that the bundled checkpoint runs."""
-    most = MeltConfig.from_pretrained(MELT).max_loops
-    assert most is not None
-    return most
-
-
 def workloads(options: Options) -> dict[str, list[int]]:
-    """The loops of each request, by what the work is called."""
+    """Return the loops of each request, by the name of the work."""
     works = {f"T={loops}": [loops] * options.requests for loops in options.depths}
     if options.mixed is None:
         return works
@@ -258,8 +261,8 @@ def workloads(options: Options) -> dict[str, list[int]]:
     }
 
 
-def load(options: Options, seed: int, loops: list[int]) -> dict[str, object]:
-    """The requests of a round, which are the same at every depth."""
+def generate_arguments(options: Options, seed: int, loops: list[int]) -> dict[str, object]:
+    """Return a round's requests, as the worker's `generate` takes them; their prompts are the same at every depth."""
     return {
         "requests": options.requests,
         "prompt": options.prompt,
@@ -270,14 +273,14 @@ def load(options: Options, seed: int, loops: list[int]) -> dict[str, object]:
 
 
 def engine_arguments(options: Options) -> dict[str, object]:
-    """vLLM's, with room for all requests at once at the largest depth."""
-    context, config = options.prompt + options.generated, options.checkpoint.config
+    """Return vLLM's arguments, with room for all requests at once at the largest depth."""
+    context = options.prompt + options.generated
     blocks = math.ceil(context / BLOCK_SIZE)
     if options.decode_mode == "chunk":
         blocks += (max(options.loops) - 1) * options.chunk_size // BLOCK_SIZE
     return {
         # And one block more: vLLM never uses the first block of its pool.
-        "kv_cache_memory_bytes": (options.requests * blocks + 1) * BLOCK_SIZE * kv_bytes_per_token(config, 2),
+        "kv_cache_memory_bytes": (options.requests * blocks + 1) * BLOCK_SIZE * options.checkpoint.kv_bytes_per_token(),
         "block_size": BLOCK_SIZE,
         "max_model_len": context,
         "max_num_batched_tokens": STEP_TOKENS,
@@ -287,11 +290,15 @@ def engine_arguments(options: Options) -> dict[str, object]:
     }
 
 
-def depth_rows(options: Options, served: Served, right: dict[int, float]) -> list[Row]:
-    """What was measured at each depth, and what is asked of it."""
+def depth_results(options: Options, served: Served, right: dict[int, float]) -> list[Result]:
+    """Gather what was measured at each depth, and its goal.
+
+    Args:
+        right: the share of right answers by depth, where the bundled checkpoint was asked.
+    """
     tokens = options.requests * options.generated
     return [
-        Row(
+        Result(
             loops=loops,
             decode_mode=options.decode_mode,
             rates=[tokens / each for each in served.seconds[f"T={loops}"]],
@@ -305,8 +312,8 @@ def depth_rows(options: Options, served: Served, right: dict[int, float]) -> lis
     ]
 
 
-def mix_row(options: Options, served: Served) -> Mix | None:
-    """What was measured of the mix, and what is asked of it; None if there was none."""
+def mix_result(options: Options, served: Served) -> Mix | None:
+    """Gather what was measured of the mix, and its goal; None if there was no mix."""
     if options.mixed is None:
         return None
     tokens = options.requests * options.generated
@@ -321,51 +328,45 @@ def mix_row(options: Options, served: Served) -> Mix | None:
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """One time over the other, round by round."""
+    """Divide times by others, round by round."""
     return [time / other for time, other in zip(times, others, strict=True)]
 
 
-def facts(rows: Sequence[Row], mix: Mix | None) -> dict[str, object]:
-    """The same for machines."""
-    each = [
-        {**asdict(row), "tokens_per_second": row.tokens_per_second, "relative_time": row.relative_time} for row in rows
-    ]
-    return {"rows": each, "mix": None if mix is None else {**asdict(mix), "ratio": mix.ratio}}
+def base_of(depths: Sequence[int]) -> int:
+    """Return the depth that times are relative to: the nearest to `USUAL_LOOPS`, of two the first."""
+    return min(depths, key=lambda loops: abs(loops - USUAL_LOOPS))
 
 
-def table(rows: Sequence[Row], mix: Mix | None, base: int) -> str:
-    """What was measured and what was asked of it; B are bytes."""
+def table(measured: Measured) -> str:
+    """Show what was measured, and the goals; B are bytes."""
+    base = base_of([result.loops for result in measured.results])
     speed, time = ("tok/s", "min", "max", "alone"), (f"time / T={base}", "min", "max", "goal")
     lines: list[tuple[str, ...]] = [("T", *speed, *time, "KV a token", "open chunk", "right")]
-    for row in rows:
+    for result in measured.results:
         lines.append(
             (
-                str(row.loops),
-                f"{row.tokens_per_second:.1f}",
-                f"{min(row.rates):.1f}",
-                f"{max(row.rates):.1f}",
-                f"{row.latency_seconds * 1e3:.1f} ms/tok",
-                f"{row.relative_time:.2f}x",
-                f"{min(row.relative_times):.2f}",
-                f"{max(row.relative_times):.2f}",
-                judged(row.time_goal, row.time_goal is not None and row.relative_time <= row.time_goal),
-                f"{row.kv_bytes_per_token:,} B",
-                f"{row.open_chunk_bytes:,} B",
-                "-" if row.accuracy is None else f"{row.accuracy:.1%}",
+                str(result.loops),
+                *spread(result.rates, digits=1, unit=""),
+                f"{result.latency_seconds * 1e3:.1f} ms/tok",
+                *spread(result.relative_times),
+                judged(result.time_goal, result.relative_time, at_most=True),
+                f"{result.kv_bytes_per_token:,} B",
+                f"{result.open_chunk_bytes:,} B",
+                "-" if result.accuracy is None else f"{result.accuracy:.1%}",
             )
         )
-    text = columns(lines)
-    if mix is not None:
-        text += f"\n\n{mix_table(mix)}"
-    held = [each.kv_bytes_per_token for each in rows] + ([mix.kv_bytes_per_token] if mix else [])
+    parts = [columns(lines)]
+    held = [result.kv_bytes_per_token for result in measured.results]
+    if measured.mix is not None:
+        parts.append(mix_table(measured.mix))
+        held.append(measured.mix.kv_bytes_per_token)
     if len(held) > 1:
-        same = len(set(held)) == 1
-        text += f"\n\nKV bytes a token, goal the same at every depth: {'reached' if same else 'missed'}"
-    return text
+        parts.append(f"KV bytes a token, goal the same at every depth: {verdict(len(set(held)) == 1)}")
+    return "\n\n".join(parts)
 
 
 def mix_table(mix: Mix) -> str:
-    """The mix against all requests at its larger depth."""
+    """Show the mix against all requests at its larger depth."""
     few, many = mix.loops
     return columns(
         [
@@ -374,45 +375,32 @@ def mix_table(mix: Mix) -> str:
                 f"half T={few}, half T={many}",
                 f"{mix.tokens_per_second:.1f} tok/s",
                 f"{mix.deep_tokens_per_second:.1f} tok/s",
-                f"{mix.ratio:.2f}x",
-                f"{min(mix.ratios):.2f}",
-                f"{max(mix.ratios):.2f}",
-                judged(mix.goal, mix.goal is not None and mix.ratio >= mix.goal),
+                *spread(mix.ratios),
+                judged(mix.goal, mix.ratio),
                 f"{mix.kv_bytes_per_token:,} B",
             ),
         ]
     )
 
 
-def judged(goal: float | None, reached: bool) -> str:
-    """A goal in a table, and what became of it."""
-    return "-" if goal is None else f"{goal:.2f} {'reached' if reached else 'missed'}"
-
-
-def figure(rows: Sequence[Row], base: int) -> "Figure":
-    """Time, throughput, rows and, if measured, right answers, over the loops."""
+def figure(measured: Measured) -> "Figure":
+    """Draw time, throughput, rows and, if measured, right answers, over the loops."""
     from matplotlib.figure import Figure
 
-    trained = [row for row in rows if row.accuracy is not None]
+    results = measured.results
+    trained = [result for result in results if result.accuracy is not None]
     drawn = Figure(figsize=(16 if trained else 12, 4), layout="constrained")
-    loops = [row.loops for row in rows]
+    loops = [result.loops for result in results]
     time, rate, held, *rest = drawn.subplots(1, 4 if trained else 3)
-    for axes, title in (
-        (time, f"time for the same requests, over T={base}'s"),
-        (rate, "generated tokens a second"),
-        (held, "KV cache, bytes"),
-        *((axes, "right answers, bundled checkpoint") for axes in rest),
-    ):
-        axes.set(title=title, xlabel="loops T")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(loops, [str(each) for each in loops])
-        axes.grid(alpha=0.3)
-    spread(time, loops, [row.relative_times for row in rows])
-    spread(rate, loops, [row.rates for row in rows])
-    held.plot(loops, [row.kv_bytes_per_token for row in rows], marker="o", label="a token")
-    if opened := [row for row in rows if row.open_chunk_bytes]:
-        open_chunk = [row.open_chunk_bytes for row in opened]
-        held.plot([row.loops for row in opened], open_chunk, marker="s", linestyle="--", label="a request's open chunk")
+    set_loop_axis(time, f"time for the same requests, over T={base_of(loops)}'s", loops)
+    set_loop_axis(rate, "generated tokens a second", loops)
+    set_loop_axis(held, "KV cache, bytes", loops)
+    draw_spread(time, loops, [result.relative_times for result in results])
+    draw_spread(rate, loops, [result.rates for result in results])
+    held.plot(loops, [result.kv_bytes_per_token for result in results], marker="o", label="a token")
+    if opened := [result for result in results if result.open_chunk_bytes]:
+        deep, open_chunk = zip(*((result.loops, result.open_chunk_bytes) for result in opened), strict=True)
+        held.plot(deep, open_chunk, marker="s", linestyle="--", label="a request's open chunk")
         held.set_yscale("log", base=2)
     else:
         held.set_ylim(bottom=0)
@@ -421,14 +409,7 @@ def figure(rows: Sequence[Row], base: int) -> "Figure":
     for axes in (time, rate):
         axes.set_ylim(bottom=0)
     for axes in rest:
-        axes.plot([row.loops for row in trained], [row.accuracy for row in trained], marker="o")
+        set_loop_axis(axes, "right answers, bundled checkpoint", loops)
+        axes.plot([result.loops for result in trained], [result.accuracy for result in trained], marker="o")
         axes.set_ylim(0, 1.05)
     return drawn
-
-
-def spread(axes: "Axes", loops: Sequence[int], rounds: Sequence[Sequence[float]]) -> None:
-    """Medians with their spread."""
-    middles = [median(each) for each in rounds]
-    below = [middle - min(each) for middle, each in zip(middles, rounds, strict=True)]
-    above = [max(each) - middle for middle, each in zip(middles, rounds, strict=True)]
-    axes.errorbar(loops, middles, yerr=(below, above), marker="o", capsize=4)

@@ -69,7 +69,7 @@ class Engine:
         self.folder.cleanup()
 
     def ask(self, what: str, **facts: object) -> Any:
-        """Have the worker do `what`, one of its functions; give its answer.
+        """Have the worker run `what`, one of its functions; return its answer.
 
         Raises:
             BenchError: it failed, or its process ended.
@@ -78,14 +78,18 @@ class Engine:
         return self.answer()
 
     def send(self, what: str, **facts: object) -> None:
-        """Ask without waiting; every question is answered in turn."""
+        """Ask without waiting; questions are answered in turn."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: reading its answer will tell
             self.process.stdin.write(json.dumps([what, facts]) + "\n")
             self.process.stdin.flush()
 
     def answer(self) -> Any:
-        """Wait for the answer to the oldest question not yet answered (the first is `start`)."""
+        """Wait for the answer to the oldest question not yet answered (the first is `start`).
+
+        Raises:
+            BenchError: see `ask`.
+        """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -100,7 +104,7 @@ class Engine:
         return reply["answer"]
 
     def last_words(self) -> str:
-        """The last line of its log."""
+        """Return the last line of the process's log."""
         self.log.seek(0)
         lines: Sequence[str] = deque((line for line in self.log if line.strip()), maxlen=1)
         return lines[0].strip() if lines else "none"

@@ -8,12 +8,28 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError, Engine
-from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, Model, shape
-from melt_serve.config import DECODE_MODES, DecodeMode, kv_bytes_per_token
-from melt_serve.terminal import columns
+from melt_serve.bench.options import flag
+from melt_serve.bench.report import set_loop_axis
+from melt_serve.bench.shapes import BLOCK_SIZE, MODELS, Checkpoint, Model, shape
+from melt_serve.terminal import byte_count, columns, loop_list, positive, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from melt_serve.config import DecodeMode
+
+HELP = "what a token, a request and a process cost"
+DESCRIPTION = """\
+Start a real engine for each line, with random weights and the same KV bytes, and read from it what a token and a
+request cost, how many fit, and what the process took at its peak. Every engine runs in a process of its own."""
+EXAMPLES = """\
+examples:
+  melt-serve bench memory
+      the bundled checkpoint's shape at 1 to 32 loops, as a MELT in both decode modes and as a LoopLM
+  melt-serve bench memory --shape melt-1.6b --loops 1,4 --kv-dtype auto,fp8
+      Ouro-1.4B's true shape, also with FP8 rows; takes 8 GB of memory
+  melt-serve bench memory --loops 1,2,4,8 --models melt --plot memory.png --json
+      MELT alone, with a plot, and one line of JSON at the end"""
 
 DEFAULTS = {"demo": (64 << 20, 2048), "melt-1.6b": (2 << 30, 256)}
 """A shape's size of the cache in bytes, and its context: one request of a LoopLM with 32 loops fits."""
@@ -21,31 +37,32 @@ DEFAULTS = {"demo": (64 << 20, 2048), "melt-1.6b": (2 << 30, 256)}
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """What to measure; `kv_memory` and `context` are None for the shape's own, see `DEFAULTS`."""
 
-    Attributes:
-        shape: `demo` or `melt-1.6b`.
-        loops: every T.
-        models: of `melt` and `looplm`.
-        kv_dtypes: vLLM's names; `auto` is bfloat16 here.
-        kv_memory: bytes of KV cache, the same for every engine; None for the shape's default.
-        chunk_size: C.
-        context: the most tokens a request may have; None for the shape's default.
-        step_tokens: the most tokens a step may have.
-    """
-
-    shape: str
-    loops: Sequence[int]
-    models: Sequence[Model]
-    kv_dtypes: Sequence[str]
-    kv_memory: int | None
-    chunk_size: int
-    context: int | None
-    step_tokens: int
+    shape: str = flag("demo", "sizes of the model", choices=("demo", "melt-1.6b"))
+    loops: Sequence[int] = flag((1, 2, 4, 8, 16, 32), "depths", loop_list, "T,T")
+    models: Sequence[Model] = flag(MODELS, "melt, looplm or both", words_of(*MODELS), "MODEL,MODEL")
+    kv_dtypes: Sequence[str] = flag(
+        ("auto",),
+        "of the rows: auto (bfloat16), fp8 or both",
+        words_of("auto", "fp8"),
+        "DTYPE,DTYPE",
+        name="--kv-dtype",
+    )
+    kv_memory: int | None = flag(
+        None,
+        "KV cache of every engine, such as 8M or 2G (default: 64M; 2G for melt-1.6b)",
+        byte_count,
+        "BYTES",
+        name="--kv-cache-memory",
+    )
+    chunk_size: int = flag(64, "the MELT's", positive, "C")
+    context: int | None = flag(None, "tokens a request may have (default: 2048; 256 for melt-1.6b)", positive, "N")
+    step_tokens: int = flag(64, "tokens a step may have", positive, "N")
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One engine, in bytes and tokens, as the engine itself has them.
 
     Attributes:
@@ -58,7 +75,7 @@ class Row:
     """
 
     model: Model
-    decode_mode: DecodeMode | None
+    decode_mode: "DecodeMode | None"
     loops: int
     kv_dtype: str
     kv_bytes_per_token: int
@@ -69,12 +86,14 @@ class Row:
     transient_bytes: int
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> list[Result]:
     """Start every engine in turn, in a process of its own, and read its memory.
 
     Raises:
         BenchError: the options fit no engine, or one of them failed; the message names it.
     """
+    from melt_serve.config import DECODE_MODES
+
     kv_memory, context = DEFAULTS[options.shape]
     kv_memory, context = options.kv_memory or kv_memory, options.context or context
     if not options.chunk_size <= options.step_tokens < context:
@@ -98,7 +117,7 @@ def measure(options: Options) -> list[Row]:
         "max_num_batched_tokens": options.step_tokens,
         "max_num_seqs": options.step_tokens,
     }
-    rows = []
+    results = []
     progress = tqdm(engines, unit="engine", disable=None)
     for checkpoint, kv_dtype in progress:
         name = engine_name(checkpoint, kv_dtype)
@@ -106,21 +125,25 @@ def measure(options: Options) -> list[Row]:
         with Engine(name, checkpoint, {**arguments, "kv_cache_dtype": kv_dtype}) as engine:
             engine.answer()
             read = engine.ask("memory", prompt=options.step_tokens)
-        rows.append(Row(checkpoint.model, checkpoint.decode_mode, checkpoint.loops, kv_dtype, **read))
-    return rows
+        results.append(Result(checkpoint.model, checkpoint.decode_mode, checkpoint.loops, kv_dtype, **read))
+    return results
 
 
 def engine_name(checkpoint: Checkpoint, kv_dtype: str) -> str:
-    """What errors and the progress bar call an engine."""
+    """Return the name of an engine in errors and in the progress bar."""
     return f"{checkpoint}, T={checkpoint.loops}, KV {kv_dtype}"
 
 
 def refuse_small_cache(checkpoint: Checkpoint, kv_dtype: str, kv_memory: int, context: int) -> None:
-    """Say before the first engine starts what vLLM would say minutes later: not one request fits."""
+    """Refuse before the first engine starts what vLLM would refuse minutes later: not one request fits.
+
+    Raises:
+        BenchError: what a request takes, and how much there is.
+    """
     tokens = ceil(context / BLOCK_SIZE) * BLOCK_SIZE
     if checkpoint.decode_mode == "chunk":
         tokens += (checkpoint.loops - 1) * ceil(checkpoint.chunk_size / BLOCK_SIZE) * BLOCK_SIZE
-    needed = tokens * kv_bytes_per_token(checkpoint.config, 1 if kv_dtype == "fp8" else 2)
+    needed = tokens * checkpoint.kv_bytes_per_token(1 if kv_dtype == "fp8" else 2)
     if needed > kv_memory:
         raise BenchError(
             f"{engine_name(checkpoint, kv_dtype)}: one request of --context={context} tokens takes {needed} bytes, "
@@ -128,54 +151,52 @@ def refuse_small_cache(checkpoint: Checkpoint, kv_dtype: str, kv_memory: int, co
         )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in columns; MB are 10^6 bytes."""
+def table(results: Sequence[Result]) -> str:
+    """Show the results in columns; MB are 10^6 bytes."""
     lines: list[tuple[str, ...]] = [
         ("model", "T", "KV dtype", "KV a token", "open chunk", "tokens that fit", "requests", "state of a step", "peak")
     ]
-    for row in rows:
+    for result in results:
         lines.append(
             (
-                called(row),
-                str(row.loops),
-                row.kv_dtype,
-                f"{row.kv_bytes_per_token:,} B",
-                f"{row.open_chunk_bytes:,} B",
-                f"{row.token_capacity:,}",
-                f"{row.max_concurrency:.1f}",
-                f"{row.transient_bytes:,} B",
-                f"{row.peak_bytes / 1e6:,.0f} MB",
+                model_name(result),
+                str(result.loops),
+                result.kv_dtype,
+                f"{result.kv_bytes_per_token:,} B",
+                f"{result.open_chunk_bytes:,} B",
+                f"{result.token_capacity:,}",
+                f"{result.max_concurrency:.1f}",
+                f"{result.transient_bytes:,} B",
+                f"{result.peak_bytes / 1e6:,.0f} MB",
             )
         )
     return columns(lines)
 
 
-def called(row: Row) -> str:
-    """The model in words."""
-    return f"MELT, {row.decode_mode} mode" if row.model == "melt" else "LoopLM"
+def model_name(result: Result) -> str:
+    """Return the model in words, with its decode mode."""
+    return f"MELT, {result.decode_mode} mode" if result.model == "melt" else "LoopLM"
 
 
-def figure(rows: Sequence[Row]) -> "Figure":
-    """KV bytes a token and requests that fit, over the loops; a line for each model and dtype."""
+def figure(results: Sequence[Result]) -> "Figure":
+    """Draw KV bytes a token and requests that fit, over the loops; a line for each model and dtype."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 4), layout="constrained")
     cost, fitting = drawn.subplots(1, 2)
-    loops = sorted({row.loops for row in rows})
+    loops = sorted({result.loops for result in results})
     for axes, title in ((cost, "KV cache a token, bytes"), (fitting, "requests that fit in the same memory")):
-        axes.set(title=title, xlabel="loops T")
-        axes.set_xscale("log", base=2)
+        set_loop_axis(axes, title, loops)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(loops, [str(each) for each in loops])
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-    series: dict[str, list[Row]] = {}
-    for row in rows:
-        series.setdefault(called(row) + ("" if row.kv_dtype == "auto" else f", {row.kv_dtype}"), []).append(row)
+    series: dict[str, list[Result]] = {}
+    for result in results:
+        label = model_name(result) + ("" if result.kv_dtype == "auto" else f", {result.kv_dtype}")
+        series.setdefault(label, []).append(result)
     for number, (label, points) in enumerate(series.items()):
         style = {"label": label, "marker": "osd^v"[number % 5], "linestyle": ("-", "--", ":")[number % 3]}
-        points.sort(key=lambda row: row.loops)
-        cost.plot([row.loops for row in points], [row.kv_bytes_per_token for row in points], **style)
-        fitting.plot([row.loops for row in points], [row.max_concurrency for row in points], **style)
+        points.sort(key=lambda result: result.loops)
+        cost.plot([result.loops for result in points], [result.kv_bytes_per_token for result in points], **style)
+        fitting.plot([result.loops for result in points], [result.max_concurrency for result in points], **style)
     cost.legend()
     return drawn

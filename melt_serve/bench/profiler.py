@@ -36,7 +36,7 @@ OUTSIDE = "scheduler, inputs, Python"
 
 
 def profile(models: Iterable[nn.Module], work: Callable[[], float]) -> dict[str, float]:
-    """Seconds of each part while `work`, which tells how long it took, is done."""
+    """Measure the seconds of each part while `work` runs, which returns how long it took."""
     parts: dict[str, float] = defaultdict(float)
     inner: list[float] = [0.0]
     starts: list[float] = []
@@ -64,7 +64,7 @@ def profile(models: Iterable[nn.Module], work: Callable[[], float]) -> dict[str,
 
 
 def timed_modules(models: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, str]]:
-    """Every module that belongs to a part, with its name."""
+    """Yield every module that belongs to a part, with the part's name."""
     for model in models:
         in_gates = {linear for gate in model.modules() if isinstance(gate, KVGate) for linear in gate.children()}
         for module in model.modules():

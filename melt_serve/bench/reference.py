@@ -1,51 +1,53 @@
-"""`melt-serve bench reference`: the reference model, with the kernels, generating with more and more loops."""
+"""`melt-serve bench reference`: the reference model, with the kernels, generating with more and more loops.
+
+`--help` reads this, so PyTorch is imported only when something is measured.
+"""
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError
+from melt_serve.bench.options import DeviceOptions, flag
+from melt_serve.bench.report import set_loop_axis, spread, verdict
 from melt_serve.bench.shapes import shape
-from melt_serve.config import MeltConfig
-from melt_serve.device import device_of, name_of
-from melt_serve.modeling import MeltRows
-from melt_serve.terminal import columns
-from melt_serve.train.distil.student import Student
+from melt_serve.terminal import columns, loop_list, positive
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
+    from melt_serve.train.distil.student import Student
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    Attributes:
-        device: `auto`, `cpu` or `cuda`.
-        shape: `melt-1.6b`, the paper's; `small`, 2 layers of d=256; None for the first on a GPU, else the second.
-        loops: every T.
-        batch: sequences at once.
-        prompt: tokens each.
-        generated: tokens each.
-        rounds: how often each depth generates.
-    """
-
-    device: str
-    shape: str | None
-    loops: Sequence[int]
-    batch: int
-    prompt: int
-    generated: int
-    rounds: int
+HELP = "the reference model's speed and memory over loops, on a GPU if there is one"
+DESCRIPTION = """\
+Generate with the reference model, bfloat16, random weights, its gate a fused kernel on a GPU, at every depth: tokens a
+second, the bytes of K and V rows at the end, and on a GPU its most memory in use, weights included."""
+EXAMPLES = """\
+examples:
+  melt-serve bench reference --plot reference.png
+      1 to 16 loops: on a GPU the paper's shape, 24 layers of d=2048; on a CPU 2 layers of d=256
+  melt-serve bench reference --shape melt-1.6b --loops 1,4 --batch 1 --generated 8
+      the true shape also on a CPU, which takes 4 GB of memory and its time"""
 
 
 @dataclass(frozen=True)
-class Row:
+class Options(DeviceOptions):
+    """What to measure."""
+
+    loops: Sequence[int] = flag((1, 2, 4, 8, 16), "depths", loop_list, "T,T")
+    batch: int = flag(8, "sequences at once", positive, "N")
+    prompt: int = flag(64, "tokens of a prompt", positive, "N")
+    generated: int = flag(32, "tokens of an answer", positive, "N")
+    rounds: int = flag(3, "how often each depth generates", positive, "N")
+
+
+@dataclass(frozen=True)
+class Result:
     """One depth.
 
     Attributes:
@@ -65,21 +67,28 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median round's."""
+        """The median of `rates`."""
         return median(self.rates)
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> list[Result]:
     """Generate greedily at every depth with one model, random weights, bfloat16, `token` mode.
 
     Raises:
-        BenchError: no such device, or not enough of its memory.
+        BenchError: not enough memory.
+        DeviceError: no such device.
     """
+    import torch
+
+    from melt_serve.config import MeltConfig
+    from melt_serve.device import device_of, forget_peak, name_of, peak_memory
+    from melt_serve.train.distil.student import Student
+
     device = device_of(options.device)
-    called = options.shape or ("melt-1.6b" if device.type == "cuda" else "small")
-    sizes = {**shape(called), "total_ut_steps": max(options.loops)}
+    name = options.shape_on(device)
+    sizes = {**shape(name), "total_ut_steps": max(options.loops)}
     torch.manual_seed(0)
-    rows = []
+    results = []
     try:
         with torch.device(device):
             model = Student(MeltConfig(**sizes)).to(torch.bfloat16).eval()
@@ -87,71 +96,73 @@ def measure(options: Options) -> list[Row]:
         generate(model, prompt, loops=2, tokens=2)  # compile and allocate
         depths = sorted(set(options.loops))
         for loops in tqdm(depths, unit="depth", disable=None):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            forget_peak(device)
             served = [generate(model, prompt, loops, options.generated) for _ in range(options.rounds)]
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            peak = peak_memory(device) if device.type == "cuda" else None
             rates = [options.batch * options.generated / seconds for seconds, _ in served]
-            rows.append(Row(name_of(device), called, loops, rates, served[-1][1], peak))
+            results.append(Result(name_of(device), name, loops, rates, served[-1][1], peak))
     except torch.OutOfMemoryError as error:
         raise BenchError(f"{error}; lower --batch, --prompt or --generated") from None
-    return rows
+    return results
 
 
-@torch.inference_mode()
-def generate(model: Student, prompt: torch.Tensor, loops: int, tokens: int) -> tuple[float, int]:
-    """Seconds for so many tokens of each sequence, and the bytes of the rows in the end."""
+def generate(model: "Student", prompt: "torch.Tensor", loops: int, tokens: int) -> tuple[float, int]:
+    """Generate tokens for each sequence; return the seconds that took, and the bytes of the rows in the end.
+
+    Args:
+        prompt: [B, S].
+        tokens: of each sequence.
+    """
+    import torch
+
+    from melt_serve.modeling import MeltRows
+
     cache = MeltRows(model.config, len(prompt), prompt.device)
     begun = time.perf_counter()
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        loops=loops,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-    )
+    with torch.inference_mode():
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            loops=loops,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )
     output[0, -1].item()  # waits for the device
     seconds = time.perf_counter() - begun
     return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in columns; MB are 10^6 bytes."""
+def table(results: Sequence[Result]) -> str:
+    """Show the results in columns; MB are 10^6 bytes."""
     lines: list[tuple[str, ...]] = [("T", "tok/s", "min", "max", "K and V rows", "peak memory")]
-    for row in rows:
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f} MB"
-        rate = (f"{row.tokens_per_second:.1f}", f"{min(row.rates):.1f}", f"{max(row.rates):.1f}")
-        lines.append((str(row.loops), *rate, f"{row.row_bytes:,} B", peak))
-    same = len({row.row_bytes for row in rows}) == 1
-    text = f"{rows[0].device}, shape {rows[0].shape}, bfloat16, token mode\n\n{columns(lines)}"
-    return f"{text}\n\nrows the same at every depth: {'reached' if same else 'missed'}" if len(rows) > 1 else text
+    for result in results:
+        peak = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:,.0f} MB"
+        lines.append((str(result.loops), *spread(result.rates, digits=1, unit=""), f"{result.row_bytes:,} B", peak))
+    parts = [f"{results[0].device}, shape {results[0].shape}, bfloat16, token mode", columns(lines)]
+    if len(results) > 1:
+        same = len({result.row_bytes for result in results}) == 1
+        parts.append(f"rows the same at every depth: {verdict(same)}")
+    return "\n\n".join(parts)
 
 
-def facts(rows: Sequence[Row]) -> dict[str, object]:
-    """The same for machines."""
-    return {"rows": [{**asdict(row), "tokens_per_second": row.tokens_per_second} for row in rows]}
-
-
-def figure(rows: Sequence[Row]) -> "Figure":
-    """Throughput and memory over the loops."""
+def figure(results: Sequence[Result]) -> "Figure":
+    """Draw throughput and memory over the loops."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(9, 4), layout="constrained")
     rate, held = drawn.subplots(1, 2)
-    loops = [row.loops for row in rows]
-    for axes, title in ((rate, "generated tokens a second"), (held, "memory, MB")):
-        axes.set(title=title, xlabel="loops T")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(loops, [str(each) for each in loops])
-        axes.grid(alpha=0.3)
-    rate.plot(loops, [row.tokens_per_second for row in rows], marker="o")
-    held.plot(loops, [row.row_bytes / 1e6 for row in rows], marker="o", label="K and V rows")
-    if rows[0].peak_bytes is not None:
-        held.plot(loops, [(row.peak_bytes or 0) / 1e6 for row in rows], marker="s", label="peak, weights included")
+    loops = [result.loops for result in results]
+    set_loop_axis(rate, "generated tokens a second", loops)
+    set_loop_axis(held, "memory, MB", loops)
+    rate.plot(loops, [result.tokens_per_second for result in results], marker="o")
+    held.plot(loops, [result.row_bytes / 1e6 for result in results], marker="o", label="K and V rows")
+    if results[0].peak_bytes is not None:
+        peaks = [(result.peak_bytes or 0) / 1e6 for result in results]
+        held.plot(loops, peaks, marker="s", label="peak, weights included")
     for axes in (rate, held):
         axes.set_ylim(bottom=0)
     held.legend()
-    drawn.suptitle(f"{rows[0].device}, shape {rows[0].shape}")
+    drawn.suptitle(f"{results[0].device}, shape {results[0].shape}")
     return drawn

@@ -1,15 +1,19 @@
-"""What is measured: shapes, and one engine's checkpoint of a shape. Weights are random, so a config is enough."""
+"""What is measured: shapes, and one engine's checkpoint of a shape. Weights are random, so a config is enough.
+
+`--help` reads this, so transformers, which a config needs, is imported only when a config is asked for.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from melt_serve.bundled import MELT
-from melt_serve.capacity import SHAPES
-from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
+
+if TYPE_CHECKING:
+    from melt_serve.config import DecodeMode, LoopLMConfig
 
 Model = Literal["melt", "looplm"]
-MODELS: tuple[Model, ...] = get_args(Model)
+MODELS: tuple[Model, Model] = get_args(Model)
 
 BLOCK_SIZE = 32
 """Tokens in a KV block, the finest vLLM's CPU attention takes; the same for both models, so that capacities compare."""
@@ -32,11 +36,13 @@ class Checkpoint:
     model: Model
     loops: int
     chunk_size: int
-    decode_mode: DecodeMode | None = None
+    decode_mode: "DecodeMode | None" = None
 
     @property
-    def config(self) -> LoopLMConfig:
-        """Its `config.json`."""
+    def config(self) -> "LoopLMConfig":
+        """The checkpoint's `config.json`."""
+        from melt_serve.config import LoopLMConfig, MeltConfig
+
         facts = {**self.facts, "total_ut_steps": self.loops}
         if self.model == "looplm":
             return LoopLMConfig(**facts, architectures=["OuroForCausalLM"])
@@ -48,13 +54,22 @@ class Checkpoint:
             architectures=["MeltForCausalLM"],
         )
 
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Return the bytes of one token's final rows, over all layers."""
+        from melt_serve.config import kv_bytes_per_token
+
+        return kv_bytes_per_token(self.config, bytes_per_value)
+
     def __str__(self) -> str:
-        """How it is called on the screen."""
+        """Return the model's name for the screen, with the decode mode."""
         return f"MELT, {self.decode_mode} mode" if self.decode_mode else "LoopLM"
 
 
 def shape(name: str) -> dict[str, object]:
-    """The sizes of a shape with a name: `demo` is the bundled checkpoint's, `melt-1.6b` Ouro-1.4B's, `small` any."""
+    """Return the sizes of a shape: `demo` is the bundled checkpoint's, `melt-1.6b` Ouro-1.4B's, `small` for a CPU."""
+    from melt_serve.capacity import SHAPES
+    from melt_serve.config import MeltConfig
+
     if name == "small":
         return scaled_shape(layers=2, hidden=256)
     if name == "melt-1.6b":
@@ -64,7 +79,7 @@ def shape(name: str) -> dict[str, object]:
 
 
 def scaled_shape(layers: int, hidden: int) -> dict[str, object]:
-    """Ouro's proportions at another size: heads of 64, an MLP of 2.75 times the hidden size.
+    """Return Ouro's proportions at another size: heads of 64, an MLP of 2.75 times the hidden size.
 
     The vocabulary is 8 times the hidden size, so that with 8 layers and 4 loops the head does 2% of the work,
     as it does in Ouro-1.4B.

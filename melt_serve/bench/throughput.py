@@ -10,12 +10,28 @@ from typing import TYPE_CHECKING, Literal
 from tqdm import tqdm
 
 from melt_serve.bench.engine import BenchError, Engine
+from melt_serve.bench.options import flag
+from melt_serve.bench.report import draw_spread, judged, spread
 from melt_serve.bench.shapes import BLOCK_SIZE, MODELS, Checkpoint, Model, scaled_shape
-from melt_serve.config import DecodeMode, kv_bytes_per_token, weight_shapes
-from melt_serve.terminal import columns
+from melt_serve.terminal import columns, loop_list, positive, words_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from melt_serve.config import DecodeMode
+
+HELP = "tokens a second on the same requests with the same cache"
+DESCRIPTION = """\
+Serve the same requests with a MELT and a LoopLM of one shape, on real engines with random weights and the same KV
+bytes, in turn, and compare: once with a cache too small for all requests, once with room for all."""
+EXAMPLES = """\
+examples:
+  melt-serve bench throughput
+      8 layers, d=512, 32 requests of 128 + 128 tokens, at 4 and 8 loops; takes a quarter of an hour on 2 CPU cores
+  melt-serve bench throughput --loops 4 --cache scarce --fit 2 --profile
+      one setting, a scarcer cache, and where the time goes
+  melt-serve bench throughput --loops 2 --layers 2 --requests 8 --generated 32 --json
+      smaller and quicker, and one line of JSON at the end"""
 
 Cache = Literal["scarce", "plentiful"]
 
@@ -29,45 +45,35 @@ SHARE_OF_BOUND = 0.95
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """What to measure."""
 
-    Attributes:
-        layers: N.
-        hidden: d, a multiple of 64.
-        loops: every T.
-        caches: of `scarce` and `plentiful`.
-        decode_mode: the MELT's.
-        chunk_size: C.
-        requests: all there from the start.
-        prompt: tokens each.
-        generated: tokens each.
-        rounds: how often both engines serve them.
-        fit: requests of the LoopLM that a scarce cache holds.
-        profile: one more round, with a clock around every part of the model.
-        gate_rank: of the MELT's W_z and U_z; None for whole ones.
-    """
-
-    layers: int
-    hidden: int
-    loops: Sequence[int]
-    caches: Sequence[Cache]
-    decode_mode: DecodeMode
-    chunk_size: int
-    requests: int
-    prompt: int
-    generated: int
-    rounds: int
-    fit: int = 6
-    profile: bool = False
-    gate_rank: int | None = None
+    layers: int = flag(8, "layers of the model", positive, "N")
+    hidden: int = flag(512, "hidden size, a multiple of 64", positive, "D")
+    loops: Sequence[int] = flag((4, 8), "depths", loop_list, "T,T")
+    caches: Sequence[Cache] = flag(
+        ("scarce", "plentiful"),
+        "scarce: few requests of the LoopLM fit; plentiful: all do",
+        words_of("scarce", "plentiful"),
+        "CACHE,CACHE",
+        name="--cache",
+    )
+    decode_mode: "DecodeMode" = flag("token", "the MELT's", choices=("token", "chunk"))
+    chunk_size: int = flag(32, "the MELT's", positive, "C")
+    requests: int = flag(32, "requests, all there from the start", positive, "N")
+    prompt: int = flag(128, "tokens of a prompt", positive, "N")
+    generated: int = flag(128, "tokens of an answer", positive, "N")
+    rounds: int = flag(3, "how often both serve all requests", positive, "N")
+    fit: int = flag(6, "LoopLM requests that a scarce cache holds", positive, "N")
+    profile: bool = flag(False, "show where the time of one more round goes")
+    gate_rank: int | None = flag(None, "rank of the MELT's gate, cut as by gate_rank (default: whole)", positive, "R")
 
     @property
     def context(self) -> int:
-        """Tokens a request has in the end."""
+        """Tokens that a request has in the end."""
         return self.prompt + self.generated
 
     def checkpoint(self, model: Model, loops: int) -> Checkpoint:
-        """One of the two, at some depth."""
+        """Return one of the two models, at some depth."""
         shape = scaled_shape(self.layers, self.hidden)
         if model == "looplm":
             return Checkpoint(shape, model, loops, self.chunk_size)
@@ -75,7 +81,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One cache and depth; ratios are MELT's speed over LoopLM's in the same round.
 
     Attributes:
@@ -102,11 +108,11 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The median round's."""
+        """The median over the rounds of MELT's speed over LoopLM's."""
         return median(self.ratios)
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> list[Result]:
     """Serve every round with both engines, for every depth and cache.
 
     Raises:
@@ -116,7 +122,7 @@ def measure(options: Options) -> list[Row]:
     if options.gate_rank is not None and options.gate_rank > options.hidden:
         raise BenchError(f"--gate-rank={options.gate_rank} is more than --hidden={options.hidden}")
     settings = [(cache, loops) for loops in options.loops for cache in options.caches]
-    rows = []
+    results = []
     with tqdm(total=len(settings) * options.rounds, unit="round", disable=None) as progress:
         for cache, loops in settings:
             progress.set_description(f"T={loops}, {cache} cache")
@@ -126,20 +132,21 @@ def measure(options: Options) -> list[Row]:
                 for number in range(options.rounds):
                     # Who goes first changes, so that a machine that slows down favours nobody.
                     for model in MODELS if number % 2 else reversed(MODELS):
-                        seconds[model].append(engines[model].ask("generate", **load(options, seed=2 + number)))
+                        seconds[model].append(
+                            engines[model].ask("generate", **generate_arguments(options, seed=2 + number))
+                        )
                     progress.update()
-                measured = row(options, cache, loops, fits, seconds)
+                result = result_of(options, cache, loops, fits, seconds)
                 if options.profile:
-                    profiles = {
-                        model: engine.ask("profile", **load(options, seed=0)) for model, engine in engines.items()
-                    }
-                    measured = replace(measured, melt_profile=profiles["melt"], looplm_profile=profiles["looplm"])
-            rows.append(measured)
-    return rows
+                    arguments = generate_arguments(options, seed=0)
+                    melt, looplm = (engines[model].ask("profile", **arguments) for model in ("melt", "looplm"))
+                    result = replace(result, melt_profile=melt, looplm_profile=looplm)
+            results.append(result)
+    return results
 
 
-def refuse(hidden: int, chunk_size: int, decode_mode: DecodeMode) -> None:
-    """Say before the engines start what they would refuse, or could not be compared at.
+def refuse(hidden: int, chunk_size: int, decode_mode: "DecodeMode") -> None:
+    """Refuse before the engines start what they would refuse, or could not be compared at.
 
     Raises:
         BenchError: the option, and what it must be.
@@ -154,7 +161,7 @@ def refuse(hidden: int, chunk_size: int, decode_mode: DecodeMode) -> None:
 
 @contextmanager
 def both_engines(options: Options, cache: Cache, loops: int) -> Iterator[dict[Model, Engine]]:
-    """Both engines at once, started and warm. Between questions an engine sleeps."""
+    """Start both engines and warm them up. Between questions an engine sleeps."""
     arguments: dict[str, object] = {
         "kv_cache_memory_bytes": cache_bytes(options, cache, loops),
         "block_size": BLOCK_SIZE,
@@ -170,28 +177,38 @@ def both_engines(options: Options, cache: Cache, loops: int) -> Iterator[dict[Mo
         }
         for engine in engines.values():
             engine.answer()
-            engine.ask("generate", **{**load(options, seed=1), "generated": 2})
+            engine.ask("generate", **{**generate_arguments(options, seed=1), "generated": 2})
         yield engines
 
 
-def load(options: Options, seed: int) -> dict[str, int]:
-    """One round's requests. Every round has other prompts: none finds its prefix in the cache."""
+def generate_arguments(options: Options, seed: int) -> dict[str, int]:
+    """Return a round's requests, as the worker's `generate` takes them.
+
+    Every round has other prompts: none finds its prefix in the cache.
+    """
     return {"requests": options.requests, "prompt": options.prompt, "generated": options.generated, "seed": seed}
 
 
 def cache_bytes(options: Options, cache: Cache, loops: int) -> int:
-    """Bytes of the cache for both: a few requests of the LoopLM, or more than all of them."""
+    """Return the bytes of either engine's cache: for a few requests of the LoopLM, or for all of them."""
     requests = min(options.fit, options.requests) if cache == "scarce" else options.requests
-    block = BLOCK_SIZE * kv_bytes_per_token(options.checkpoint("looplm", loops).config, bytes_per_value=2)
+    block = BLOCK_SIZE * options.checkpoint("looplm", loops).kv_bytes_per_token()
     # And one block for every loop: vLLM never uses the first block of its pool.
     return (requests * math.ceil(options.context / BLOCK_SIZE) + 1) * block
 
 
-def row(options: Options, cache: Cache, loops: int, fits: dict[Model, float], seconds: dict[Model, list[float]]) -> Row:
-    """What was measured, and what is asked of it."""
+def result_of(
+    options: Options, cache: Cache, loops: int, fits: dict[Model, float], seconds: dict[Model, list[float]]
+) -> Result:
+    """Gather what was measured with one cache at one depth, and its goal.
+
+    Args:
+        fits: requests that each engine's cache holds.
+        seconds: of each engine's rounds.
+    """
     tokens = options.requests * options.generated
     bound = work(options, "looplm", loops) / work(options, "melt", loops)
-    return Row(
+    return Result(
         cache=cache,
         loops=loops,
         kv_cache_memory=cache_bytes(options, cache, loops),
@@ -206,66 +223,63 @@ def row(options: Options, cache: Cache, loops: int, fits: dict[Model, float], se
 
 
 def work(options: Options, model: Model, loops: int) -> int:
-    """Multiply-adds with weights for one request: what attention adds is the same for both and left out.
+    """Count the multiply-adds with weights for one request: what attention adds is the same for both and left out.
 
     Loop 1 of a MELT has no gate to compute (h_1 = n_1), and the head runs once a generated token.
     """
+    from melt_serve.config import weight_shapes
+
     shapes = {name: math.prod(size) for name, size in weight_shapes(options.checkpoint(model, loops).config)}
     layers = sum(count for name, count in shapes.items() if name.endswith(("_proj.weight", "_down.weight")))
     gates = sum(count for name, count in shapes.items() if ".kv_gate." in name and name.endswith(".weight"))
     return options.context * (loops * layers - gates) + options.generated * shapes["lm_head.weight"]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in columns; MiB are 2^20 bytes."""
+def table(results: Sequence[Result]) -> str:
+    """Show the results in columns, and their profiles if there are any; MiB are 2^20 bytes."""
     lines: list[tuple[str, ...]] = [
         ("cache", "T", "KV cache", "fit: MELT", "LoopLM", "MELT", "LoopLM", "ratio", "min", "max", "bound", "goal")
     ]
-    for row in rows:
+    for result in results:
         lines.append(
             (
-                row.cache,
-                str(row.loops),
-                f"{row.kv_cache_memory / 2**20:.0f} MiB",
-                str(row.melt_fits),
-                str(row.looplm_fits),
-                f"{row.melt_tokens_per_second:.1f} tok/s",
-                f"{row.looplm_tokens_per_second:.1f} tok/s",
-                f"{row.ratio:.2f}x",
-                f"{min(row.ratios):.2f}",
-                f"{max(row.ratios):.2f}",
-                f"{row.bound:.2f}",
-                "-" if row.goal is None else f"{row.goal:.2f} {'reached' if row.ratio >= row.goal else 'missed'}",
+                result.cache,
+                str(result.loops),
+                f"{result.kv_cache_memory / 2**20:.0f} MiB",
+                str(result.melt_fits),
+                str(result.looplm_fits),
+                f"{result.melt_tokens_per_second:.1f} tok/s",
+                f"{result.looplm_tokens_per_second:.1f} tok/s",
+                *spread(result.ratios),
+                f"{result.bound:.2f}",
+                judged(result.goal, result.ratio),
             )
         )
+    return "\n\n".join([columns(lines), *(profile_table(result) for result in results if result.melt_profile)])
+
+
+def profile_table(result: Result) -> str:
+    """Show where the time of one more round went, in seconds."""
+    melt, looplm = result.melt_profile, result.looplm_profile
+    assert melt is not None and looplm is not None
+    lines = [(f"{result.cache} cache, T={result.loops}", "MELT", "LoopLM")]
+    for part in sorted(melt, key=melt.__getitem__, reverse=True):
+        lines.append((part, f"{melt[part]:.2f} s", f"{looplm.get(part, 0):.2f} s"))
+    lines.append(("sum", f"{sum(melt.values()):.2f} s", f"{sum(looplm.values()):.2f} s"))
     return columns(lines)
 
 
-def profile_table(row: Row) -> str:
-    """Where the time of one more round went, in seconds."""
-    assert row.melt_profile is not None and row.looplm_profile is not None
-    lines: list[tuple[str, ...]] = [(f"{row.cache} cache, T={row.loops}", "MELT", "LoopLM")]
-    parts = sorted(row.melt_profile, key=row.melt_profile.__getitem__, reverse=True)
-    for part in parts:
-        lines.append((part, f"{row.melt_profile[part]:.2f} s", f"{row.looplm_profile.get(part, 0):.2f} s"))
-    lines.append(("sum", f"{sum(row.melt_profile.values()):.2f} s", f"{sum(row.looplm_profile.values()):.2f} s"))
-    return columns(lines)
-
-
-def figure(rows: Sequence[Row]) -> "Figure":
-    """Median ratios with their spread, over the loops; a line for each cache."""
+def figure(results: Sequence[Result]) -> "Figure":
+    """Draw median ratios with their spread, over the loops; a line for each cache."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(6, 4), layout="constrained")
     axes = drawn.subplots()
     axes.set(title="tokens a second, MELT / LoopLM, same requests and KV bytes", xlabel="loops T")
-    for cache in dict.fromkeys(row.cache for row in rows):
-        points = [row for row in rows if row.cache == cache]
-        loops, ratios = [row.loops for row in points], [row.ratio for row in points]
-        below = [row.ratio - min(row.ratios) for row in points]
-        above = [max(row.ratios) - row.ratio for row in points]
-        axes.errorbar(loops, ratios, yerr=(below, above), marker="o", capsize=4, label=f"{cache} cache")
-    bounds = {row.loops: row.bound for row in rows}
+    for cache in dict.fromkeys(result.cache for result in results):
+        points = [result for result in results if result.cache == cache]
+        draw_spread(axes, [each.loops for each in points], [each.ratios for each in points], label=f"{cache} cache")
+    bounds = {result.loops: result.bound for result in results}
     axes.plot(list(bounds), list(bounds.values()), linestyle=":", marker=".", label="by arithmetic alone")
     axes.set_xticks(list(bounds))
     axes.set_ylim(bottom=0)

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Scheduler, worker and model in this very process, where they can be read, timed and profiled.
@@ -50,7 +49,7 @@ def listen(questions: "queue.Queue[str]") -> None:
 
 
 def start(path: str, arguments: dict[str, Any]) -> "LLM":
-    """vLLM on the config at `path`, with random weights from a fixed seed unless `arguments` say otherwise."""
+    """Start vLLM on the config at `path`, with random weights from a fixed seed unless `arguments` say otherwise."""
     from vllm import LLM
 
     defaults = {
@@ -64,10 +63,14 @@ def start(path: str, arguments: dict[str, Any]) -> "LLM":
 
 
 def memory(llm: "LLM", prompt: int) -> dict[str, object]:
-    """What the engine's cache holds and costs, and the process's peak after a step of `prompt` tokens. Bytes.
+    """Read what the engine's cache holds and costs, and the process's peak after a step of `prompt` tokens. Bytes.
 
     Everything about the cache is read from what the engine has allocated and accounts with.
     """
+    import torch
+
+    from melt_serve.device import peak_memory
+
     generate(llm, requests=1, prompt=prompt, generated=1, seed=0)
     vllm_config = llm.llm_engine.vllm_config
     runner = model_runner(llm)
@@ -83,32 +86,26 @@ def memory(llm: "LLM", prompt: int) -> dict[str, object]:
         ),
         "token_capacity": vllm_config.cache_config.kv_cache_size_tokens,
         "max_concurrency": vllm_config.cache_config.kv_cache_max_concurrency,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory(torch.device("cpu")),
         "transient_bytes": state * runner.dtype.itemsize if config.model_type == "melt" else 0,
     }
 
 
 def model_runner(llm: "LLM") -> Any:
-    """The engine's model runner, in this process."""
+    """Return the engine's model runner, which is in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def block_bytes(runner: Any) -> int:
-    """What a block of the pool takes in the tensors that are allocated, over all layers."""
+    """Return the bytes that a block of the pool takes in the allocated tensors, over all layers."""
     storages = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in runner.kv_caches}
     return sum(storages.values()) // runner.kv_cache_config.num_blocks
-
-
-def peak_bytes() -> int:
-    """The most memory this process has had resident (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def generate(
     llm: "LLM", requests: int, prompt: int, generated: int, seed: int, loops: Sequence[int] | None = None
 ) -> float:
-    """Serve greedy requests of random prompts, all there from the start; the seconds it took.
+    """Serve greedy requests of random prompts, all there from the start; return the seconds it took.
 
     Args:
         llm: the engine.
@@ -118,16 +115,16 @@ def generate(
         seed: of the prompts. Another seed shares no prefix.
         loops: of each request; None for the checkpoint's own.
     """
-    prompts, sampling = drawn(llm, requests, prompt, generated, seed, loops)
+    prompts, sampling = draw_requests(llm, requests, prompt, generated, seed, loops)
     started = time.perf_counter()
     llm.generate(prompts, sampling, use_tqdm=False)
     return time.perf_counter() - started
 
 
-def drawn(
+def draw_requests(
     llm: "LLM", requests: int, prompt: int, generated: int, seed: int, loops: Sequence[int] | None
 ) -> "tuple[list[TokensPrompt], list[SamplingParams]]":
-    """The requests of `generate`."""
+    """Draw the requests of `generate`: random prompts, and how each is sampled."""
     import torch
     from vllm import SamplingParams, TokensPrompt
 
@@ -143,15 +140,15 @@ def drawn(
 
 
 def latency(llm: "LLM", prompt: int, generated: int, seed: int, loops: int) -> float:
-    """Seconds between two generated tokens of one request that has the engine to itself, by vLLM's own clock."""
-    prompts, sampling = drawn(llm, 1, prompt, generated, seed, [loops])
+    """Measure the seconds between two generated tokens of a request that is alone, by vLLM's own clock."""
+    prompts, sampling = draw_requests(llm, 1, prompt, generated, seed, [loops])
     (output,) = llm.generate(prompts, sampling, use_tqdm=False)
     assert output.metrics is not None, "the engine keeps no statistics"
     return (output.metrics.last_token_ts - output.metrics.first_token_ts) / (generated - 1)
 
 
 def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
-    """What the rows of `generate`'s requests take of the cache while they are served. Bytes.
+    """Count what the rows of `generate`'s requests take of the cache while they are served. Bytes.
 
     Counted in every step, once it has its blocks. Final rows are all blocks that the pool has given away but
     for the open chunks', at their peak, over the tokens that are there, in whole blocks: a second row of a token
@@ -184,7 +181,7 @@ def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
 
 
 def share_right(llm: "LLM", questions: int, loops: int) -> float:
-    """The share of the first held-out questions that a trained checkpoint answers right at this depth, greedily."""
+    """Return the share of the first held-out questions that are answered right at this depth, greedily."""
     from vllm import SamplingParams, TokensPrompt
 
     from melt_serve.task.evaluate import heldout, longest_reply
@@ -199,12 +196,12 @@ def share_right(llm: "LLM", questions: int, loops: int) -> float:
 
 
 def requests_that_fit(llm: "LLM") -> float:
-    """Requests of the longest kind that the cache holds at once."""
+    """Return how many requests of the greatest length the cache holds at once."""
     return float(llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
 
 
 def profile(llm: "LLM", **facts: Any) -> dict[str, float]:
-    """Seconds of one `generate`, by part."""
+    """Measure the seconds of one `generate`, by part of the model."""
     from melt_serve.bench import profiler
 
     runner = model_runner(llm)

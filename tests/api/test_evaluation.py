@@ -83,7 +83,7 @@ def gate(server):
 
 def evaluated(capsys, *words: str) -> dict:
     assert cli.main(["eval", *words, "--questions", str(QUESTIONS), "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     return row
 
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from melt_serve import cli
-from melt_serve.bench.depth import Mix, Options, Row, engine_arguments, table, workloads
+from melt_serve.bench.depth import Measured, Mix, Options, Result, engine_arguments, table, workloads
 from melt_serve.bench.engine import Engine
 from melt_serve.config import kv_bytes_per_token
 
 TINY = "--layers 1 --hidden 64 --loops 4,1,2 --requests 4 --prompt 40 --generated 40 --rounds 2 --json".split()
 ROW = 2 * 64 * 2  # K and V, values, bytes of each
 DEFAULT = Options(8, 512, [1, 2, 4, 8, 16], None, "token", 32, requests=16, prompt=128, generated=64, rounds=3)
-MEASURED = Row(1, "token", [9.0, 11.0, 10.0], [0.3, 0.4, 0.2], 0.35, 0.01, 256, 0, None)
+MEASURED = Result(1, "token", [9.0, 11.0, 10.0], [0.3, 0.4, 0.2], 0.35, 0.01, 256, 0, None)
 
 
 def bench(capsys, *words):
@@ -21,7 +21,7 @@ def bench(capsys, *words):
     output = capsys.readouterr()
     assert code == 0, output.err
     report = json.loads(output.out.splitlines()[-1])
-    return report["rows"], report["mix"], output.out
+    return report["results"], report["mix"], output.out
 
 
 def test_a_tokens_rows_are_the_same_at_every_depth_and_the_bundled_checkpoint_needs_its_loops(capsys, tmp_path):
@@ -70,10 +70,10 @@ def test_the_mix_goes_from_1_to_8_or_as_deep_as_the_engine():
 
 def test_goals_are_held_against_the_median_round():
     mix = Mix((1, 8), 15.0, 10.0, [1.5, 1.3, 1.6], 1.4, 256)
-    text = table([MEASURED], mix, base=4)
+    text = table(Measured([MEASURED, replace(MEASURED, loops=4)], mix))
     assert "10.0  9.0  11.0" in text and "0.30x  0.20  0.40  0.35 reached" in text and "1.40 reached" in text
     slow, deeper = replace(MEASURED, relative_times=[0.4]), replace(MEASURED, loops=4, kv_bytes_per_token=512)
-    text = table([slow, deeper], replace(mix, ratios=[1.3]), base=4)
+    text = table(Measured([slow, deeper], replace(mix, ratios=[1.3])))
     assert "0.35 missed" in text and "1.40 missed" in text and "same at every depth: missed" in text
 
 

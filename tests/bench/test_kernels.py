@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from melt_serve import cli
-from melt_serve.bench.kernels import Measured, Part, table
+from melt_serve.bench.kernels import Measured, table
+from melt_serve.bench.operators import Part
 from melt_serve.bench.shapes import shape
 from melt_serve.config import MeltConfig, weight_shapes
 from melt_serve.device import Rates

@@ -23,7 +23,7 @@ def bench(capsys, *words):
     code = cli.main(["bench", "memory", "--json", *words])
     output = capsys.readouterr()
     assert code == 0, output.err
-    return json.loads(output.out.splitlines()[-1])["rows"], output.out
+    return json.loads(output.out.splitlines()[-1])["results"], output.out
 
 
 def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant(capsys):

@@ -12,7 +12,7 @@ def test_rows_do_not_grow_with_the_loops(capsys, tmp_path):
     tiny = "--device cpu --loops 3,1 --batch 2 --prompt 5 --generated 4 --rounds 2".split()
     assert cli.main(["bench", "reference", *tiny, "--json", "--plot", str(plot)]) == 0
     output = capsys.readouterr().out
-    rows = json.loads(output.splitlines()[-1])["rows"]
+    rows = json.loads(output.splitlines()[-1])["results"]
     assert [row["loops"] for row in rows] == [1, 3]
     # The last generated token is never fed in again.
     held = 2 * (5 + 4 - 1) * kv_bytes_per_token(MeltConfig(**shape("small")), bytes_per_value=2)

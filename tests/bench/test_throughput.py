@@ -17,7 +17,7 @@ def test_a_round_compares_the_same_requests_in_the_same_cache_and_shows_where_th
     plot = tmp_path / "throughput.svg"
     assert cli.main(["bench", "throughput", *size, "--profile", "--plot", str(plot), "--json"]) == 0
     output = capsys.readouterr().out
-    (row,) = json.loads(output.splitlines()[-1])["rows"]
+    (row,) = json.loads(output.splitlines()[-1])["results"]
     # Two blocks a request, and one more that vLLM never uses but counts: of the MELT's half as large blocks, 26.
     assert (row["cache"], row["loops"], row["looplm_fits"], row["melt_fits"]) == ("scarce", 2, 6, 13)
     assert len(row["ratios"]) == 2 and min(row["ratios"]) <= row["ratio"] <= max(row["ratios"])

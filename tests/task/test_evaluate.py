@@ -83,7 +83,7 @@ def test_eval_prints_a_table_and_a_line_of_json(capsys):
         == 0
     )
     *_, last = (output := capsys.readouterr().out).splitlines()
-    rows = json.loads(last)["rows"]
+    rows = json.loads(last)["results"]
     assert [(row["loops"], row["decode_mode"]) for row in rows] == [
         (1, "token"),
         (4, "token"),

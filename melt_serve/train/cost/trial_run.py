@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ import torch
 
 from melt_serve.capacity import shape_of
 from melt_serve.config import LoopLMConfig
-from melt_serve.device import matmul_rate, name_of
+from melt_serve.device import forget_peak, matmul_rate, name_of, peak_memory
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.cost.probe import reduced
@@ -185,23 +184,6 @@ def random_batch(recipe: PostTraining, words: int, number: int) -> Batch:
     labels[:, 0] = IGNORED
     starts = torch.zeros_like(ids) if recipe.data.pack else None
     return Batch(ids, torch.ones_like(ids), labels, document_starts=starts)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let `peak_memory` be that of what follows; where Linux cannot, it is that of the process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that PyTorch had allocated on the GPU, or the process had resident on a CPU (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def record_of(name: str, tried: Trial, folder: Path, settings: Record) -> Record:

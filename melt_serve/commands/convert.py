@@ -1,0 +1,66 @@
+"""`melt-serve convert`: its flags."""
+
+import argparse
+from pathlib import Path
+
+from melt_serve.terminal import Subcommands, add_command, fail
+
+DESCRIPTION = """\
+Turn an Ouro-format looped checkpoint (safetensors, one file or shards) into a MELT checkpoint.
+
+The weights are verified and copied; a fresh KV gate is added in the same dtype. The new gate is
+untrained: post-train the result before you judge its answers. Memory stays near one shard."""
+
+EXAMPLES = """\
+examples:
+  melt-serve convert ./Ouro-1.4B ./melt-1.6B
+      the paper's element-wise gate; chunks of 512 tokens, tokens decoded one at a time
+  melt-serve convert ./Ouro-1.4B ./melt-64 --chunk-size 64 --decode-mode chunk --max-loops 8
+      small chunks, decoded on the same grid they are trained on, run with up to 8 loops
+  melt-serve convert ./Ouro-1.4B ./last --gate-type last
+      no gate to learn: the row of the last loop stays; the starting point of the ablations"""
+
+
+def add_convert(commands: "Subcommands[argparse.ArgumentParser]") -> None:
+    """Add `convert` to the commands of `melt-serve`. Its flags are named as the parameters of `convert.convert`."""
+    command = add_command(commands, "convert", "give an Ouro-format checkpoint MELT's gate", DESCRIPTION, EXAMPLES)
+    command.set_defaults(run=run)
+    add = command.add_argument
+    add("source", metavar="SRC", type=Path, help="folder of the Ouro-format checkpoint")
+    add("target", metavar="DST", type=Path, help="folder to write; must not exist or be empty")
+    add(
+        "--gate-type",
+        choices=("elementwise", "scalar", "mean", "ema", "last"),
+        default="elementwise",
+        help="how a token's state is carried from loop to loop (default: elementwise, the paper's)",
+    )
+    add(
+        "--initial-state",
+        choices=("input", "zeros"),
+        default="input",
+        help="the state before loop 1: the first loop's input, or zeros (default: input)",
+    )
+    add("--chunk-size", type=int, default=512, metavar="C", help="tokens that run their loops together (default: 512)")
+    add(
+        "--decode-mode",
+        choices=("token", "chunk"),
+        default="token",
+        help="generated tokens are chunks of their own, or fill the grid like a prompt's (default: token)",
+    )
+    add("--max-loops", type=int, metavar="T", help="the most loops it may be run with (default: the source's)")
+    add("--seed", type=int, default=0, help="seed of the fresh gate's weights (default: 0)")
+    add("--quiet", dest="show_progress", action="store_false", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, and say what is next; return the exit code."""
+    from melt_serve.checkpoint_files import CheckpointError
+    from melt_serve.convert import convert
+
+    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    try:
+        convert(**options)
+    except CheckpointError as error:
+        return fail(error)
+    print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
+    return 0
