@@ -1,1 +1,1 @@
-"""What the HTTP server shows beyond OpenAI's API: a page, facts, metrics; and who may ask."""
+"""Routes beside OpenAI's: a page, facts and metrics; and the guard before all of them."""

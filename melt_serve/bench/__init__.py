@@ -1,1 +1,1 @@
-"""Measure real engines: what a MELT and a LoopLM of one shape cost in memory and serve in a second, by depth."""
+"""Measurements: what a MELT and a LoopLM of one shape take and serve, on real engines; kernels; the reference model."""

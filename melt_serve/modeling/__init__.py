@@ -1,4 +1,4 @@
-"""The readable truth: LoopLM and MELT in plain PyTorch, as `transformers` models.
+"""LoopLM and MELT in plain PyTorch, as `transformers` models: the truth that all else is tested against.
 
 Importing this package makes `AutoModelForCausalLM.from_pretrained` know both model types.
 """

@@ -1,1 +1,1 @@
-"""The bundled checkpoints' task: who is where. Asked by the demo, load tests, benches, training and tests."""
+"""The bundled checkpoints' task, who is where: questions, tokenizer, chat template, evaluation."""

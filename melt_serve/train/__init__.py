@@ -1,1 +1,1 @@
-"""Training of the bundled checkpoint: the task, its tokenizer and the recipe. Knows nothing of vLLM."""
+"""Post-training of a LoopLM into a MELT: recipes, runs, what they take, studies. Knows nothing of vLLM."""
