@@ -22,9 +22,10 @@ from tqdm import tqdm
 from loadtests.report import Run, write
 from loadtests.sampler import Sampler
 from loadtests.scenarios import SCENARIOS, Options, Scenario, Step
-from loadtests.servers import ServerError, listener, started
+from loadtests.servers import listener, started
 from loadtests.users import Asker, MeltUser
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.server_process import ServerError
 
 WARM_UP_SECONDS = 10
 SCARCE = ["--kv-cache-memory-bytes", str(8 << 20), "--max-model-len", "512", "--block-size", "32"]
