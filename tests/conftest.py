@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from hypothesis import settings
-from openai import OpenAI
 
 from melt_serve.bundled import MELT
 from melt_serve.server_process import free_port, running
@@ -41,4 +40,6 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def client(server):
+    from openai import OpenAI  # comes with vLLM, which most tests do without
+
     return OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
