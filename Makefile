@@ -21,8 +21,8 @@ test: .venv/.installed programs
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTEST) -n 2 --dist loadfile $(SERVERS)
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
-# All that needs no vLLM.
-FAST := modeling kernels train task test_config.py test_convert.py test_capacity.py test_cli.py
+# What needs no vLLM.
+FAST := modeling kernels train task $(addprefix test_,$(addsuffix .py,capacity cli config convert serve server_process))
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 START_SECONDS = 300
 STOP_SECONDS = 60
 """How long a server may take to end by itself: its running requests have 30 of them (`serve.SAFE_DEFAULTS`)."""
+EARLY_STOP_SECONDS = 5
+"""The same of a server that is not ready: it has no requests, and while vLLM starts its engine, it does not listen."""
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,7 +59,7 @@ def running(
         ServerError: it ended, or was not ready after `START_SECONDS`.
     """
     url = f"http://127.0.0.1:{port}"
-    process = None
+    process, patience = None, EARLY_STOP_SECONDS
     try:
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -68,10 +70,11 @@ def running(
                 start_new_session=start_new_session,
             )
         wait_until_ready(process, url + ready, log, progress)
+        patience = STOP_SECONDS
         yield Server(url, process, log)
     finally:
         if process is not None:
-            stop(process)
+            stop(process, patience)
 
 
 def free_port() -> int:
@@ -114,8 +117,8 @@ def tail(log: Path, lines: int = 20) -> str:
     return "".join(log.read_text(errors="replace").splitlines(keepends=True)[-lines:])
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server politely, after `STOP_SECONDS` by force, with all that is left of its session if it has its own.
+def stop(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End a server politely, after `patience` seconds by force, with all that is left of its session if it has its own.
 
     Signals that would end this process are ignored meanwhile: impatience does not interrupt it.
     """
@@ -125,7 +128,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             if process.poll() is None:
                 process.send_signal(how)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP_SECONDS)
+                    process.wait(patience)
         with suppress(ProcessLookupError):  # it has no process group of its own, or nothing is left in it
             os.killpg(process.pid, signal.SIGKILL)
     finally:
