@@ -2,27 +2,12 @@
 
 import json
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
-from tqdm import tqdm
-from vllm import LLM
 
 from melt_serve import cli
-from melt_serve.bench.depth import (
-    Mix,
-    Options,
-    Row,
-    depth_rows,
-    engine_arguments,
-    mix_row,
-    serve,
-    table,
-    workloads,
-)
-from melt_serve.bench.worker import QUESTIONS, memory
+from melt_serve.bench.depth import Mix, Options, Row, engine_arguments, table, workloads
 from melt_serve.config import kv_bytes_per_token
-from tests.engine.engines import engine
 
 TINY = "--layers 1 --hidden 64 --loops 4,1,2 --requests 4 --prompt 40 --generated 40 --rounds 2 --json".split()
 ROW = 2 * 64 * 2  # K and V, values, bytes of each
@@ -30,22 +15,17 @@ DEFAULT = Options(8, 512, [1, 2, 4, 8, 16], None, "token", 32, requests=16, prom
 MEASURED = Row(1, "token", [9.0, 11.0, 10.0], [0.3, 0.4, 0.2], 0.35, 0.01, 256, 0, None)
 
 
-class InThisProcess(NamedTuple):
-    """An engine that is asked as the one in a child process is."""
-
-    llm: LLM
-
-    def ask(self, what, **facts):
-        return QUESTIONS[what](self.llm, **facts)
+def bench(capsys, *words):
+    code = cli.main(["bench", "depth", *TINY, *words])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    report = json.loads(output.out.splitlines()[-1])
+    return report["rows"], report["mix"], output.out
 
 
 def test_a_tokens_rows_are_the_same_at_every_depth_and_the_bundled_checkpoint_needs_its_loops(capsys, tmp_path):
     plot = tmp_path / "depth.svg"
-    code = cli.main(["bench", "depth", *TINY, "--accuracy", "20", "--plot", str(plot)])
-    text, errors = capsys.readouterr()
-    assert code == 0, errors
-    report = json.loads(text.splitlines()[-1])
-    rows, mix = report["rows"], report["mix"]
+    rows, mix, text = bench(capsys, "--accuracy", "20", "--plot", str(plot))
     assert [(row["loops"], row["decode_mode"]) for row in rows] == [(1, "token"), (2, "token"), (4, "token")]
     assert [(row["kv_bytes_per_token"], row["open_chunk_bytes"]) for row in rows] == [(ROW, 0)] * 3
     for row in rows:
@@ -60,24 +40,18 @@ def test_a_tokens_rows_are_the_same_at_every_depth_and_the_bundled_checkpoint_ne
     assert "<svg" in plot.read_text()
 
 
-def test_in_chunk_mode_only_the_open_chunk_grows_and_both_are_what_bench_memory_says(tmp_path):
-    tiny = Options(1, 64, [4, 1, 2], (2, 4), "chunk", 32, requests=4, prompt=40, generated=40, rounds=1)
-    tiny.checkpoint.config.save_pretrained(tmp_path)
-    random_weights = {"load_format": "dummy", "dtype": "bfloat16"}
-    with engine(tmp_path, **random_weights, **engine_arguments(tiny)) as llm:
-        served = serve(tiny, InThisProcess(llm), tqdm(disable=True))
-        held = memory(llm, prompt=40)
-    rows, mix = depth_rows(tiny, served, right={}), mix_row(tiny, served)
-    assert [row.kv_bytes_per_token for row in rows] == [ROW] * 3
-    assert [row.open_chunk_bytes for row in rows] == [0, 32 * ROW, 3 * 32 * ROW]
-    assert mix.loops == (2, 4) and [row.accuracy for row in rows] == [None] * 3
-    # Room for all requests at once, so that none waits for another's blocks.
-    assert held["max_concurrency"] >= tiny.requests
-    assert (rows[2].kv_bytes_per_token, rows[2].open_chunk_bytes) == (
-        held["kv_bytes_per_token"],
-        held["open_chunk_bytes"],
-    )
-    assert held["kv_bytes_per_token"] == kv_bytes_per_token(tiny.checkpoint.config, bytes_per_value=2)
+def test_in_chunk_mode_only_the_open_chunk_grows_and_both_are_what_bench_memory_says(capsys, in_this_process):
+    rows, mix, _ = bench(capsys, "--decode-mode", "chunk", "--mix", "2,4")
+    assert [row["kv_bytes_per_token"] for row in rows] == [ROW] * 3
+    assert [row["open_chunk_bytes"] for row in rows] == [0, 32 * ROW, 3 * 32 * ROW]
+    assert mix["loops"] == [2, 4] and [row["accuracy"] for row in rows] == [None] * 3
+    tiny = Options(1, 64, [4], None, "chunk", 32, requests=4, prompt=40, generated=40, rounds=1)
+    with in_this_process("tiny", tiny.checkpoint, engine_arguments(tiny)) as engine:
+        memory = engine.ask("memory", prompt=40)
+        # Room for all requests at once, so that none waits for another's blocks.
+        assert memory["max_concurrency"] >= tiny.requests
+    assert rows[2].items() >= {key: memory[key] for key in ("kv_bytes_per_token", "open_chunk_bytes")}.items()
+    assert memory["kv_bytes_per_token"] == kv_bytes_per_token(tiny.checkpoint.config, bytes_per_value=2)
 
 
 def test_times_are_relative_to_the_depth_nearest_to_4():
@@ -88,7 +62,6 @@ def test_times_are_relative_to_the_depth_nearest_to_4():
 def test_the_mix_goes_from_1_to_8_or_as_deep_as_the_engine():
     for loops, mixed in (([1, 16], (1, 8)), ([2, 4], (1, 4)), ([1], None)):
         assert replace(DEFAULT, loops=loops, mix=None).mixed == mixed
-    assert replace(DEFAULT, mix=(2, 4)).mixed == (2, 4)
     works = workloads(replace(DEFAULT, loops=[8, 1, 8], requests=4))
     assert works == {"T=1": [1] * 4, "T=8": [8] * 4, "mix": [1, 8, 1, 8], "all deep": [8] * 4}
 

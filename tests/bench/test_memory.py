@@ -5,66 +5,63 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 
 import psutil
 import pytest
 
 from melt_serve import cli
-from melt_serve.bench.memory import Row, table
-from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, shape
-from melt_serve.bench.worker import memory
+from melt_serve.bench.shapes import shape
+from melt_serve.bench.worker import peak_bytes
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
-from tests.engine.engines import engine
 from tests.requires import needs_fp8_rows
 from tests.signals import hear_ctrl_c
 
-LAYERS, HIDDEN, KV_MEMORY = 1, 192, 64 << 20
+LAYERS, HIDDEN = 1, 192
 MELT_ROW = kv_bytes_per_token(MeltConfig(**shape("demo")), bytes_per_value=2)
 
 
-def measured(tmp_path, model, kv_dtype="auto", mode=None):
-    """What an engine of four loops in this process says of itself, with the flags' defaults."""
-    checkpoint = Checkpoint(shape("demo"), model, 4, chunk_size=64, decode_mode=mode)
-    checkpoint.config.save_pretrained(tmp_path / str(mode))
-    limits = {"block_size": BLOCK_SIZE, "max_model_len": 2048, "max_num_batched_tokens": 64, "max_num_seqs": 64}
-    sizes = {"dtype": "bfloat16", "kv_cache_memory_bytes": KV_MEMORY, "kv_cache_dtype": kv_dtype}
-    with engine(tmp_path / str(mode), load_format="dummy", **limits, **sizes) as llm:
-        return Row(model, mode, 4, kv_dtype, **memory(llm, prompt=64))
+def bench(capsys, *words):
+    code = cli.main(["bench", "memory", "--json", *words])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    return json.loads(output.out.splitlines()[-1])["rows"], output.out
 
 
-def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant(tmp_path):
-    token, chunk = rows = [measured(tmp_path, "melt", mode=mode) for mode in ("token", "chunk")]
-    assert [row.kv_bytes_per_token for row in rows] == [MELT_ROW] * 2  # of four loops as of one
-    assert [row.open_chunk_bytes for row in rows] == [0, 3 * 64 * MELT_ROW]
-    assert token.max_concurrency == token.token_capacity / 2048
-    assert token.token_capacity == pytest.approx(KV_MEMORY / MELT_ROW, rel=0.01)
-    assert chunk.max_concurrency == pytest.approx(token.max_concurrency * 2048 / (2048 + 3 * 64), rel=0.01)
-    assert all(row.transient_bytes == LAYERS * 64 * HIDDEN * 2 for row in rows)
-    assert "MELT, chunk mode  4" in table(rows)
+@pytest.mark.usefixtures("in_this_process")
+def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant(capsys):
+    rows, table = bench(capsys, "--models", "melt", "--loops", "4")
+    assert [(row["decode_mode"], row["loops"]) for row in rows] == [("token", 4), ("chunk", 4)]
+    assert [row["kv_bytes_per_token"] for row in rows] == [MELT_ROW] * 2  # of four loops as of one
+    assert [row["open_chunk_bytes"] for row in rows] == [0, 3 * 64 * MELT_ROW]
+    token, chunk = (row["max_concurrency"] for row in rows)
+    assert token == rows[0]["token_capacity"] / 2048
+    assert rows[0]["token_capacity"] == pytest.approx((64 << 20) / MELT_ROW, rel=0.01)
+    assert chunk == pytest.approx(token * 2048 / (2048 + 3 * 64), rel=0.01)
+    assert all(row["transient_bytes"] == LAYERS * 64 * HIDDEN * 2 for row in rows)
+    assert "MELT, chunk mode  4" in table
 
 
 def check_looplm(row, size):
     expected = kv_bytes_per_token(LoopLMConfig(**shape("demo")), size, loops=4)
     assert row["kv_bytes_per_token"] == expected == 2 * size * MELT_ROW
-    assert row["token_capacity"] == pytest.approx(KV_MEMORY / expected, rel=0.01)
+    assert row["token_capacity"] == pytest.approx((64 << 20) / expected, rel=0.01)
     assert (row["decode_mode"], row["open_chunk_bytes"], row["transient_bytes"]) == (None, 0, 0)
 
 
 def test_a_looplms_rows_grow_with_the_loops_and_a_plot_is_written(capsys, tmp_path):
+    """In a child process, whose memory is its own."""
     plot = tmp_path / "memory.png"
-    words = ["--models", "looplm", "--loops", "4", "--json", "--plot", str(plot)]
-    assert cli.main(["bench", "memory", *words]) == 0
-    output = capsys.readouterr().out
-    (row,) = json.loads(output.splitlines()[-1])["rows"]
+    (row,), _ = bench(capsys, "--models", "looplm", "--loops", "4", "--plot", str(plot))
     check_looplm(row, size=2)
-    assert row["peak_bytes"] > 64 << 20
-    assert "LoopLM" in output and plot.read_bytes().startswith(b"\x89PNG")
+    assert 64 << 20 < row["peak_bytes"] != peak_bytes()
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @needs_fp8_rows
-def test_fp8_halves_a_looplms_rows(tmp_path):
-    check_looplm(asdict(measured(tmp_path, "looplm", "fp8")), size=1)
+@pytest.mark.usefixtures("in_this_process")
+def test_fp8_halves_rows(capsys):
+    (row,), _ = bench(capsys, "--models", "looplm", "--loops", "4", "--kv-dtype", "fp8")
+    check_looplm(row, size=1)
 
 
 def test_ctrl_c_ends_the_engine_too():
