@@ -12,13 +12,13 @@ demo: .venv/.installed
 
 # In three parts; what no list names runs in the first. An engine has one thread, so two fit on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
-# Start servers: two files at a time, and each worker has a server of its own. vLLM would bind both to the same core.
+# Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
 SERVERS := tests/api tests/bench tests/test_demo.py
 # Judge memory and rates, or take both cores.
 ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py
 test: .venv/.installed programs
 	$(PYTEST) -n 2 --dist loadgroup $(addprefix --ignore=,$(SERVERS) $(ALONE))
-	VLLM_CPU_OMP_THREADS_BIND=nobind $(PYTEST) -n 2 --dist loadfile $(SERVERS)
+	$(PYTEST) -n 2 --dist loadfile $(SERVERS)
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
