@@ -4,17 +4,27 @@ PYTHON ?= python3
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 
-.PHONY: demo test load programs lint clean
+.PHONY: demo test test-fast load programs lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	$(BIN)/melt-serve demo
 
-# What starts servers or takes the time runs alone, everything else side by side.
-ALONE := tests/api tests/bench tests/deploy tests/loadtests tests/test_demo.py tests/test_serve.py
+# In three parts; what no list names runs in the first. An engine has one thread, so two fit on two cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
+# Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
+SERVERS := tests/api tests/bench tests/test_demo.py
+# Judge memory and rates, or take both cores.
+ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py
 test: .venv/.installed programs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(ALONE))
-	$(BIN)/python -m pytest $(ALONE)
+	$(PYTEST) -n 2 --dist loadgroup $(addprefix --ignore=,$(SERVERS) $(ALONE))
+	$(PYTEST) -n 2 --dist loadfile $(SERVERS)
+	$(BIN)/python -m pytest --durations=40 $(ALONE)
+
+# What needs no vLLM.
+FAST := modeling kernels train task $(addprefix test_,$(addsuffix .py,capacity cli config convert serve server_process))
+test-fast: .venv/.installed
+	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
 
 # Programs that tests drive, each with Debian's package of it. Installed where that can be done without asking.
 PROGRAMS := chromium/chromium kubectl/kubernetes-client prometheus/prometheus systemd-analyze/systemd

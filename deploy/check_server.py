@@ -51,14 +51,18 @@ def main() -> None:
 
 
 def check(what: str, holds: bool, seen: str = "") -> None:
-    """Say so, or raise AssertionError."""
+    """Print that it holds, or raise AssertionError with what was seen."""
     if not holds:
         raise AssertionError(f"{what}{seen and f', but: {seen}'}")
     print(f"ok: {what}", flush=True)
 
 
 def wait(url: str, parent: psutil.Process) -> psutil.Process:
-    """The process that listens, once it is healthy."""
+    """Wait until the server is healthy; return the process that listens.
+
+    Raises:
+        AssertionError: `parent` ended, or `START_SECONDS` are over.
+    """
     started = time.monotonic()
     while time.monotonic() < started + START_SECONDS:
         if not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE:
@@ -73,7 +77,7 @@ def wait(url: str, parent: psutil.Process) -> psutil.Process:
 
 
 def listener(port: int) -> psutil.Process:
-    """Who listens on this port."""
+    """Return the process of this machine that listens on a port; raise AssertionError if none does."""
     for each in psutil.net_connections("tcp"):
         if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
             return psutil.Process(each.pid)
@@ -81,7 +85,7 @@ def listener(port: int) -> psutil.Process:
 
 
 def refuses(url: str) -> bool:
-    """Whether a route that spends compute, but that vLLM leaves open, asks for a key."""
+    """Return whether a route that spends compute, and that vLLM itself leaves open, asks for a key."""
     try:
         urllib.request.urlopen(urllib.request.Request(f"{url}/tokenize", data=b"{}"), timeout=10)
     except urllib.error.HTTPError as error:
@@ -90,7 +94,7 @@ def refuses(url: str) -> bool:
 
 
 def ask(client: openai.OpenAI, model: str) -> openai.types.chat.ChatCompletion:
-    """The bundled task's question, which takes four loops."""
+    """Ask the bundled task's question, which takes four loops."""
     return client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
@@ -100,7 +104,7 @@ def ask(client: openai.OpenAI, model: str) -> openai.types.chat.ChatCompletion:
 
 
 def stop(server: psutil.Process, client: openai.OpenAI, model: str) -> None:
-    """SIGTERM while an answer is streamed: it comes whole, and the server ends in time."""
+    """Send SIGTERM while an answer is streamed; check that it comes whole and that the server ends in time."""
     stream = client.completions.create(
         model=model, prompt=QUESTION, stream=True, max_tokens=600, extra_body={"ignore_eos": True}
     )

@@ -28,11 +28,11 @@ except ImportError:
 
 DASHBOARD = Path(__file__).parent / "grafana" / "dashboards" / "melt-serve.json"
 COLUMNS = 24
-"""Of Grafana's grid."""
+"""Columns of Grafana's grid."""
 UNIT_WIDTH, UNIT_HEIGHT = 0.66, 0.38
 """Inches of one cell of that grid."""
 POINTS = 240
-"""On a line, at most about."""
+"""Points of a line, at most about."""
 
 EXAMPLES = """\
 examples:
@@ -44,7 +44,7 @@ examples:
 
 
 class DrawError(RuntimeError):
-    """The panels could not be drawn; the message says why."""
+    """Panels that could not be drawn; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Window:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Grafana's own, by name."""
+        """Grafana's own variables, by name."""
         rate = max(4 * self.scrape_interval, self.step + self.scrape_interval)
         return {"__rate_interval": f"{math.ceil(rate)}s", "__range": f"{math.ceil(self.end - self.start)}s"}
 
     @property
     def times(self) -> np.ndarray:
-        """Of the points."""
+        """Times of the points, in seconds since 1970."""
         return np.arange(self.start, self.end + self.step / 2, self.step)
 
 
@@ -82,7 +82,7 @@ class Series:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, and tell which panels had no data."""
+    """Draw the picture and print which panels had no data; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__
         + " Every query of every panel runs as Grafana would run it; a panel that has no data says so.",
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Few colours are enough, and make a small file."""
+    """Save a figure with a palette of few colours, which makes a small file."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
@@ -142,19 +142,19 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def panels_of(dashboard: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The panels that ask for something, also those inside rows."""
+    """Return the panels that have queries, also those inside Grafana's rows."""
     rows = [panel for panel in dashboard["panels"] if panel["type"] == "row"]
     everything = [*dashboard["panels"], *(panel for row in rows for panel in row.get("panels", []))]
     return [panel for panel in everything if panel.get("targets")]
 
 
 def every(dashboard: Mapping[str, Any]) -> dict[str, str]:
-    """Each of the dashboard's variables, selecting everything."""
+    """Return each of the dashboard's variables with the value that selects everything."""
     return {variable["name"]: ".*" for variable in dashboard["templating"]["list"]}
 
 
 def fill(expression: str, variables: Mapping[str, str]) -> str:
-    """The expression with Grafana's variables filled in.
+    """Fill Grafana's variables into an expression.
 
     Raises:
         DrawError: it names one that has no value.
@@ -170,7 +170,7 @@ def fill(expression: str, variables: Mapping[str, str]) -> str:
 
 
 def ask(url: str, expression: str, window: Window, at_the_end: bool = False) -> list[tuple[dict[str, str], list[Any]]]:
-    """What Prometheus answers: labels and (time, value) pairs of each series.
+    """Ask Prometheus; return labels and (time, value) pairs of each series.
 
     Args:
         at_the_end: one value only, of the window's end.
@@ -193,7 +193,7 @@ def ask(url: str, expression: str, window: Window, at_the_end: bool = False) -> 
 
 
 def series_of(panel: Mapping[str, Any], url: str, window: Window, variables: Mapping[str, str]) -> list[Series]:
-    """What all of a panel's queries give."""
+    """Return the series that all of a panel's queries give."""
     found = []
     for target in panel["targets"]:
         expression = fill(target["expr"], {**variables, **window.variables})
@@ -207,14 +207,14 @@ def series_of(panel: Mapping[str, Any], url: str, window: Window, variables: Map
 
 
 def legend(template: str, labels: Mapping[str, str]) -> str:
-    """`{{label}}` is that label's value."""
+    """Return the name of a series in the legend, where `{{label}}` stands for that label's value."""
     return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), template)
 
 
 def draw(
     dashboard: Mapping[str, Any], url: str, window: Window, variables: Mapping[str, str]
 ) -> tuple[Figure, list[str]]:
-    """The whole dashboard, laid out as Grafana would, and the titles of panels without data."""
+    """Draw the dashboard as Grafana would lay it out; return the figure and the titles of panels without data."""
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     figure = Figure((COLUMNS * UNIT_WIDTH, height * UNIT_HEIGHT))
     empty = []
@@ -252,7 +252,7 @@ def draw(
 
 
 def draw_number(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], window: Window) -> None:
-    """A stat panel: one value, in the colour of the step it has reached."""
+    """Draw a stat panel: one value, in the colour of the step it has reached."""
     defaults, value = panel["fieldConfig"]["defaults"], found[0].values[-1]
     steps = [step for step in defaults["thresholds"]["steps"] if step["value"] is None or value >= step["value"]]
     text = in_unit(defaults["unit"], defaults.get("decimals"))(value)
@@ -263,7 +263,7 @@ def draw_number(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], w
 
 
 def draw_lines(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], window: Window) -> None:
-    """A time series panel: lines, or areas on top of each other."""
+    """Draw a time series panel: lines, or areas on top of each other."""
     defaults = panel["fieldConfig"]["defaults"]
     times, floor = clock(window.times), np.zeros(len(window.times))
     for series in found:
@@ -295,7 +295,7 @@ def draw_lines(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], wi
 
 
 def draw_heat(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], window: Window) -> None:
-    """A heatmap panel of a Prometheus histogram: what each bucket holds beyond the one below."""
+    """Draw a heatmap panel of a Prometheus histogram: what each bucket holds beyond the one below."""
     buckets = sorted(found, key=lambda series: float(series.labels["le"]))
     upto = np.array([series.values for series in buckets])
     cells = np.diff(upto, axis=0, prepend=0)
@@ -319,7 +319,7 @@ DRAWERS: dict[str, Callable[[Axes, Mapping[str, Any], Sequence[Series], Window],
 
 
 def looks(panel: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Colour and dashes that the panel wants for the series of this name."""
+    """Return the colour and dashes that the panel wants for the series of this name."""
     look: dict[str, Any] = {}
     for override in panel["fieldConfig"]["overrides"]:
         if override["matcher"] == {"id": "byName", "options": name}:
@@ -331,12 +331,12 @@ def looks(panel: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def clock(seconds: np.ndarray) -> np.ndarray:
-    """As dates."""
+    """Return the times as dates, which matplotlib labels."""
     return (1000 * seconds).astype("datetime64[ms]")
 
 
 def time_axis(axes: Axes, window: Window) -> None:
-    """All panels show the same time."""
+    """Give an axis the window's time, as all panels have it."""
     axes.xaxis.set_major_locator(AutoDateLocator(minticks=3, maxticks=6 if axes.get_position().width < 0.4 else 12))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S" if window.end - window.start < 1800 else "%H:%M"))
     axes.set_xlim(*clock(window.times[[0, -1]]))
@@ -346,7 +346,7 @@ def time_axis(axes: Axes, window: Window) -> None:
 
 
 def in_unit(unit: str, decimals: int | None = None) -> Callable[[float], str]:
-    """How Grafana would write a value of this unit.
+    """Return a function that writes a value of this unit as Grafana would.
 
     Raises:
         DrawError: a unit that no panel has had so far.

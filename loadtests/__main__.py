@@ -22,9 +22,10 @@ from tqdm import tqdm
 from loadtests.report import Run, write
 from loadtests.sampler import Sampler
 from loadtests.scenarios import SCENARIOS, Options, Scenario, Step
-from loadtests.servers import ServerError, listener, started
+from loadtests.servers import listener, started
 from loadtests.users import Asker, MeltUser
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.server_process import ServerError
 
 WARM_UP_SECONDS = 10
 SCARCE = ["--kv-cache-memory-bytes", str(8 << 20), "--max-model-len", "512", "--block-size", "32"]
@@ -47,7 +48,7 @@ there is until then."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a scenario; returns the exit code."""
+    """Run a scenario; return the exit code."""
     options = parse(argv)
     scenario = SCENARIOS[options.scenario]
     seconds = 60 * options.minutes if options.minutes else options.seconds or scenario.seconds
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the program where it makes no sense."""
+    """Parse the command line; end the program where it makes no sense."""
     names = "\n".join(f"  {name:<13} {scenario.about}" for name, scenario in SCENARIOS.items())
     parser = argparse.ArgumentParser(
         "python -m loadtests",
@@ -88,12 +89,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--users", type=positive, help="that ask at the same time")
-    parser.add_argument("--seconds", type=positive, help="of each step")
-    parser.add_argument("--minutes", type=positive, help="of each step, instead of --seconds")
+    parser.add_argument("--users", type=positive, help="concurrent users")
+    parser.add_argument("--seconds", type=positive, help="seconds per step")
+    parser.add_argument("--minutes", type=positive, help="minutes per step, instead of --seconds")
     parser.add_argument("--loops", type=depths, help="depths, for example 1,2,4,8")
-    parser.add_argument("--server", help="one that runs on this machine, instead of one that is started")
-    parser.add_argument("--pid", type=int, help="its process; found by its port if that is allowed")
+    parser.add_argument("--server", help="URL of a server that runs on this machine; without it one is started")
+    parser.add_argument("--pid", type=int, help="process id of --server (default: looked up by port)")
     parser.add_argument("--model", default="melt-demo", help="the name it serves (%(default)s)")
     parser.add_argument("--key", default="none", help="its API key")
     parser.add_argument("--no-looplm", action="store_true", help="deep_loops: leave the LoopLM out")
@@ -102,19 +103,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A number for the command line."""
+    """Parse a positive whole number, or tell argparse that it is none."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
 
 
 def depths(text: str) -> tuple[int, ...]:
-    """Numbers for the command line."""
+    """Parse positive whole numbers between commas."""
     return tuple(positive(word) for word in text.split(","))
 
 
 def run_all(scenario: Scenario, plan: Options, options: argparse.Namespace, runs: list[Run]) -> None:
-    """Every server that the scenario needs, one after the other; adds to `runs` as it goes."""
+    """Put the load on every server that the scenario needs, one after the other; add to `runs` as it goes."""
     steps = scenario.steps(plan)
     if options.server:
         server = psutil.Process(options.pid) if options.pid else listener(options.server)
@@ -148,7 +149,7 @@ def run_all(scenario: Scenario, plan: Options, options: argparse.Namespace, runs
 def run_on(
     url: str, server: psutil.Process, model: str, key: str, steps: list[Step], fixed_loops: int | None, runs: list[Run]
 ) -> None:
-    """Put the steps' load on one server; `runs` gets what was seen, also if it is interrupted."""
+    """Put the steps' load on one server; add what is seen to `runs`, also if it is interrupted."""
     environment = Environment(user_classes=[MeltUser])
     runner = environment.create_local_runner()
     MeltUser.asker = asker = Asker(url, model, key, fixed_loops)
@@ -179,7 +180,7 @@ def run_on(
 
 
 def last(step: Step, label: str, asker: Asker, runner: LocalRunner, leave: bool = True) -> None:
-    """Let the users ask what this step says, for as long as it says."""
+    """Keep the step's users asking for as long as the step says."""
     asker.step = step
     runner.start(step.users, spawn_rate=step.users)
     begun = time.monotonic()
@@ -188,7 +189,7 @@ def last(step: Step, label: str, asker: Asker, runner: LocalRunner, leave: bool 
 
 
 def say(text: str) -> None:
-    """Progress, beside the bars."""
+    """Print progress, beside the bars."""
     print(f"{text} ...", file=sys.stderr, flush=True)
 
 

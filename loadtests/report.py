@@ -16,10 +16,10 @@ from loadtests.scenarios import Step
 from loadtests.seen import Asked, Sample
 
 FLAT = 0.02
-"""How much memory may differ between depths."""
+"""The share by which memory may differ between depths."""
 ALIKE = 0.10
-"""The same of what a request holds, which is read once a second: it differs by how far requests have come just then. A
-LoopLM's would double from depth to depth."""
+"""The share by which the bytes that a request holds may differ between depths. They are read once a second, and differ
+by how far requests have come just then. A LoopLM's would double from depth to depth."""
 LEAK = 0.01
 """The share of its memory that a server may grow by in an hour, from the second half of a soak on."""
 SOAK_SECONDS = 600
@@ -88,7 +88,7 @@ class Depth:
 
 
 def depths_of(run: Run) -> list[Depth]:
-    """One for each step of a single depth."""
+    """Return what was measured in each step of a single depth, once the load of the step before has gone."""
     depths, start = [], 0.0
     for number, step in enumerate(run.steps):
         end = start + step.seconds
@@ -103,7 +103,7 @@ def depths_of(run: Run) -> list[Depth]:
 
 
 def measured(loops: int, samples: Sequence[Sample], asked: Sequence[Asked]) -> Depth:
-    """From what was seen of it."""
+    """Summarize what was seen of a server at one depth."""
     good = [each for each in asked if each.error is None]
     most = max(each.running for each in samples)
     return Depth(
@@ -124,7 +124,7 @@ def measured(loops: int, samples: Sequence[Sample], asked: Sequence[Asked]) -> D
 
 
 def judge(scenario: str, runs: Sequence[Run]) -> list[Verdict]:
-    """What must hold of these runs; of a LoopLM only that it answers: it is there for comparison."""
+    """Judge what must hold of these runs; of a LoopLM, which is there for comparison, only that it answers."""
     errors = [each.error for run in runs for each in run.asked if each.error]
     missed = sum(run.missed for run in runs)
     requests = sum(len(run.asked) for run in runs)
@@ -151,7 +151,7 @@ def judge(scenario: str, runs: Sequence[Run]) -> list[Verdict]:
 
 
 def flat(depths: Sequence[Depth]) -> list[Verdict]:
-    """Memory does not depend on loops."""
+    """Judge whether memory is independent of loops."""
     span = f"{depths[0].loops} to {depths[-1].loops} loops"
     rows = {each.row for each in depths}
     verdicts = [
@@ -174,7 +174,7 @@ def flat(depths: Sequence[Depth]) -> list[Verdict]:
 
 
 def proportional(depths: Sequence[Depth]) -> list[Verdict]:
-    """Time a token grows with loops, and not faster."""
+    """Judge whether time a token grows with loops, and not faster."""
     worst = max(
         (deep.pace / shallow.pace / (deep.loops / shallow.loops) for shallow, deep in pairwise(depths)), default=0
     )
@@ -191,7 +191,7 @@ def proportional(depths: Sequence[Depth]) -> list[Verdict]:
 
 
 def leaks_not(samples: Sequence[Sample]) -> Verdict:
-    """The slope of memory over the second half, by least squares."""
+    """Judge the slope of memory over the second half, by least squares."""
     half = [each for each in samples if each.at >= samples[-1].at / 2]
     slope = 3600 * linear_regression([each.at for each in half], [each.memory for each in half]).slope
     share = slope / half[0].memory
@@ -204,7 +204,7 @@ def leaks_not(samples: Sequence[Sample]) -> Verdict:
 
 
 def draw_depths(melt: Sequence[Depth], looplm: Sequence[Depth]) -> Figure:
-    """What deeper loops cost, side by side: the picture of what this project is for."""
+    """Draw what deeper loops cost a MELT and a LoopLM: the picture of what this project is for."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 2).flat
     panels = (
@@ -235,7 +235,7 @@ def draw_depths(melt: Sequence[Depth], looplm: Sequence[Depth]) -> Figure:
 
 
 def draw_time(run: Run) -> Figure:
-    """The whole run on one clock."""
+    """Draw memory, rows, load and times of a whole run on one clock."""
     figure = Figure(figsize=(10, 9), layout="constrained")
     memory, rows, load, times = figure.subplots(4, 1, sharex=True)
     clock = [each.at for each in run.samples]
@@ -278,7 +278,7 @@ def draw_time(run: Run) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """To stand inside HTML, on white whatever the page's colours are."""
+    """Return a figure as SVG to stand inside HTML, on white whatever the page's colours are."""
     text = io.StringIO()
     figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
@@ -298,7 +298,7 @@ svg { max-width: 100%; height: auto; }
 
 
 def write(path: Path, scenario: str, runs: Sequence[Run]) -> list[Verdict]:
-    """The report, and for deep_loops its picture beside it (`.svg`); returns what it says."""
+    """Write the report, and the picture by depth beside it (`.svg`); return its verdicts."""
     verdicts = judge(scenario, runs)
     melt = [each for run in runs if run.loops is None for each in depths_of(run)]
     looplm = [each for run in runs if run.loops is not None for each in depths_of(run)]
@@ -329,7 +329,7 @@ def write(path: Path, scenario: str, runs: Sequence[Run]) -> list[Verdict]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; a cell that says ok or FAILED gets its colour."""
+    """Return an HTML table; a cell that says ok or FAILED gets its colour."""
 
     def cell(text: str) -> str:
         return f'<td class="{text}">{text}</td>' if text in ("ok", "FAILED") else f"<td>{html.escape(text)}</td>"
@@ -340,7 +340,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def depth_table(name: str, depths: Sequence[Depth]) -> str:
-    """A line for each depth."""
+    """Return the HTML table of a model, with a line for each depth."""
     heads = (
         "loops,processes,KV a token,KV a running request,running,waiting,preempted,tokens/s,first token,a token,right"
     )
@@ -364,7 +364,7 @@ def depth_table(name: str, depths: Sequence[Depth]) -> str:
 
 
 def request_table(runs: Sequence[Run]) -> str:
-    """A line for each model and depth: how long requests took."""
+    """Return the HTML table of how long requests took, with a line for each model and depth."""
     rows = []
     for run in runs:
         for loops in sorted({each.loops for each in run.asked}):
@@ -383,6 +383,6 @@ def request_table(runs: Sequence[Run]) -> str:
 
 
 def centiles(values: Sequence[float]) -> tuple[float, float]:
-    """The median and the 95th percentile."""
+    """Return the median and the 95th percentile."""
     ordered = sorted(values)
     return median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]

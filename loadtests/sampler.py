@@ -16,7 +16,7 @@ SECONDS = 1.0
 
 
 def read(url: str) -> dict[str, float]:
-    """The server's metrics by name, summed over their labels.
+    """Read the server's metrics; return them by name, summed over their labels.
 
     Raises:
         OSError: the server does not answer.
@@ -30,7 +30,7 @@ def read(url: str) -> dict[str, float]:
 
 
 def memory_of(server: psutil.Process) -> int:
-    """Bytes of a process and all that it has started: what they have written, pages that they share once.
+    """Return the bytes that a process and all that it has started have written; pages that they share count once.
 
     Mapped files are left out: how much of a library is a process's share depends on who else on the machine has it.
     """
@@ -59,7 +59,7 @@ class Sampler:
         self.missed = 0
 
     def run(self) -> None:
-        """For a greenlet of its own."""
+        """Take a sample every second until killed; runs in a greenlet of its own."""
         while True:
             began = time.monotonic()
             try:
@@ -69,7 +69,7 @@ class Sampler:
             gevent.sleep(max(0.1, SECONDS - (time.monotonic() - began)))
 
     def look(self) -> Sample:
-        """One sample."""
+        """Take one sample."""
         metrics = read(self.url)
         row = metrics["melt_kv_bytes_per_token"]
         return Sample(

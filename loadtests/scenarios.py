@@ -53,28 +53,28 @@ class Scenario:
 
 
 def deep_loops(options: Options) -> list[Step]:
-    """The same requests, of the same lengths, ever deeper."""
+    """Ask the same requests, of the same lengths, ever deeper."""
     return [Step(options.seconds, options.users, (loops,), tokens=64) for loops in options.loops]
 
 
 def mixed_depth(options: Options) -> list[Step]:
-    """All depths in every batch."""
+    """Mix all depths in every batch."""
     return [Step(options.seconds, options.users, tuple(options.loops))]
 
 
 def burst(options: Options) -> list[Step]:
-    """A quiet server, eight times the users at once, and quiet again."""
+    """Keep a server quiet, put eight times the users on it at once, and let it be quiet again."""
     few, loops = max(1, options.users // 8), tuple(options.loops)
     return [Step(options.seconds, users, loops) for users in (few, 8 * few, few)]
 
 
 def long_context(options: Options) -> list[Step]:
-    """Prompts that fill the context, shallow and deep."""
+    """Send prompts that fill the context, shallow and deep."""
     return [Step(options.seconds, options.users, (loops,), tokens=32, long=True) for loops in options.loops]
 
 
 def soak(options: Options) -> list[Step]:
-    """Long and steady."""
+    """Mix all depths, for long and steadily."""
     return [Step(options.seconds, options.users, tuple(options.loops))]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Asked:
-    """One request.
+    """One request as its user saw it.
 
     Attributes:
         start: seconds since the run began.
@@ -27,13 +27,13 @@ class Asked:
 
     @property
     def seconds_per_token(self) -> float:
-        """After the first token."""
+        """Mean seconds of a token after the first."""
         return (self.seconds - self.first) / max(1, self.tokens - 1)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A moment.
+    """What the server and its processes showed at one moment.
 
     Attributes:
         at: seconds since the run began.

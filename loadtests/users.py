@@ -15,7 +15,7 @@ from melt_serve.task.who_is_where import Question, questions
 LONG_STORIES = 12
 """Stories of a long prompt; each is about 130 tokens."""
 MOST_TOKENS = 200
-"""Of an answer: one that has too few loops goes on without end."""
+"""Tokens of an answer, at most: one that has too few loops goes on without end."""
 
 
 class Asker:
@@ -40,7 +40,7 @@ class Asker:
         self.lock = threading.Lock()
 
     def ask(self, fire: Callable[..., None]) -> None:
-        """One request; locust hears of it through `fire`, the environment's request event."""
+        """Make one request and tell locust of it through `fire`, the environment's request event."""
         step, seen = self.step, self.asked
         if step is None:  # the run is over
             time.sleep(0.1)
@@ -75,7 +75,7 @@ class Asker:
             )
 
     def request(self, question: Question, prompt: str, loops: int, step: Step) -> Asked:
-        """Ask, and take the time."""
+        """Send the request, read the streamed answer, and take the times."""
         extra: dict[str, object] = {} if self.fixed_loops else {"vllm_xargs": {"loops": loops}}
         if step.tokens:
             extra["ignore_eos"] = True
@@ -107,14 +107,14 @@ class Asker:
 
 
 class MeltUser(User):
-    """Asks as soon as it was answered."""
+    """A locust user that asks again as soon as it was answered."""
 
     wait_time = constant(0)
     abstract = True
     asker: Asker
 
     def ask(self) -> None:
-        """Locust's task."""
+        """Ask once; this is locust's task."""
         self.asker.ask(self.environment.events.request.fire)
 
     tasks = [ask]  # noqa: RUF012

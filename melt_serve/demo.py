@@ -2,24 +2,22 @@
 
 import argparse
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.serve import command
+from melt_serve.server_process import ServerError, free_port, running, tail
 from melt_serve.task.who_is_where import SILENT_STEPS, Question, questions
 
 if TYPE_CHECKING:
@@ -27,17 +25,14 @@ if TYPE_CHECKING:
 
 SEED = 2026
 PASS_SHARE = 0.9
-START_SECONDS = 300
-STOP_SECONDS = 20
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(RuntimeError):
-    """The demo could not be shown; the message says why."""
+    """A demo that could not be shown; the message says why."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; 0 if at least nine of ten answers are right, 1 otherwise."""
+    """Run the demo; return 0 if at least nine of ten answers are right, 1 otherwise."""
     parser = argparse.ArgumentParser(
         "melt-serve demo",
         description="Serve the bundled MELT checkpoint with vLLM on a free local port, ask it held-out questions "
@@ -68,86 +63,48 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """vLLM's server on the bundled checkpoint; gives its URL, and stops it however the demo ends."""
-    from openai import OpenAIError
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _raise_exit)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = None
-        try:
-            process = subprocess.Popen(
-                command(["--host", "127.0.0.1", "--port", str(port)]),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            wait_until_ready(process, url, log)
-            yield url
-        except (OpenAIError, OSError) as error:
-            raise DemoError(f"the server failed: {error}; its last lines:\n{tail(log)}") from None
-        finally:
-            if process is not None:
-                stop(process)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[str]) -> None:
-    """Wait for the server's health check, with a line that shows the seconds.
+    """Yield the URL of vLLM's server on the bundled checkpoint, and stop it however the demo ends.
 
     Raises:
-        DemoError: the server ended, or took too long; with the last lines it wrote.
+        DemoError: it did not start, or stopped to answer; with the last lines it wrote.
     """
-    started = time.monotonic()
-    while True:
-        seconds = time.monotonic() - started
-        if sys.stdout.isatty():
-            print(f"\rStarting vLLM on the bundled checkpoint ... {seconds:3.0f} s ", end="", flush=True)
-        elif int(seconds) % 10 == 0:
-            print(f"Starting vLLM on the bundled checkpoint ... {seconds:.0f} s", flush=True)
-        if process.poll() is not None:
-            raise DemoError(f"the server ended with exit code {process.returncode}; its last lines:\n{tail(log)}")
-        if seconds > START_SECONDS:
-            raise DemoError(f"the server was not ready after {START_SECONDS} s; its last lines:\n{tail(log)}")
+    from openai import OpenAIError
+
+    port, started = free_port(), time.monotonic()
+    words = command(["--host", "127.0.0.1", "--port", str(port)])
+    with exits_on_signals(), tempfile.TemporaryDirectory(prefix="melt-demo-") as folder:
+        log = Path(folder) / "log"
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                print(f"\nReady at {url} after {seconds:.0f} s.\n", flush=True)
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(1)
+            with running(words, port, log, start_new_session=True, progress=show_seconds) as server:
+                print(f"\nReady at {server.url} after {time.monotonic() - started:.0f} s.\n", flush=True)
+                yield server.url
+        except ServerError as error:
+            raise DemoError(str(error)) from None
+        except (OpenAIError, OSError) as error:
+            raise DemoError(f"the server failed: {error}; its last lines:\n{tail(log)}") from None
 
 
-def tail(log: IO[str], lines: int = 20) -> str:
-    """The last lines the server wrote."""
-    log.seek(0)
-    return "".join(log.readlines()[-lines:])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process it started, politely first; impatience does not interrupt this."""
-    for number in ENDING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            process.send_signal(how)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+@contextmanager
+def exits_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that the server is stopped."""
+    before = {number: signal.signal(number, _raise_exit) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_seconds(seconds: float) -> None:
+    """Show that the server is starting: in one line of a terminal, or in a line every ten seconds."""
+    if sys.stdout.isatty():
+        print(f"\rStarting vLLM on the bundled checkpoint ... {seconds:3.0f} s ", end="", flush=True)
+    elif int(seconds) % 10 == 0:
+        print(f"Starting vLLM on the bundled checkpoint ... {seconds:.0f} s", flush=True)
 
 
 def ask(url: str, asked: Sequence[Question]) -> int:
-    """Ask every question through the OpenAI client, the first one streamed; give how many were right."""
+    """Ask every question through the OpenAI client, the first one streamed; return how many were right."""
     client, model = connect(url)
     correct = 0
     for number, question in enumerate(asked, start=1):
@@ -161,7 +118,7 @@ def ask(url: str, asked: Sequence[Question]) -> int:
 
 
 def connect(url: str) -> tuple["OpenAI", str]:
-    """A client of the server, and the name of its model."""
+    """Return a client of the server and the name of its model."""
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -169,7 +126,7 @@ def connect(url: str) -> tuple["OpenAI", str]:
 
 
 def stream(client: "OpenAI", model: str, question: Question) -> str:
-    """Ask with streaming, reasoning and answer shown as they come; give the answer."""
+    """Ask with streaming, show reasoning and answer as they come, and return the answer."""
     reply, thinking = "", False
     for chunk in client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=64, stream=True
@@ -187,7 +144,7 @@ def stream(client: "OpenAI", model: str, question: Question) -> str:
 
 
 def deepen(url: str) -> None:
-    """Ask the question that takes most loops with fewer, too, and show what is answered."""
+    """Ask the question that takes most loops with fewer loops too, and show each answer."""
     from melt_serve.config import MeltConfig
 
     question = next(
@@ -202,7 +159,7 @@ def deepen(url: str) -> None:
 
 
 def complete(client: "OpenAI", model: str, question: Question, loops: int | None = None, max_tokens: int = 64) -> str:
-    """Ask in one piece, at the server's default depth or another; show and give the answer."""
+    """Ask in one piece, at the server's default depth or another; show and return the answer."""
     completion = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question.prompt}],
@@ -216,7 +173,7 @@ def complete(client: "OpenAI", model: str, question: Question, loops: int | None
 
 
 def kv_costs(url: str) -> tuple[int, dict[str, int]]:
-    """KV bytes per token: MELT's as the running engine reports them, and a LoopLM's of the same shape by T."""
+    """Return KV bytes per token: MELT's as the running engine reports them, and a LoopLM's of the same shape by T."""
     from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
 
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
@@ -234,7 +191,7 @@ def kv_costs(url: str) -> tuple[int, dict[str, int]]:
 
 
 def show_costs(melt: int, looplm: dict[str, int]) -> None:
-    """A table of KV bytes per token over the loops."""
+    """Print a table of KV bytes per token over the loops."""
     print("\nKV cache, bytes per token")
     print(f"{'loops T':>8} {'LoopLM':>10} {'MELT':>10}")
     for loops, size in looplm.items():

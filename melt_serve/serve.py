@@ -63,7 +63,7 @@ BUNDLED_DEFAULTS: dict[str, str | None] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Become vLLM's server; signals, output and exit code are its own. Returns only without one."""
+    """Become vLLM's server: signals, output and exit code are its own. Return an exit code only if none starts."""
     if any(word in ("-h", "--help") for word in argv):
         print(HELP, end="")
         return 0
@@ -79,13 +79,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def plugins() -> list[str]:
-    """Every plugin that vLLM would load by itself, and our own routes: those it loads only where they are named."""
+    """Return the plugins that vLLM would load by itself, and our routes, which it loads only where they are named."""
     groups = ("general", "platform", "io_processor", "stat_logger")
     return sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")})
 
 
 def take_limits(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The environment that our own limits make, by flag or as it is, and all other words.
+    """Return the environment that our own limits make, set by flags or already there, and all other words.
 
     Raises:
         ValueError: a limit is no positive number.
@@ -111,7 +111,7 @@ def take_limits(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """The command line that starts vLLM's server.
+    """Return the command line that starts vLLM's server.
 
     Args:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
@@ -142,13 +142,17 @@ def command(argv: Sequence[str]) -> list[str]:
 
 
 def with_vllms_name(word: str) -> str:
-    """The one flag of ours, as vLLM knows it."""
+    """Return the word, with our `--default-loops` turned into the flag that vLLM knows."""
     flag, equals, value = word.partition("=")
     return f"--hf-overrides.total_ut_steps{equals}{value}" if flag == "--default-loops" else word
 
 
 def check_path(model: str) -> None:
-    """Refuse at once what vLLM would take half a minute to refuse."""
+    """Refuse at once what vLLM would take half a minute to refuse.
+
+    Raises:
+        ValueError: the path does not exist, is a folder without a checkpoint, or has weights that may not be read.
+    """
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{model} has no config.json: name the folder of a checkpoint")
@@ -160,6 +164,6 @@ def check_path(model: str) -> None:
 
 
 def names(words: Sequence[str], flag: str) -> bool:
-    """Whether the user's words set this flag, in any of the ways vLLM's parser takes it."""
+    """Return whether the user's words set this flag, in any of the ways vLLM's parser takes it."""
     spellings = (flag, flag.replace("--", "--no-", 1))
     return any(word.split("=")[0].replace("_", "-") in spellings for word in words)

@@ -3,19 +3,13 @@
 It is vLLM's own, with no launcher of ours, on the bundled checkpoint.
 """
 
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 from hypothesis import settings
-from openai import OpenAI
 
 from melt_serve.bundled import MELT
+from melt_serve.server_process import free_port, running
 
 settings.register_profile("default", max_examples=8, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("long", max_examples=100, deadline=None, print_blob=True)
@@ -25,11 +19,7 @@ SWITCHES = ("--enable-auto-tool-choice", "--enforce-eager")
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log = tmp_path_factory.mktemp("server") / "log.txt"
+    port = free_port()
     flags = {
         "--model": str(MELT),
         "--served-model-name": "melt-demo",
@@ -42,38 +32,14 @@ def server(tmp_path_factory):
         "--structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }
     words = [word for flag in flags.items() for word in flag]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *SWITCHES],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_PLUGINS": "melt_serve"},
-        )
-        try:
-            for _ in range(300):
-                assert process.poll() is None, log.read_text()[-4000:]
-                if healthy(url):
-                    break
-                time.sleep(1)
-            else:
-                raise AssertionError(log.read_text()[-4000:])
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            finally:
-                process.kill()
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *SWITCHES]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running(command, port, log, environment={"VLLM_PLUGINS": "melt_serve"}) as server:
+        yield server.url
 
 
 @pytest.fixture
 def client(server):
+    from openai import OpenAI  # comes with vLLM, which most tests do without
+
     return OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)

@@ -15,9 +15,16 @@ import pytest
 from melt_serve import demo
 from melt_serve.bundled import MELT
 from melt_serve.config import MeltConfig, kv_bytes_per_token
-from tests.signals import hear_ctrl_c
+from tests.signals import hear_ctrl_c, still_running
 
 DEMO = [str(Path(sys.executable).with_name("melt-serve")), "demo", "--json"]
+CLOSES_THE_TERMINAL = """
+import os, pathlib, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {child.pid}")
+os.kill(os.getppid(), signal.SIGHUP)
+time.sleep(600)
+"""
 
 
 def run_demo(*signals: signal.Signals) -> tuple[int, str, str, list[psutil.Process]]:
@@ -39,15 +46,6 @@ def run_demo(*signals: signal.Signals) -> tuple[int, str, str, list[psutil.Proce
     return process.returncode, output, errors, list(children)
 
 
-def running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those not ended; a zombie has, even if its new parent does not look."""
-    found = []
-    for each in processes:
-        with suppress(psutil.NoSuchProcess):
-            found += [each] * (each.status() != psutil.STATUS_ZOMBIE)
-    return found
-
-
 def test_the_demo_answers_shows_its_cache_and_leaves_nothing_running():
     code, output, errors, processes = run_demo()
     assert code == 0, output + errors
@@ -60,15 +58,27 @@ def test_the_demo_answers_shows_its_cache_and_leaves_nothing_running():
     deeper = re.findall(r"^ +(\d) loops? +-> (.*)$", output, re.MULTILINE)
     assert [loops for loops, _ in deeper] == ["1", "2", "3", "4"]
     assert len({answer for _, answer in deeper[1:]}) == 3  # each loop takes it one step further
-    assert processes and not running(processes)
+    assert processes and not still_running(processes)
 
 
-@pytest.mark.parametrize(("signals", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGHUP,), 129)])
-def test_ctrl_c_pressed_twice_and_a_closed_terminal_stop_the_server_too(signals, code):
-    ended_with, _, errors, processes = run_demo(*signals)
-    assert ended_with == code
+def test_ctrl_c_pressed_twice_stops_the_server_too():
+    code, _, errors, processes = run_demo(signal.SIGINT, signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in errors
-    assert processes and not running(processes)
+    assert processes and not still_running(processes)
+
+
+def test_a_closed_terminal_stops_the_server_and_all_it_started(monkeypatch, tmp_path):
+    """Another program is the server here, and it closes the terminal itself, once it has started one more."""
+    pids = tmp_path / "pids"
+    monkeypatch.setattr(demo, "command", lambda words: [sys.executable, "-c", CLOSES_THE_TERMINAL, str(pids)])
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as ended:
+        demo.main([])
+    assert ended.value.code == 129 and signal.getsignal(signal.SIGHUP) == before
+    server, child = map(int, pids.read_text().split())
+    assert not psutil.pid_exists(server)
+    assert not psutil.pid_exists(child) or not still_running([psutil.Process(child)])
 
 
 def test_too_few_right_answers_fail(monkeypatch, capsys):
@@ -89,7 +99,8 @@ def test_a_server_that_dies_is_one_error_with_its_last_words(monkeypatch, capsys
     assert "exit code 7" in error and "out of luck" in error and "Traceback" not in error
 
 
-def test_fewer_than_one_question_is_refused_at_once():
-    done = subprocess.run([*DEMO, "--questions", "0"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "--questions must be at least 1" in done.stderr
+def test_fewer_than_one_question_is_refused_at_once(capsys):
+    with pytest.raises(SystemExit) as refused:
+        demo.main(["--questions", "0"])
+    assert refused.value.code == 2
+    assert "--questions must be at least 1" in capsys.readouterr().err

@@ -1,10 +1,7 @@
 """`melt-serve serve` as it starts by itself, with a key: what strangers get, what the log says, how it stops."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,60 +13,32 @@ import pytest
 from openai import APIStatusError, AuthenticationError, OpenAI
 
 from melt_serve.api.guard import OPEN
-from tests.conftest import healthy
+from melt_serve.server_process import free_port, running
 
 KEY = "sesame"
 SECRET = "marzipan"
 """A word of prompts, which the log must not show."""
 
 
-class Server:
-    """Its process, address and log."""
-
-    def __init__(self, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{self.port}", log
-        words = ["--port", str(self.port), "--kv-cache-memory-bytes", str(64 << 20), "--max-body-bytes", "100000"]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "melt_serve.cli", "serve", *words],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"},
-            )
-
-    def wait(self):
-        for _ in range(300):
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            if healthy(self.url):
-                return
-            time.sleep(1)
-        raise AssertionError(self.log.read_text()[-4000:])
-
-    def status(self, method, path, key=None):
-        request = urllib.request.Request(self.url + path, method=method, data=b"{}" if method == "POST" else None)
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            return urllib.request.urlopen(request, timeout=30).status
-        except urllib.error.HTTPError as error:
-            return error.code
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("safe") / "log.txt")
-    try:
-        server.wait()
+    port = free_port()
+    words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20), "--max-body-bytes", "100000"]
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
+    environment = {"VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
+    with running(command, port, tmp_path_factory.mktemp("safe") / "log.txt", environment=environment) as server:
         yield server
-    finally:
-        server.process.terminate()
-        try:
-            server.process.wait(60)
-        finally:
-            server.process.kill()
+
+
+def status(server, method, path, key=None):
+    """The code that a request without a body, or an empty one, is answered with."""
+    request = urllib.request.Request(server.url + path, method=method, data=b"{}" if method == "POST" else None)
+    if key:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        return urllib.request.urlopen(request, timeout=30).status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 @pytest.fixture
@@ -83,7 +52,8 @@ def question(text, **more):
 
 def test_it_listens_on_this_machine_only(server):
     sockets = psutil.Process(server.process.pid).net_connections("inet")
-    assert {each.laddr.ip for each in sockets if each.laddr.port == server.port} == {"127.0.0.1"}
+    port = int(server.url.rpartition(":")[2])
+    assert {each.laddr.ip for each in sockets if each.laddr.port == port} == {"127.0.0.1"}
 
 
 def test_every_route_but_the_open_ones_asks_for_the_key(server):
@@ -94,10 +64,10 @@ def test_every_route_but_the_open_ones_asks_for_the_key(server):
     assert {("POST", "/tokenize"), ("POST", "/invocations"), ("POST", "/v1/chat/completions")} <= set(routes)
     for method, path in [*routes, ("GET", "/docs"), ("GET", "/melt/info")]:
         if path not in OPEN:
-            assert server.status(method, path) == 401, path
-            assert server.status(method, path, key="wrong") == 401, path
-    assert all(server.status("GET", path) in (200, 405) for path in OPEN)
-    assert server.status("GET", "/melt/info", key=KEY) == 200
+            assert status(server, method, path) == 401, path
+            assert status(server, method, path, key="wrong") == 401, path
+    assert all(status(server, "GET", path) in (200, 405) for path in OPEN)
+    assert status(server, "GET", "/melt/info", key=KEY) == 200
 
 
 def test_the_client_is_told_what_is_wrong(server, client):
@@ -125,7 +95,7 @@ def test_the_log_has_ids_and_no_prompts(server, client):
             client.chat.completions.create(**question(SECRET, **wrong))
     with pytest.raises(APIStatusError):
         client.chat.completions.create(**question(f"{SECRET} " * 10_000))  # longer than the model's context
-    server.status("POST", f"/{SECRET}", key=KEY)
+    status(server, "POST", f"/{SECRET}", key=KEY)
     for _ in range(100):  # a request's line is written after its answer
         log = server.log.read_text()
         if f"'/{SECRET}' 404" in log:

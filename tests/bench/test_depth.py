@@ -7,7 +7,6 @@ import pytest
 
 from melt_serve import cli
 from melt_serve.bench.depth import Measured, Mix, Options, Result, engine_arguments, table, workloads
-from melt_serve.bench.engine import Engine
 from melt_serve.config import kv_bytes_per_token
 
 TINY = "--layers 1 --hidden 64 --loops 4,1,2 --requests 4 --prompt 40 --generated 40 --rounds 2 --json".split()
@@ -41,14 +40,13 @@ def test_a_tokens_rows_are_the_same_at_every_depth_and_the_bundled_checkpoint_ne
     assert "<svg" in plot.read_text()
 
 
-def test_in_chunk_mode_only_the_open_chunk_grows_and_both_are_what_bench_memory_says(capsys):
+def test_in_chunk_mode_only_the_open_chunk_grows_and_both_are_what_bench_memory_says(capsys, in_this_process):
     rows, mix, _ = bench(capsys, "--decode-mode", "chunk", "--mix", "2,4")
     assert [row["kv_bytes_per_token"] for row in rows] == [ROW] * 3
     assert [row["open_chunk_bytes"] for row in rows] == [0, 32 * ROW, 3 * 32 * ROW]
     assert mix["loops"] == [2, 4] and [row["accuracy"] for row in rows] == [None] * 3
     tiny = Options(1, 64, [4], None, "chunk", 32, requests=4, prompt=40, generated=40, rounds=1)
-    with Engine("tiny", tiny.checkpoint, engine_arguments(tiny)) as engine:
-        engine.answer()
+    with in_this_process("tiny", tiny.checkpoint, engine_arguments(tiny)) as engine:
         memory = engine.ask("memory", prompt=40)
         # Room for all requests at once, so that none waits for another's blocks.
         assert memory["max_concurrency"] >= tiny.requests

@@ -5,20 +5,14 @@ its steps end inside chunks, and its chunks are larger than its blocks.
 """
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, islice
-from pathlib import Path
 
 import numpy as np
 import openai
@@ -29,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy import draw_panels
 from deploy.draw_panels import DASHBOARD, Window, every, panels_of, series_of
 from melt_serve.serve import command
+from melt_serve.server_process import free_port, running
 from melt_serve.task.who_is_where import questions
 
 DEPLOY = DASHBOARD.parents[2]
@@ -61,42 +56,6 @@ def tool(name: str) -> str:
     if path is None:
         pytest.fail(f"this needs {name}, which is not here: apt-get install prometheus")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextmanager
-def running(words: Sequence[str], ready: str, log: Path, seconds: int = 180) -> Iterator[None]:
-    """A process, from when it answers at `ready` to the end of the block."""
-    with log.open("w") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=os.environ)
-        try:
-            for _ in range(2 * seconds):
-                assert process.poll() is None, log.read_text()[-4000:]
-                if answers(ready):
-                    break
-                time.sleep(0.5)
-            else:
-                raise AssertionError(log.read_text()[-4000:])
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            finally:
-                process.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def load(url: str) -> None:
@@ -153,9 +112,9 @@ class Scene:
 def scene(tmp_path_factory):
     """A server that was under load, and the Prometheus that watched."""
     folder = tmp_path_factory.mktemp("monitoring")
-    server, prometheus = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    port, watching_port = free_port(), free_port()
     config = {**CONFIG, "global": {"scrape_interval": "1s", "evaluation_interval": "1s"}}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [server.removeprefix("http://")]
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{port}"]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     flags = [word for flag in SHORT_OF_EVERYTHING.items() for word in flag]
@@ -163,20 +122,19 @@ def scene(tmp_path_factory):
         tool("prometheus"),
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'tsdb'}",
-        f"--web.listen-address={prometheus.removeprefix('http://')}",
+        f"--web.listen-address=127.0.0.1:{watching_port}",
     ]
-    serve = command(["--port", server.rpartition(":")[2], *flags])
     with (
-        running(serve, f"{server}/health", folder / "server.txt"),
-        running(watch, f"{prometheus}/-/ready", folder / "prometheus.txt"),
+        running(command(["--port", str(port), *flags]), port, folder / "server.txt") as server,
+        running(watch, watching_port, folder / "prometheus.txt", ready="/-/ready") as prometheus,
     ):
         time.sleep(3)  # rates need a scrape before the first request
         start = time.time()
-        load(server)
+        load(server.url)
         time.sleep(3)
-        with urllib.request.urlopen(f"{server}/metrics") as response:
+        with urllib.request.urlopen(f"{server.url}/metrics") as response:
             metrics = response.read().decode()
-        yield Scene(prometheus, Window(start, time.time() - 1, scrape_interval=1), metrics)
+        yield Scene(prometheus.url, Window(start, time.time() - 1, scrape_interval=1), metrics)
 
 
 @pytest.mark.parametrize("words", [["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]])
