@@ -16,7 +16,7 @@ from tests.engine.engines import VOCABULARY, engine_logprobs, everything, refere
 
 MAX_LENGTH = 320
 LIMITS = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
-"""Of the engines that scenes are played on."""
+"""Options of the engines that scenes are played on."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ SCENES = (
 
 @dataclass
 class Played:
-    """What came of it: prompts and answers by (request, index), and how often the scheduler did what is counted."""
+    """A played scene: prompts, answers by (request, index), and how often the scheduler did what is counted."""
 
     prompts: dict[int, list[int]] = field(default_factory=dict)
     answers: dict[tuple[int, int], CompletionOutput] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Played:
 
 
 class Server:
-    """A live engine with its reference, and what has happened on it."""
+    """A live engine with its reference, and counts of what its scheduler has done."""
 
     def __init__(self, llm: LLM, model: MeltForCausalLM):
         self.llm, self.model, self.counts = llm, model, Counter()
@@ -115,7 +115,7 @@ class Server:
 
 
 def play(llm: LLM, scene: Scene) -> Played:
-    """Run the scene step by step; leaves the engine as it was, but for the prefix cache."""
+    """Run the scene step by step; leave the engine as it was, but for the prefix cache."""
     live, played, scheduler = llm.llm_engine, Played(), scheduler_of(llm)
     arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
     if not scene.warm:
@@ -195,7 +195,7 @@ def confined(scheduler: Any, budget: int | None = None, blocks: int | None = Non
 
 @contextmanager
 def scheduled_ahead(core: Any, ahead: bool) -> Iterator[None]:
-    """Let a live engine, which runs synchronously on a CPU, be one step behind its scheduler."""
+    """Keep a live engine, which runs synchronously on a CPU, one step behind its scheduler."""
     under_way: deque = deque()
 
     def run_oldest() -> dict:

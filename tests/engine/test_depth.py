@@ -52,7 +52,7 @@ def test_so_they_do_with_other_gates_and_in_small_steps(tmp_path, mode, checkpoi
 
 @MODES
 def test_loops_that_are_not_run_are_not_paid(served):
-    """Tokens that pass through a layer: as many as tokens of requests have loops of their own."""
+    """Count the tokens that pass through a layer: as many as the loops of all tokens together."""
     llm, model = served
     asked, passed = prompts(*LENGTHS), []
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

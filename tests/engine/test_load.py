@@ -50,7 +50,7 @@ def on_server(*kinds: str) -> pytest.MarkDecorator:
 
 
 def near_multiples() -> st.SearchStrategy[int]:
-    """Lengths around the multiples of chunks and blocks, where cuts and shares begin and end."""
+    """Draw lengths around the multiples of chunks and blocks, where cuts and shares begin and end."""
     around = st.builds(lambda of, off: max(0, 32 * of + off), st.integers(0, 6), st.integers(-2, 2))
     return around | st.integers(0, 200)
 

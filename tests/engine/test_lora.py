@@ -23,7 +23,7 @@ def test_an_adapter_equals_the_reference_with_it_merged_in(served, tmp_path, tar
 
 @MODES
 def test_adapters_stay_with_their_requests_when_others_leave_the_step(served, tmp_path):
-    """Requests of other depths and other adapters, side by side."""
+    """Run requests of other depths and other adapters side by side."""
     llm, model = served
     first, second = (save_adapter(tmp_path, model, EVERY_LAYER + THE_GATE, seed) for seed in range(2))
     asked, adapters = prompts(5, 70, 33, 40, 64), (first, None, second, first, None)

@@ -12,7 +12,7 @@ from tests.engine.scenes import confined
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The counts of every step of every engine in this process."""
+    """Collect the counts of every step of every engine in this process."""
     seen: list[StepCounts] = []
     monkeypatch.setattr(StepCounts, "put", lambda counts, stats: seen.append(counts))
     return seen
