@@ -1,4 +1,8 @@
-"""Real vLLM engines on small real checkpoints, in the test's own process, and the reference to hold them against."""
+"""Real vLLM engines on small real checkpoints, in the test's own process, and the reference to hold them against.
+
+A process has one engine at a time, since closing one ends vLLM's process groups. Tests that need nothing of their own
+share a live one (`served` in conftest.py), which makes room when another engine starts.
+"""
 
 import gc
 import os
@@ -7,12 +11,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 
 from melt_serve.modeling import LoopLMConfig, MeltConfig, MeltForCausalLM, OuroForCausalLM
@@ -33,9 +41,48 @@ SHAPE = {
     "total_ut_steps": 4,
 }
 
+RIGHT, WRONG = 1e-4, 1e-2
+"""Distances in log-probability: what rounding in float32 stays below, and what a mistake is above."""
+LENGTHS = (1, 31, 32, 33, 64, 65, 100, 203)
+DEPTHS = (1, 4, 8, 2, 4, 1, 3, 8)
+EXITS = (1.0, 0.5, 0.85, 1.0, 0.7, 0.3, 0.6, 0.9)
+"""A batch that mixes depths: prompts of `LENGTHS` tokens, each with its own loops and exit threshold."""
+
+ADAPTERS = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+KINDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "token": ({}, {}),
+    "chunk": ({"decode_mode": "chunk"}, {}),
+    "token, chunks of 64": ({"chunk_size": 64}, {}),
+    "chunk, chunks of 64": ({"decode_mode": "chunk", "chunk_size": 64}, {}),
+    "token, chunks of 96": ({"chunk_size": 96}, {}),
+    "chunk, chunks of 96": ({"decode_mode": "chunk", "chunk_size": 96}, {}),
+    "token, adapters": ({}, ADAPTERS),
+    "chunk, adapters": ({"decode_mode": "chunk"}, ADAPTERS),
+}
+"""What tests share, by name: the checkpoint's overrides, and the engine's options beside blocks of 32 tokens."""
+
+shared = ExitStack()
+"""Closes the engine that tests share."""
+
+
+class Served(NamedTuple):
+    """A live engine, and the reference model of its checkpoint."""
+
+    llm: LLM
+    model: MeltForCausalLM
+
+
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test on the live engine of each kind (fixture `served`); xdist gives a kind's tests to one worker."""
+    params = [
+        pytest.param(kind, marks=pytest.mark.xdist_group(kind), id=kind.replace(", ", "-").replace(" ", "-"))
+        for kind in kinds
+    ]
+    return pytest.mark.parametrize("served", params, indirect=True)
+
 
 def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
-    """A small MELT with seeded random weights that mix tokens, gates and loops visibly; saved at `path`."""
+    """Save a small MELT at `path`, with seeded random weights that mix tokens, gates and loops visibly."""
     torch.manual_seed(0)
     config = MeltConfig(**{**SHAPE, "max_loops": 8, "chunk_size": 32, **overrides})
     model = enliven(MeltForCausalLM(config).eval())
@@ -46,7 +93,7 @@ def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
 
 
 def save_looplm(path: Path, **overrides: object) -> OuroForCausalLM:
-    """A LoopLM of the same kind; saved at `path`."""
+    """Save a LoopLM of the same kind at `path`."""
     torch.manual_seed(0)
     model = enliven(OuroForCausalLM(LoopLMConfig(**{**SHAPE, **overrides})).eval())
     model.save_pretrained(path)
@@ -55,7 +102,8 @@ def save_looplm(path: Path, **overrides: object) -> OuroForCausalLM:
 
 @contextmanager
 def engine(path: Path, **arguments: object) -> Iterator[LLM]:
-    """vLLM itself, as its users start it, with nothing of ours named."""
+    """Start vLLM itself, as its users do, with nothing of ours named; the shared engine makes room for it."""
+    shared.close()
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -76,46 +124,104 @@ def engine(path: Path, **arguments: object) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
+def scheduler_of(llm: LLM) -> Any:
+    """Return a live engine's scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    """Draw one random prompt of each length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 def everything(max_tokens: int, **sampling: object) -> SamplingParams:
-    """Greedy, with the log-probability of every token of the vocabulary, unless `sampling` says otherwise."""
+    """Ask greedily, with the log-probability of every token of the vocabulary, unless `sampling` says otherwise."""
     greedy = {"temperature": 0, "logprobs": VOCABULARY, "ignore_eos": True, "detokenize": False}
     return SamplingParams(max_tokens=max_tokens, **{**greedy, **sampling})
 
 
-def generate(llm: LLM, token_ids: Sequence[list[int]], **sampling: object) -> list[CompletionOutput]:
-    """Answers of `GENERATED` tokens, sampled as in `everything`."""
-    parameters = everything(**{"max_tokens": GENERATED, **sampling})
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in token_ids], parameters, use_tqdm=False)
+def generate(
+    llm: LLM,
+    asked: Sequence[list[int]],
+    loops: int | Sequence[int] | None = None,
+    exits: float | Sequence[float] | None = None,
+    adapters: Sequence[LoRARequest | None] | None = None,
+    **sampling: object,
+) -> list[CompletionOutput]:
+    """Answer all prompts in one batch, with `GENERATED` tokens each, sampled as in `everything`.
+
+    Args:
+        asked: the prompts' token ids.
+        loops: of all requests or of each; the checkpoint's own if None.
+        exits: exit thresholds, likewise.
+        adapters: one for each prompt, or None where there is none.
+    """
+    depths: list[dict[str, object]] = [{} for _ in asked]
+    for name, values in (("loops", loops), ("exit_threshold", exits)):
+        if values is not None:
+            each = values if isinstance(values, Sequence) else [values] * len(asked)
+            for depth, value in zip(depths, each, strict=True):
+                depth[name] = value
+    parameters = [everything(**{"max_tokens": GENERATED, "extra_args": depth, **sampling}) for depth in depths]
+    tokens = [TokensPrompt(prompt_token_ids=ids) for ids in asked]
+    outputs = llm.generate(tokens, parameters, use_tqdm=False, lora_request=adapters and list(adapters))
     return [output.outputs[0] for output in outputs]
 
 
 def engine_logprobs(output: CompletionOutput) -> torch.Tensor:
-    """[generated, vocabulary], what the engine said before each generated token."""
+    """Return what the engine said before each generated token: [generated, vocabulary]."""
     table = torch.full((len(output.token_ids), VOCABULARY), float("nan"))
-    for row, candidates in zip(table, output.logprobs, strict=True):
+    for said, candidates in zip(table, output.logprobs, strict=True):
         for token, candidate in candidates.items():
-            row[token] = candidate.logprob
+            said[token] = candidate.logprob
     return table
 
 
 @torch.no_grad()
 def reference_logprobs(
-    model: MeltForCausalLM, prompt: list[int], generated: Sequence[int], loops: int, **exits: float
-) -> torch.Tensor:
-    """[generated, vocabulary], what the reference says when it decodes the same tokens in the checkpoint's mode."""
-    tokens = torch.tensor([[*prompt, *generated]])
-    by_token = getattr(model.config, "decode_mode", None) == "token"
-    by_token = {"prompt_lengths": torch.tensor([len(prompt)])} if by_token else {}
-    output = model(tokens, loops=loops, **by_token, **exits)
-    return output.logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    model: MeltForCausalLM | OuroForCausalLM,
+    asked: Sequence[list[int]],
+    answers: Sequence[Sequence[int]],
+    loops: int | Sequence[int] | None = None,
+    exits: float | Sequence[float] | None = None,
+) -> list[torch.Tensor]:
+    """Return what the reference says when it decodes the same tokens in the checkpoint's mode.
+
+    One call for all of them, with padding on the right. A LoopLM takes one number of loops and no exits.
+
+    Returns:
+        [generated, vocabulary] for each prompt.
+    """
+    whole = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(asked, answers, strict=True)]
+    output = model(
+        pad_sequence(whole, batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(tokens) for tokens in whole], batch_first=True),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in asked]),
+        loops=torch.tensor(loops) if isinstance(loops, Sequence) else loops,
+        exit_threshold=torch.tensor(exits) if isinstance(exits, Sequence) else exits,
+    )
+    logprobs = output.logits.float().log_softmax(-1)
+    return [
+        each[len(prompt) - 1 : len(tokens) - 1] for each, prompt, tokens in zip(logprobs, asked, whole, strict=True)
+    ]
 
 
-def distance(model: MeltForCausalLM, prompt: list[int], output: CompletionOutput, loops: int, **exits: float) -> float:
-    """The largest difference in log-probability between engine and reference, over all tokens and steps."""
-    expected = reference_logprobs(model, prompt, output.token_ids, loops, **exits)
-    return (engine_logprobs(output) - expected).abs().max().item()
+def distance(
+    model: MeltForCausalLM | OuroForCausalLM,
+    asked: Sequence[list[int]],
+    outputs: Sequence[CompletionOutput],
+    loops: int | Sequence[int] | None = None,
+    exits: float | Sequence[float] | None = None,
+) -> float:
+    """Return the largest difference in log-probability between engine and reference, over all answers and tokens."""
+    expected = reference_logprobs(model, asked, [output.token_ids for output in outputs], loops, exits)
+    return (torch.cat([engine_logprobs(output) for output in outputs]) - torch.cat(expected)).abs().max().item()
+
+
+def distance_at_mixed_depths(llm: LLM, model: MeltForCausalLM) -> float:
+    """Ask a batch of requests with loops of their own, then one with exits, too; return the largest difference."""
+    asked = prompts(*LENGTHS)
+    by_loops = generate(llm, asked, DEPTHS, max_tokens=40)
+    by_exits = generate(llm, asked, DEPTHS, EXITS, max_tokens=40)
+    return max(distance(model, asked, by_loops, DEPTHS), distance(model, asked, by_exits, DEPTHS, EXITS))

@@ -14,7 +14,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(MELT)
 
 
 def served(asked, **options):
-    """The engine's greedy replies, after their reasoning."""
+    """Return the engine's greedy replies, without their reasoning."""
     greedy = SamplingParams(temperature=0, max_tokens=longest_reply(TOKENIZER))
     with engine(MELT, skip_tokenizer_init=False, **options) as llm:
         prompts = [{"prompt_token_ids": prompt_ids(question, TOKENIZER)} for question in asked]

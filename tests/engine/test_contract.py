@@ -1,9 +1,6 @@
 """What cannot keep the serving contract is refused at start-up, or for a request, each with its own message."""
 
 import asyncio
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,11 +10,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from melt_serve.bundled import MELT
-from melt_serve.engine import patches, plugin
+from melt_serve.engine import contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
-from tests.engine.engines import engine, generate, prompts, save_melt
+from tests.engine.engines import engine, generate, on, prompts, save_melt
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +104,10 @@ def test_an_unnamed_block_size_divides_the_chunk_size_where_it_can(checkpoint, c
     assert config.cache_config.block_size == block_size
 
 
-def test_a_named_block_size_stays_and_what_it_costs_is_said(checkpoint):
-    script = (
-        "from vllm import EngineArgs; import sys; "
-        "config = EngineArgs(model=sys.argv[1], dtype='float32', block_size=96).create_engine_config(); "
-        "print(config.cache_config.block_size)"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", script, str(checkpoint)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-    )
-    assert output.stdout.splitlines()[-1] == "96"
-    assert "prefixes are shared in pieces of 192 tokens" in output.stdout + output.stderr
+def test_a_named_block_size_stays_and_what_it_costs_is_said(checkpoint, caplog, monkeypatch):
+    monkeypatch.setattr(contract.logger.parent, "propagate", True)  # vLLM keeps its records to itself
+    assert configure(checkpoint, block_size=96).cache_config.block_size == 96
+    assert "prefixes are shared in pieces of 192 tokens" in caplog.text
 
 
 def test_an_unset_budget_holds_a_chunk_and_every_running_request(checkpoint):
@@ -139,11 +125,11 @@ def test_registering_and_patching_again_changes_nothing():
     assert LLM.beam_search is before
 
 
-def test_beam_search_is_refused_in_token_mode_and_the_engine_lives_on(checkpoint):
-    with engine(checkpoint) as llm:
-        with pytest.raises(VLLMValidationError, match="no beam search"):
-            llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], BeamSearchParams(beam_width=2, max_tokens=2))
-        assert len(generate(llm, prompts(70))[0].token_ids) == 8
+@on("token")
+def test_beam_search_is_refused_in_token_mode_and_the_engine_lives_on(served):
+    with pytest.raises(VLLMValidationError, match="no beam search"):
+        served.llm.beam_search([{"prompt_token_ids": [1, 2, 3]}], BeamSearchParams(beam_width=2, max_tokens=2))
+    assert len(generate(served.llm, prompts(70))[0].token_ids) == 8
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ went on: so it equals what the same request gets alone, cold or warm, in any ord
 `--hypothesis-profile=long` plays many more scenes than the bounded number of a usual run.
 """
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,70 +14,43 @@ import torch
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
-from tests.engine.engines import engine, engine_logprobs, generate, reference_logprobs, save_melt
-from tests.engine.scenes import MAX_LENGTH, Ask, Scene, play
+from tests.engine.engines import RIGHT, engine, engine_logprobs, generate, save_melt
+from tests.engine.scenes import CROWD, LIMITS, MAX_LENGTH, SCENES, TALK, Ask, Scene, Server, play
 from tests.requires import needs_fp8_rows
 
-FLOAT32 = 1e-4
-LOOPS, MAX_LOOPS = 4, 6
-
-
-class Server:
-    """A live engine with its reference, and what has happened on it."""
-
-    def __init__(self, llm, model):
-        self.llm, self.model, self.counts = llm, model, Counter()
-
-    def furthest(self, scene: Scene) -> float:
-        """Play the scene; the largest difference in log-probability between any answer and the reference."""
-        played = play(self.llm, scene)
-        self.counts.update(played.counts)
-        assert len(played.answers) == sum(ask.n for ask in scene.asks)
-        distances = []
-        for (number, index), answer in played.answers.items():
-            ask = scene.asks[number]
-            exits = {"exit_threshold": ask.exit_threshold}
-            expected = reference_logprobs(
-                self.model, played.prompts[number], answer.token_ids, ask.loops or LOOPS, **exits
-            )
-            distances.append((engine_logprobs(answer) - expected).abs().max().item())
-            note(f"request {number}.{index}: {distances[-1]:.1e}")
-        return max(distances)
-
-
+MAX_LOOPS = 6
 PRIORITIES = {"scheduling_policy": "priority"}
-TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 KINDS = {
     "token": ({"chunk_size": 32}, {}),
     "token, by priority": ({"chunk_size": 32}, PRIORITIES),
     "token, blocks of a third of a chunk": ({"chunk_size": 96}, {}),
     "token, chunks that no block divides": ({"chunk_size": 48}, {}),
-    "token, two ranks": ({"chunk_size": 32}, TWO_RANKS),
     "chunk": ({"decode_mode": "chunk", "chunk_size": 32}, {}),
     "chunk, by priority": ({"decode_mode": "chunk", "chunk_size": 32}, PRIORITIES),
     "chunk of two blocks": ({"decode_mode": "chunk", "chunk_size": 64}, {}),
-    "chunk, two ranks": ({"decode_mode": "chunk", "chunk_size": 32}, TWO_RANKS),
 }
 """Checkpoints and engines that scenes are played on."""
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-"))
-def server(request, tmp_path_factory):
+@pytest.fixture
+def server(request, tmp_path):
     checkpoint, options = KINDS[request.param]
-    path = tmp_path_factory.mktemp("melt")
-    model = save_melt(path, **checkpoint, total_ut_steps=LOOPS, max_loops=MAX_LOOPS, num_hidden_layers=1)
-    limits = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
-    with pytest.MonkeyPatch.context() as environment:
-        if "tensor_parallel_size" in options:
-            environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with engine(path, **limits, **options) as llm:
-            live = Server(llm, model)
-            yield live
+    model = save_melt(tmp_path, **checkpoint, max_loops=MAX_LOOPS, num_hidden_layers=1)
+    with engine(tmp_path, **LIMITS, **options) as llm:
+        live = Server(llm, model)
+        yield live
     assert live.counts["preempted"] and live.counts["hit"] and live.counts["passed over"], live.counts
 
 
+def on_server(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test on the engine of each kind (fixture `server`)."""
+    return pytest.mark.parametrize(
+        "server", kinds, indirect=True, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-")
+    )
+
+
 def near_multiples() -> st.SearchStrategy[int]:
-    """Lengths around the multiples of chunks and blocks, where cuts and shares begin and end."""
+    """Draw lengths around the multiples of chunks and blocks, where cuts and shares begin and end."""
     around = st.builds(lambda of, off: max(0, 32 * of + off), st.integers(0, 6), st.integers(-2, 2))
     return around | st.integers(0, 200)
 
@@ -105,21 +78,41 @@ scenes = st.builds(
     ahead=st.booleans(),
 )
 
+EVERY_RUN = settings(suppress_health_check=list(HealthCheck))
+FEW = settings(EVERY_RUN, max_examples=2)
+PRINCIPAL = ("token", "chunk")
+OTHERS = [kind for kind in KINDS if kind not in PRINCIPAL]
 
-CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
-TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
 
-DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2]) for i, ask in enumerate(CROWD))
+def plays(amount: settings) -> Callable[[Callable], Callable]:
+    """Play the scenes that every kind must stand, and random ones besides."""
+
+    def decorate(test: Callable) -> Callable:
+        test = given(scene=scenes)(test)
+        for scene in SCENES:
+            test = example(scene=scene)(test)
+        return amount(test)
+
+    return decorate
 
 
-@settings(suppress_health_check=list(HealthCheck))
-@given(scene=scenes)
-@example(scene=Scene(CROWD, budget=97, spare_blocks=0))
-@example(scene=Scene(CROWD, spare_blocks=2, ahead=True))
-@example(scene=Scene(DEPTHS, budget=128, spare_blocks=2))
-@example(scene=Scene(TALK, spare_blocks=0))
+@on_server(*PRINCIPAL)
+@plays(EVERY_RUN)
 def test_no_scene_changes_an_answer(server, scene):
-    assert server.furthest(scene) <= FLOAT32
+    judge(server, scene)
+
+
+@on_server(*OTHERS)
+@plays(EVERY_RUN if settings.get_current_profile_name() == "long" else FEW)
+def test_nor_does_one_where_priorities_or_other_blocks_and_chunks_come_in(server, scene):
+    judge(server, scene)
+
+
+def judge(server: Server, scene: Scene) -> None:
+    """Compare every answer of the scene with the reference."""
+    distances = server.distances(scene)
+    note(f"by request and answer: {distances}")
+    assert max(distances.values()) <= RIGHT
 
 
 @needs_fp8_rows
@@ -127,9 +120,8 @@ def test_no_scene_changes_an_answer(server, scene):
 def test_with_fp8_rows_an_answer_is_what_it_is_alone(tmp_path, mode):
     """The reference has no FP8 rows; the same engine, cold and with one prompt at a time, stands in for it."""
     save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
-    limits = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
     crowd = tuple(replace(ask, n=1, seed=ask.arrives % 2 or None) for ask in CROWD)
-    with engine(tmp_path, kv_cache_dtype="fp8", **limits) as llm:
+    with engine(tmp_path, kv_cache_dtype="fp8", **LIMITS) as llm:
         for scene in (Scene(crowd, budget=97, spare_blocks=0), Scene(crowd, warm=True, ahead=True), Scene(TALK)):
             played = play(llm, scene)
             for number, prompt in played.prompts.items():
@@ -144,4 +136,4 @@ def test_with_fp8_rows_an_answer_is_what_it_is_alone(tmp_path, mode):
                 )
                 crowded = played.answers[number, 0]
                 assert crowded.token_ids == alone.token_ids
-                torch.testing.assert_close(engine_logprobs(crowded), engine_logprobs(alone), atol=FLOAT32, rtol=0)
+                torch.testing.assert_close(engine_logprobs(crowded), engine_logprobs(alone), atol=RIGHT, rtol=0)

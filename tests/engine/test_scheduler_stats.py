@@ -6,12 +6,13 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from melt_serve.engine.scheduler_stats import StepCounts
-from tests.engine.engines import engine, generate, prompts, save_melt
+from tests.engine.engines import engine, generate, on, prompts, save_melt, scheduler_of
+from tests.engine.scenes import confined
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The counts of every step of every engine in this process."""
+    """Collect the counts of every step of every engine in this process."""
     seen: list[StepCounts] = []
     monkeypatch.setattr(StepCounts, "put", lambda counts, stats: seen.append(counts))
     return seen
@@ -33,10 +34,9 @@ def test_counts_travel_among_vllms_numbers_and_leave_them_as_they_were():
     assert StepCounts.take(stats) is None
 
 
-def test_a_prompt_is_cut_at_its_chunks(tmp_path, steps):
-    save_melt(tmp_path)
-    with engine(tmp_path, max_num_batched_tokens=512) as llm:
-        generate(llm, prompts(70), max_tokens=8)
+@on("token")
+def test_a_prompt_is_cut_at_its_chunks(served, steps):
+    generate(served.llm, prompts(70), max_tokens=8)
     assert total(steps, "pieces") == 3 + 7  # 32 + 32 + 6 tokens; the last of them gives the first of eight
     assert total(steps, "cuts") == 2 and total(steps, "deferred") == 0
     assert {name: total(steps, name) for name in ("lost_hit_tokens", "replays", "replayed_tokens")} == {
@@ -46,32 +46,31 @@ def test_a_prompt_is_cut_at_its_chunks(tmp_path, steps):
     }
 
 
-def test_a_piece_waits_where_the_budget_ends_inside_its_chunk(tmp_path, steps):
-    save_melt(tmp_path)
-    with engine(tmp_path, max_num_batched_tokens=40) as llm:
-        generate(llm, prompts(32, 32), max_tokens=1)
+@on("token")
+def test_a_piece_waits_where_the_budget_ends_inside_its_chunk(served, steps):
+    with confined(scheduler_of(served.llm), budget=40):
+        generate(served.llm, prompts(32, 32), max_tokens=1)
     assert total(steps, "pieces") == 2 and total(steps, "deferred") >= 1 and total(steps, "cuts") == 0
 
 
-@pytest.mark.parametrize(("chunk_size", "lost"), [(32, 0), (64, 32), (128, 96)])
-def test_hits_are_lost_behind_the_last_place_where_one_may_end(tmp_path, steps, chunk_size, lost):
-    save_melt(tmp_path, chunk_size=chunk_size)
+@on("token", "token, chunks of 64", "token, chunks of 96")
+def test_hits_are_lost_behind_the_last_place_where_one_may_end(served, steps):
+    llm, model = served
     first, other = prompts(140, 50)
-    with engine(tmp_path, block_size=32) as llm:
-        generate(llm, [first], max_tokens=1)
-        assert total(steps, "lost_hit_tokens") == 0
-        generate(llm, [first[:97] + other], max_tokens=1)
-    assert total(steps, "lost_hit_tokens") == lost
+    generate(llm, [first], max_tokens=1)
+    assert total(steps, "lost_hit_tokens") == 0
+    for same, lost in ((97, {32: 0, 64: 32, 96: 0}), (80, {32: 0, 64: 0, 96: 64})):
+        steps.clear()
+        generate(llm, [first[:same] + other], max_tokens=1)
+        assert total(steps, "lost_hit_tokens") == lost[model.config.chunk_size]
 
 
-@pytest.mark.parametrize("mode", ["token", "chunk"])
-def test_rows_are_those_of_running_requests_by_what_they_are(tmp_path, steps, mode):
-    save_melt(tmp_path, decode_mode=mode)
-    depth = {"extra_args": {"loops": 3}}
-    with engine(tmp_path, block_size=32, max_model_len=256) as llm:
-        generate(llm, prompts(70), max_tokens=8, **depth)
+@on("token", "chunk")
+def test_rows_are_those_of_running_requests_by_what_they_are(served, steps):
+    generate(served.llm, prompts(70), loops=3, max_tokens=8)
     assert most(steps, "final_blocks") == 3 and most(steps, "looplm_blocks") == 9
-    assert most(steps, "open_blocks") == (2 if mode == "chunk" else 0)  # the last chunk's, of loops 1 and 2
+    # The last chunk's, of loops 1 and 2.
+    assert most(steps, "open_blocks") == (2 if served.model.config.decode_mode == "chunk" else 0)
     assert (steps[-1].final_blocks, steps[-1].open_blocks, steps[-1].looplm_blocks) == (0, 0, 0)
 
 

@@ -1,0 +1,38 @@
+"""Engines that torch.compile has compiled equal the reference like those that run eagerly."""
+
+import pytest
+
+from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
+from tests.engine.engines import (
+    ADAPTERS,
+    RIGHT,
+    distance,
+    distance_at_mixed_depths,
+    engine,
+    generate,
+    prompts,
+    save_looplm,
+    save_melt,
+)
+
+LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_one_depth_and_mixed_depths_equal_the_reference(tmp_path, mode):
+    model, asked = save_melt(tmp_path, num_hidden_layers=1, decode_mode=mode), prompts(*LENGTHS)
+    with engine(tmp_path, enforce_eager=False) as llm:
+        assert distance(model, asked, generate(llm, asked, loops=3), loops=3) <= RIGHT
+        assert distance_at_mixed_depths(llm, model) <= RIGHT
+
+
+def test_a_looplm_equals_the_reference(tmp_path):
+    model, asked = save_looplm(tmp_path, num_hidden_layers=1), prompts(*LENGTHS)
+    with engine(tmp_path, enforce_eager=False) as llm:
+        assert distance(model, asked, generate(llm, asked)) <= RIGHT
+
+
+def test_adapters_equal_the_reference_with_them_merged_in(tmp_path):
+    model = save_melt(tmp_path / "model", num_hidden_layers=1)
+    with engine(tmp_path / "model", enforce_eager=False, **ADAPTERS) as llm:
+        assert distance_with_two(llm, model, tmp_path, EVERY_LAYER + THE_GATE) <= RIGHT

@@ -1,0 +1,79 @@
+"""Engines on two ranks (`--tensor-parallel-size 2`) equal the reference, at every depth, with adapters and under load.
+
+Each rank is a process with a core of its own, so these tests run alone.
+"""
+
+import pytest
+
+from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
+from tests.engine.engines import (
+    ADAPTERS,
+    RIGHT,
+    distance,
+    distance_at_mixed_depths,
+    engine,
+    generate,
+    prompts,
+    save_looplm,
+    save_melt,
+)
+from tests.engine.scenes import LIMITS, SCENES, Server
+
+pytestmark = pytest.mark.xdist_group("two ranks")
+
+LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+KINDS = {
+    "one KV head": (save_melt, {"num_key_value_heads": 1}, ADAPTERS),  # both ranks hold it
+    "four KV heads": (save_melt, {"num_key_value_heads": 4}, ADAPTERS),
+    "chunk": (save_melt, {"decode_mode": "chunk"}, {}),
+    "LoopLM": (save_looplm, {}, {}),
+}
+"""Checkpoints, and options of their engines."""
+MELTS = ("one KV head", "four KV heads", "chunk")
+
+
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test on the live engine of each kind (fixture `server`)."""
+    return pytest.mark.parametrize("server", kinds, indirect=True, ids=lambda kind: kind.replace(" ", "-"))
+
+
+@pytest.fixture(scope="module")
+def server(request, tmp_path_factory):
+    save, checkpoint, options = KINDS[request.param]
+    path = tmp_path_factory.mktemp("served")
+    model = save(path, **checkpoint)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        with engine(path, **LIMITS, **options, **TWO_RANKS) as llm:
+            yield Server(llm, model)
+
+
+@on(*MELTS)
+@pytest.mark.parametrize("loops", [1, 2, 4, 8])
+def test_every_depth_equals_the_reference(server, loops):
+    asked = prompts(*LENGTHS)
+    assert distance(server.model, asked, generate(server.llm, asked, loops), loops) <= RIGHT
+
+
+@on("LoopLM")
+def test_a_looplm_equals_the_reference(server):
+    asked = prompts(*LENGTHS)
+    assert distance(server.model, asked, generate(server.llm, asked)) <= RIGHT
+
+
+@on(*MELTS)
+def test_requests_of_mixed_depths_equal_the_reference_each_at_its_own(server):
+    assert distance_at_mixed_depths(server.llm, server.model) <= RIGHT
+
+
+@on("one KV head", "four KV heads")
+def test_an_adapter_equals_the_reference_with_it_merged_in(server, tmp_path):
+    assert distance_with_two(server.llm, server.model, tmp_path, EVERY_LAYER + THE_GATE) <= RIGHT
+
+
+@on("one KV head", "chunk")
+def test_no_scene_changes_an_answer(server):
+    for scene in SCENES:
+        assert max(server.distances(scene).values()) <= RIGHT
+    assert server.counts["preempted"] and server.counts["hit"] and server.counts["passed over"], server.counts
