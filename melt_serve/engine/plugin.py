@@ -25,7 +25,9 @@ def register() -> None:
     from melt_serve.engine.contract import LoopLMStartup, MeltStartup
 
     config.register()
-    patches.sleep_while_waiting()  # before it is known what model is served: for every process
+    # Before it is known what model is served: for every process.
+    patches.sleep_while_waiting()
+    patches.fit_queues_into_shared_memory()
     for module, architecture, startup in (
         ("melt", "MeltForCausalLM", MeltStartup),
         ("looplm", "OuroForCausalLM", LoopLMStartup),
