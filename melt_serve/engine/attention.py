@@ -30,6 +30,8 @@ from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
 from melt_serve.kernels.dispatch import chosen, takes_triton
 from melt_serve.kernels.rows import RowWrite, write_rows
 
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+"""vLLM's backends whose block tables and slots are plain fields of a step's metadata."""
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
 FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
@@ -61,6 +63,7 @@ class FinalRows(Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_backend(self)
         self.fused = fuses_rows(self)
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
 
@@ -111,6 +114,22 @@ class OpenRows(Attention):
         assert type(spec) is FullAttentionSpec
         shared = {name: value for name, value in vars(spec).items() if name in OpenRowsSpec.__dataclass_fields__}
         return OpenRowsSpec(**shared, chunk_size=vllm_config.model_config.hf_config.chunk_size, loop=self.loop)
+
+
+def refuse_backend(layer: Attention) -> None:
+    """Refuse an attention backend whose metadata `StepRows` cannot change from loop to loop.
+
+    FlashInfer and FlexAttention plan their block tables before the step, so a loop would read another loop's rows.
+
+    Raises:
+        ValueError: it is none of `BACKENDS`; the message names one to choose.
+    """
+    backend = layer.attn_backend.get_name()
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"MELT: vLLM's attention backend {backend} cannot change block tables between loops; choose one that can: "
+            f"--attention-backend {BACKENDS[0]}"
+        )
 
 
 def fuses_rows(layer: Attention) -> bool:
@@ -168,6 +187,8 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
         def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
             self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            # The manager's blocks: a kernel's may be smaller, as `kv_cache_spec` has them here.
+            self.null_slots = vllm_config.cache_config.block_size
 
         def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **kwargs: Any) -> Any:
             self.layer.step = StepRecord(self, common_attn_metadata)

@@ -142,6 +142,13 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"MELT: --worker-cls={worker_cls} does not pass requests' depths on; leave it out to get {CPU_WORKER}"
         )
+    if not current_platform.is_cpu() and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "MELT: vLLM would use its older model runner (V1), which does not pass requests' depths on; leave out "
+            "VLLM_USE_V2_MODEL_RUNNER=0, and what vLLM's log says that V2 does not support"
+        )
+    if vllm_config.model_config.runner_type != "generate":
+        raise ValueError(f"MELT: --runner={vllm_config.model_config.runner_type}: a MELT generates text; leave it out")
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, SCHEDULER):
         raise ValueError(

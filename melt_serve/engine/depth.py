@@ -28,6 +28,11 @@ class Depth:
     exit_threshold: float
 
 
+def default_depth(config: MeltConfig) -> Depth:
+    """Return the depth of requests that ask for none."""
+    return Depth(config.total_ut_steps, config.early_exit_threshold)
+
+
 def resolve_depth(params: SamplingParams, config: MeltConfig) -> SamplingParams:
     """Validate a request's depth and write it out in a copy of its parameters, in `extra_args`, for `depth_of`.
 

@@ -1,13 +1,18 @@
-"""What a model tells vLLM's GPU runner (V2) about its requests: here, their depths. Never run on a GPU yet."""
+"""What a model tells vLLM's GPU runner (V2) about its requests: here, their depths.
+
+Never run on a GPU yet; `tests/engine/test_gpu_runner.py` runs it on a CPU, its start-up included.
+"""
 
 from typing import Any
 
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from melt_serve.engine.depth import Depth, depth_of
+from melt_serve.config import MeltConfig
+from melt_serve.engine.depth import Depth, default_depth, depth_of, resolve_depth
 
 
 class MeltModelState(DefaultModelState):
@@ -15,12 +20,15 @@ class MeltModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.config: MeltConfig = self.model_config.hf_config
         self.depths: dict[str, Depth] = {}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Add a request that begins, or begins again after a preemption."""
         super().add_request(req_index, new_req_data)
-        self.depths[new_req_data.req_id] = depth_of(new_req_data.sampling_params)
+        # vLLM warms up with requests that no scheduler of ours has seen.
+        params = new_req_data.sampling_params or SamplingParams()
+        self.depths[new_req_data.req_id] = depth_of(resolve_depth(params, self.config))
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that has finished or was preempted."""
@@ -29,5 +37,6 @@ class MeltModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return what the model's forward takes besides tokens and positions."""
-        depths = [self.depths[request_id] for request_id in input_batch.req_ids]
+        unknown = default_depth(self.config)  # dummy batches: vLLM measures memory, captures graphs, or idles
+        depths = [self.depths.get(request_id, unknown) for request_id in input_batch.req_ids]
         return {**super().prepare_inputs(input_batch, req_states), "depths": depths}

@@ -14,7 +14,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.attention import FinalRows, OpenRows
-from melt_serve.engine.depth import Depth, StepDepths
+from melt_serve.engine.depth import Depth, StepDepths, default_depth
 from melt_serve.engine.gate import KVGate
 from melt_serve.engine.looplm import (
     MLP_WEIGHTS,
@@ -121,7 +121,7 @@ class MeltModel(LoopedModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: MeltConfig = vllm_config.model_config.hf_config
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
-        self.default_depth = Depth(config.total_ut_steps, config.early_exit_threshold)
+        self.default_depth = default_depth(config)
         self.token_loops: Tensor | None = None
         with set_model_tag("first_loop"):
             self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)

@@ -100,6 +100,32 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def resolve_depths_in_the_engine() -> None:
+    """Resolve the depth of requests that come past `InputProcessor`, as from a front end without this plugin.
+
+    One without a depth gets the checkpoint's own. An invalid one raises where vLLM ends that request with an error; in
+    the scheduler it would end the engine. For the engine's process.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    _replace(EngineCore, "preprocess_add_request", _resolve_late)
+
+
+def _resolve_late(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        model_config = self.vllm_config.model_config
+        if _is_melt(model_config):
+            request.sampling_params = resolve_depth(request.sampling_params, model_config.hf_config)
+        return original(self, request)
+
+    preprocess_add_request.melt_serve = True  # type: ignore[attr-defined]
+    return preprocess_add_request
+
+
 def keep_an_empty_adapter_slot() -> None:
     """Let requests without a LoRA adapter have none on a CPU, also in a batch with others that have one.
 

@@ -12,6 +12,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig, chunk_end
+from melt_serve.engine import patches
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.scheduler_stats import StepCounts
@@ -35,6 +36,7 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        patches.resolve_depths_in_the_engine()
         config: MeltConfig = self.vllm_config.model_config.hf_config
         self.chunk_size = config.chunk_size
         self.decode_mode = config.decode_mode
@@ -78,8 +80,13 @@ class ChunkGridScheduler(AsyncScheduler):
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
         ):
-            if generated and request_id in token_loops:
-                self.loops_run[request_id][token_loops[request_id]] += 1
+            request = self.requests.get(request_id)
+            if not generated or request is None:
+                continue
+            depth = depth_of(request.sampling_params)
+            loops = depth.loops if depth.exit_threshold == 1 else token_loops.get(request_id)
+            if loops is not None:  # vLLM's GPU runner does not report exits
+                self.loops_run[request_id][loops] += 1
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -177,10 +184,13 @@ class ChunkGridScheduler(AsyncScheduler):
         counts.cuts += len(self.cut & scheduled.keys())
         for request_id in scheduled:
             counts.lost_hit_tokens += self.lost_hits.pop(request_id, 0)
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if request_id in cached.resumed_req_ids:
-                counts.replays += 1
-                counts.replayed_tokens += max(0, self.computed_before.pop(request_id, 0) - computed)
+        begun = {
+            new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs
+        }  # resumed ones, too, under V2
+        running = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id in self.computed_before.keys() & (begun | running).keys():
+            counts.replays += 1
+            counts.replayed_tokens += max(0, self.computed_before.pop(request_id) - (begun | running)[request_id])
 
 
 def tokens_in_step(

@@ -140,7 +140,7 @@ class StepRows:
 
     def _overlay(self, rows: OpenRows) -> Tables:
         own, spec = rows.step.common, rows.step.builder.kv_cache_spec
-        null_slots = spec.block_size
+        null_slots = rows.step.builder.null_slots
         blocks = overlay_blocks(
             own.block_table_tensor, self.final.blocks, own.seq_lens, spec.chunk_size, spec.block_size, null_slots
         )
