@@ -1,6 +1,7 @@
 """What cannot keep the serving contract is refused at start-up, or for a request, each with its own message."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from melt_serve.bundled import MELT
-from melt_serve.engine import contract, patches, plugin
+from melt_serve.engine import attention, contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
@@ -54,6 +55,7 @@ def configure(path, **arguments):
         ),
         ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras: adapters of k_proj and v_proj"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "does not pass requests' depths on"),
+        ({"runner": "pooling", "convert": "embed"}, "--runner=pooling: a MELT generates text"),
         ({"hf_overrides": {"effort_loops": {"low": 9}}}, "effort_loops: low=9 is outside"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
         ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),
@@ -66,6 +68,28 @@ def configure(path, **arguments):
 def test_what_breaks_the_contract_is_refused_at_start(checkpoint, arguments, message):
     with pytest.raises(ValueError, match=message):
         configure(checkpoint, **arguments)
+
+
+def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):
+    """It would serve every request at the checkpoint's own depth, without a word."""
+    config = configure(checkpoint)
+    monkeypatch.setattr(contract, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    contract.refuse_features(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="older model runner"):
+        contract.refuse_features(config)
+
+
+@pytest.mark.parametrize("name", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_attention_backends_that_plan_their_tables_before_the_step_are_refused(name):
+    def layer(backend):
+        return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: backend))
+
+    with pytest.raises(ValueError, match=f"{name} cannot change block tables.* --attention-backend FLASH_ATTN"):
+        attention.refuse_backend(layer(name))
+    for backend in attention.BACKENDS:
+        attention.refuse_backend(layer(backend))
 
 
 def test_graphs_compiled_with_other_kernels_are_other_graphs(checkpoint, monkeypatch):
