@@ -1,6 +1,7 @@
 """`melt-serve serve`: vLLM's own OpenAI-compatible server, with good defaults and nothing in between."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -42,6 +43,10 @@ SAFE_DEFAULTS: dict[str, str | None] = {
     "--disable-uvicorn-access-log": None,
 }
 
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_MEMORY = 4 << 20
+"""Bytes of it that vLLM's processes need to talk to each other."""
+
 # Flags of ours that reach the guard (api/guard.py) by the environment.
 LIMITS = {
     "--max-body-bytes": "MELT_MAX_BODY_BYTES",
@@ -68,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     try:
+        check_shared_memory()
         limits, words = take_limits(argv)
         words = command(words)
     except ValueError as error:
@@ -145,6 +151,19 @@ def with_vllms_name(word: str) -> str:
     """Return the word, with our `--default-loops` turned into the flag that vLLM knows."""
     flag, equals, value = word.partition("=")
     return f"--hf-overrides.total_ut_steps{equals}{value}" if flag == "--default-loops" else word
+
+
+def check_shared_memory() -> None:
+    """Refuse at once a machine whose shared memory is full, or too small.
+
+    Raises:
+        ValueError: less than `LEAST_SHARED_MEMORY` is free.
+    """
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < LEAST_SHARED_MEMORY:
+        raise ValueError(
+            f"{SHARED_MEMORY} has {free >> 10} KiB free, and vLLM needs {LEAST_SHARED_MEMORY >> 10}: empty it, or "
+            "give the container more (docker run --shm-size=64m)"
+        )
 
 
 def check_path(model: str) -> None:

@@ -1,5 +1,6 @@
 """`melt-serve serve` turns its words into vLLM's own command line."""
 
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
@@ -8,6 +9,7 @@ import pytest
 from melt_serve import serve
 from melt_serve.bundled import MELT
 from melt_serve.serve import command, main, take_limits
+from tests.container import in_shared_memory_of, may_mount
 
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 SAFE = ["--host", "127.0.0.1", "--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
@@ -96,3 +98,11 @@ def test_routes_of_ours_are_named_and_no_other_plugin_is_lost(monkeypatch):
     assert serve.plugins() == ["device", "other"]
     monkeypatch.undo()
     assert "melt_serve" in serve.plugins()
+
+
+@pytest.mark.skipif(not may_mount(), reason="no mount namespaces here")
+def test_too_little_shared_memory_is_one_line_with_the_remedy():
+    words = [*in_shared_memory_of("1m"), sys.executable, "-m", "melt_serve.cli", "serve"]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "/dev/shm has 1024 KiB free" in ended.stderr and "--shm-size=64m" in ended.stderr
