@@ -11,8 +11,9 @@ from hypothesis import settings
 from melt_serve.bundled import MELT
 from melt_serve.server_process import free_port, running
 
-settings.register_profile("default", max_examples=8, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("default", max_examples=16, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("long", max_examples=100, deadline=None, print_blob=True)
+settings.load_profile("default")  # else Hypothesis takes one of its own where the variable CI is set, of 100 examples
 
 SWITCHES = ("--enable-auto-tool-choice", "--enforce-eager")
 
