@@ -6,8 +6,8 @@ usage() {
     cat <<'HELP'
 usage: deploy/verify_image.sh [options]
 
-Builds the Dockerfile's cpu target with buildah and tries the image: health, user, key, an answer, metrics, a mounted
-checkpoint, and a clean stop in the middle of an answer. Needs root, Debian's buildah and debootstrap, some 25 GB of
+Builds the Dockerfile's cpu target with buildah and tries the image, confined as Docker confines it: health, user, key,
+an answer, metrics, a mounted checkpoint, and a clean stop in the middle of an answer. Needs root, Debian's buildah and debootstrap, some 25 GB of
 disk, port 8000, and the virtual environment of `make test` for the openai client.
 
   --base IMAGE       base image instead of a Debian made by debootstrap, for example docker.io/library/python:3.11-slim-bookworm
@@ -44,6 +44,7 @@ server=''
 clean() {
     if [ -n "$server" ]; then pkill -KILL -s "$server" || true; fi
     storage rm --all > /dev/null 2>&1 || true
+    [ -z "${group:-}" ] || rmdir "$group" 2> /dev/null || true
     if ! $keep; then storage rmi --all --force > /dev/null 2>&1 || true; rm -rf "$work"; fi
 }
 trap clean EXIT
@@ -92,11 +93,33 @@ PYTHON
 eval "entrypoint=($(config Entrypoint))"
 [ "$(config StopSignal)" = SIGTERM ] || { echo "FAILED: its stop signal is $(config StopSignal)" >&2; exit 1; }
 
+# What Docker gives and takes: 64 MiB of shared memory, a limit of memory, calls for NUMA policies that fail, and with
+# --read-only --tmpfs /tmp --cap-drop ALL a root that cannot be written to and no capabilities.
+capabilities=(AUDIT_WRITE CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT)
+limit=$((5 << 30))
+for group in /sys/fs/cgroup/memory/melt-serve /sys/fs/cgroup/melt-serve; do  # the first and the second version of cgroups
+    { [ -d "$(dirname $group)" ] && mkdir -p $group; } 2> /dev/null || continue
+    if echo $limit 2> /dev/null > $group/memory.limit_in_bytes || echo $limit 2> /dev/null > $group/memory.max; then break; fi
+    rmdir $group
+done
+[ -d $group ] || { echo "note: memory is not limited, as this machine does not let cgroups be made"; group=''; }
+in_docker() {
+    exec setsid unshare --mount sh -c '
+        [ -z "$1" ] || echo $$ > "$1/cgroup.procs"
+        mount -t tmpfs -o size=64m tmpfs /dev/shm
+        mount --bind "$2" "$2" && mount -o remount,bind,ro "$2"
+        shift 2
+        exec "$@"' sh "$group" "$1" "$python" "$here/deploy/confine.py" "${@:2}"
+}
+
 # Runs the image's own entry point as its own user, with the host's network, and checks it.
 try() {
     echo "$1:"; shift
     container=$(storage from melt-serve)
-    setsid buildah --root "$work/storage" --runroot "$work/run" run --env VLLM_API_KEY=sesame \
+    root=$(storage mount "$container")
+    mkdir -p "$work/tmp" && chmod 1777 "$work/tmp"
+    in_docker "$root" buildah --root "$work/storage" --runroot "$work/run" run --env VLLM_API_KEY=sesame \
+        "${capabilities[@]/#/--cap-drop=CAP_}" --volume "$work/tmp:/tmp" \
         --volume "$here/melt_serve/checkpoints/melt-demo:/models/x:ro" "$container" -- \
         "${entrypoint[@]}" --kv-cache-memory-bytes 268435456 "$@" > "$work/server.log" 2>&1 &
     server=$!
