@@ -4,12 +4,16 @@ Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so test
 """
 
 import pytest
+import torch
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from tests.engine.engines import RIGHT, distance, everything, generate, on, prompts, scheduler_of
+from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
 from tests.engine.scenes import Ask, Scene, confined, play
 
 LENGTHS = (1, 31, 33, 64, 100)
@@ -111,3 +115,17 @@ def test_usage_tells_the_loops(served):
     asked = TokensPrompt(prompt_token_ids=prompts(40)[0])
     (output,) = served.llm.generate(asked, everything(5, extra_args={"loops": 3}), use_tqdm=False)
     assert output.kv_transfer_params["melt_loops_run"] == {3: 5}
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, monkeypatch, mode):
+    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows."""
+    triton_attention = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", triton_attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
+    asked, depths, exits = prompts(40, 5), [3, 4], [1.0, 0.6]
+    with engine(tmp_path, block_size=32) as llm:
+        (layer,) = runner_of(llm).model.model.layers
+        assert issubclass(layer.self_attn.attn.attn_backend, TritonAttentionBackend)
+        assert distance(model, asked, generate(llm, asked, depths, exits, max_tokens=3), depths, exits) <= RIGHT
