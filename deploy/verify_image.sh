@@ -93,8 +93,9 @@ PYTHON
 eval "entrypoint=($(config Entrypoint))"
 [ "$(config StopSignal)" = SIGTERM ] || { echo "FAILED: its stop signal is $(config StopSignal)" >&2; exit 1; }
 
-# What Docker gives and takes: 64 MiB of shared memory, a limit of memory, calls for NUMA policies that fail, and with
-# --read-only --tmpfs /tmp --cap-drop ALL a root that cannot be written to and no capabilities.
+# What Docker gives and takes: 64 MiB of shared memory, a limit of memory, calls for NUMA policies that fail; and with
+# --read-only --tmpfs /tmp --cap-drop ALL no capabilities, and nothing to write to but /tmp. (A root that is read-only as a
+# whole lets buildah 1.28 crash in the end; its user may write to these two folders, /tmp and /run/lock only.)
 capabilities=(AUDIT_WRITE CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT)
 limit=$((5 << 30))
 for group in /sys/fs/cgroup/memory/melt-serve /sys/fs/cgroup/melt-serve; do  # the first and the second version of cgroups
@@ -107,9 +108,8 @@ in_docker() {
     exec setsid unshare --mount sh -c '
         [ -z "$1" ] || echo $$ > "$1/cgroup.procs"
         mount -t tmpfs -o size=64m tmpfs /dev/shm
-        mount --bind "$2" "$2" && mount -o remount,bind,ro "$2"
-        shift 2
-        exec "$@"' sh "$group" "$1" "$python" "$here/deploy/confine.py" "${@:2}"
+        shift
+        exec "$@"' sh "$group" "$python" "$here/deploy/confine.py" "$@"
 }
 
 # Runs the image's own entry point as its own user, with the host's network, and checks it.
@@ -118,8 +118,9 @@ try() {
     container=$(storage from melt-serve)
     root=$(storage mount "$container")
     mkdir -p "$work/tmp" && chmod 1777 "$work/tmp"
-    in_docker "$root" buildah --root "$work/storage" --runroot "$work/run" run --env VLLM_API_KEY=sesame \
-        "${capabilities[@]/#/--cap-drop=CAP_}" --volume "$work/tmp:/tmp" \
+    in_docker buildah --root "$work/storage" --runroot "$work/run" run --env VLLM_API_KEY=sesame \
+        "${capabilities[@]/#/--cap-drop=CAP_}" \
+        --volume "$root/home:/home:ro" --volume "$root/var/tmp:/var/tmp:ro" --volume "$work/tmp:/tmp" \
         --volume "$here/melt_serve/checkpoints/melt-demo:/models/x:ro" "$container" -- \
         "${entrypoint[@]}" --kv-cache-memory-bytes 268435456 "$@" > "$work/server.log" 2>&1 &
     server=$!
