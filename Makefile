@@ -22,7 +22,8 @@ test: .venv/.installed programs
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
-FAST := modeling kernels train task $(addprefix test_,$(addsuffix .py,capacity cli config convert serve server_process))
+FILES := capacity cli commands config convert floors links serve server_process
+FAST := modeling kernels train task $(FILES:%=test_%.py)
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
 
