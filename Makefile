@@ -17,7 +17,7 @@ SERVERS := tests/api tests/bench tests/test_demo.py
 # Judge memory and rates, or take both cores.
 ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py
 test: .venv/.installed programs
-	$(PYTEST) -n 2 --dist loadgroup $(addprefix --ignore=,$(SERVERS) $(ALONE))
+	$(PYTEST) -n 2 --dist worksteal $(addprefix --ignore=,$(SERVERS) $(ALONE))
 	$(PYTEST) -n 2 --dist loadfile $(SERVERS)
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
