@@ -74,13 +74,11 @@ class Served(NamedTuple):
     model: MeltForCausalLM
 
 
-def on(*kinds: str) -> pytest.MarkDecorator:
-    """Run a test on the live engine of each kind (fixture `served`); xdist gives a kind's tests to one worker."""
-    params = [
-        pytest.param(kind, marks=pytest.mark.xdist_group(kind), id=kind.replace(", ", "-").replace(" ", "-"))
-        for kind in kinds
-    ]
-    return pytest.mark.parametrize("served", params, indirect=True)
+def on(*kinds: str, fixture: str = "served") -> pytest.MarkDecorator:
+    """Run a test on an engine of each kind, which the fixture gives: the shared one of `KINDS`, or a file's own."""
+    return pytest.mark.parametrize(
+        fixture, kinds, indirect=True, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-")
+    )
 
 
 def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
