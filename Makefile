@@ -17,12 +17,13 @@ SERVERS := tests/api tests/bench tests/test_demo.py
 # Judge memory and rates, or take both cores.
 ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py
 test: .venv/.installed programs
-	$(PYTEST) -n 2 --dist loadgroup $(addprefix --ignore=,$(SERVERS) $(ALONE))
+	$(PYTEST) -n 2 --dist worksteal $(addprefix --ignore=,$(SERVERS) $(ALONE))
 	$(PYTEST) -n 2 --dist loadfile $(SERVERS)
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
-FAST := modeling kernels train task $(addprefix test_,$(addsuffix .py,capacity cli config convert serve server_process))
+FILES := capacity cli commands config convert floors links serve server_process
+FAST := modeling kernels train task $(FILES:%=test_%.py)
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
 

@@ -7,8 +7,8 @@ usage() {
 usage: deploy/verify_image.sh [options]
 
 Builds the Dockerfile's cpu target with buildah and tries the image, confined as Docker confines it: health, user, key,
-an answer, metrics, a mounted checkpoint, and a clean stop in the middle of an answer. Needs root, Debian's buildah and debootstrap, some 25 GB of
-disk, port 8000, and the virtual environment of `make test` for the openai client.
+an answer, metrics, a mounted checkpoint, and a clean stop in the middle of an answer. Needs root, Debian's buildah and
+debootstrap, some 25 GB of disk, port 8000, and the virtual environment of `make test` for the openai client.
 
   --base IMAGE       base image instead of a Debian made by debootstrap, for example docker.io/library/python:3.11-slim-bookworm
   --torch-index URL  index of PyTorch's CPU wheels

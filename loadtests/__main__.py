@@ -26,6 +26,7 @@ from loadtests.servers import listener, started
 from loadtests.users import Asker, MeltUser
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.server_process import ServerError
+from melt_serve.terminal import loop_list, positive
 
 WARM_UP_SECONDS = 10
 SCARCE = ["--kv-cache-memory-bytes", str(8 << 20), "--max-model-len", "512", "--block-size", "32"]
@@ -92,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--users", type=positive, help="concurrent users")
     parser.add_argument("--seconds", type=positive, help="seconds per step")
     parser.add_argument("--minutes", type=positive, help="minutes per step, instead of --seconds")
-    parser.add_argument("--loops", type=depths, help="depths, for example 1,2,4,8")
+    parser.add_argument("--loops", type=loop_list, help="depths, for example 1,2,4,8")
     parser.add_argument("--server", help="URL of a server that runs on this machine; without it one is started")
     parser.add_argument("--pid", type=int, help="process id of --server (default: looked up by port)")
     parser.add_argument("--model", default="melt-demo", help="the name it serves (%(default)s)")
@@ -100,18 +101,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-looplm", action="store_true", help="deep_loops: leave the LoopLM out")
     parser.add_argument("--out", type=Path, default=Path("runs/load"), help="folder of reports and logs (%(default)s)")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    """Parse a positive whole number, or tell argparse that it is none."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
-def depths(text: str) -> tuple[int, ...]:
-    """Parse positive whole numbers between commas."""
-    return tuple(positive(word) for word in text.split(","))
 
 
 def run_all(scenario: Scenario, plan: Options, options: argparse.Namespace, runs: list[Run]) -> None:

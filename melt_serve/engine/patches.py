@@ -1,5 +1,6 @@
-"""Every place where vLLM 0.32 itself is changed, and why. All but `sleep_while_waiting` only where we serve a model.
+"""Every place where vLLM 0.32 itself is changed, and why.
 
+`sleep_while_waiting` and `fit_queues_into_shared_memory` concern every model that vLLM serves, the others ours.
 A patch that no longer fits raises: better no server than one that breaks the contract silently.
 """
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train.commands import Commands, add_minutes, add_questions, add_resume, new_command, run_stages
+from melt_serve.train.session import Session
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import Recipe
-    from melt_serve.train.session import Session
 
 DESCRIPTION = """\
 Make the bundled checkpoints from nothing: train a LoopLM teacher, turn it into a MELT by the paper's two phases,
@@ -54,7 +54,7 @@ def bundled(arguments: argparse.Namespace) -> int:
     )
 
 
-def make_bundled(recipe: "Recipe", folder: Path, session: "Session", questions: int) -> str:
+def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: int) -> str:
     """Make both checkpoints of the bundled kind, print their table, and return where they are.
 
     Raises:

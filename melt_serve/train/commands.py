@@ -9,12 +9,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from melt_serve import terminal
-
-if TYPE_CHECKING:
-    from melt_serve.train.session import Session
+from melt_serve.train.session import Paused, Session, StudyError, TrainingError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 SAME_COMMAND = "the same command goes on"
@@ -88,7 +86,7 @@ def minutes(text: str) -> float:
 
 
 def run_session(
-    work: Callable[["Session"], None],
+    work: Callable[[Session], None],
     minutes: float,
     paused: str = f"paused, everything is saved; {SAME_COMMAND}",
     stopped: str = f"stopped, finished runs are saved; {SAME_COMMAND}",
@@ -102,8 +100,6 @@ def run_session(
     Returns:
         0 when done, 3 when the minutes are over, 128 + signal after a signal that the work heard, 130 after Ctrl-C.
     """
-    from melt_serve.train.session import Paused, Session
-
     session = Session(minutes)
     try:
         work(session)
@@ -117,7 +113,7 @@ def run_session(
 
 
 def run_stages(
-    train: Callable[["Session"], str], folder: Path, arguments: argparse.Namespace, words_to_resume: str
+    train: Callable[[Session], str], folder: Path, arguments: argparse.Namespace, words_to_resume: str
 ) -> int:
     """Run a recipe's stages for one session, plot their losses, and say where the outcome is; return the exit code.
 
@@ -127,9 +123,8 @@ def run_stages(
         words_to_resume: the words after `python -m melt_serve.train` that go on with the run.
     """
     from melt_serve.train.loop.logs import LOG, plot_losses
-    from melt_serve.train.session import Paused, TrainingError
 
-    def work(session: "Session") -> None:
+    def work(session: Session) -> None:
         if not arguments.resume and any(folder.glob("*.state.pt")):
             raise TrainingError(f"{folder} holds a run already: add --resume, or choose another --run folder")
         try:
@@ -167,7 +162,6 @@ def expected_errors() -> tuple[type[Exception], ...]:
     from melt_serve.capacity import PlanError
     from melt_serve.train.data.datasets import DataError
     from melt_serve.train.recipe_files import RecipeError
-    from melt_serve.train.session import StudyError, TrainingError
 
     return (OSError, DataError, PlanError, RecipeError, StudyError, TrainingError)
 

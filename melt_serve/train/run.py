@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from melt_serve.train.bundled import make_bundled
 from melt_serve.train.commands import (
@@ -15,9 +14,7 @@ from melt_serve.train.commands import (
     run_stages,
 )
 from melt_serve.train.recipes import bundled_recipes
-
-if TYPE_CHECKING:
-    from melt_serve.train.session import Session
+from melt_serve.train.session import Session
 
 DESCRIPTION = """\
 Follow a recipe: a LoopLM becomes a MELT by the paper's two phases, and is written as a checkpoint that vLLM serves.
@@ -78,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = arguments.run or Path("runs") / Path(arguments.recipe).stem
 
-    def train(session: "Session") -> str:
+    def train(session: Session) -> str:
         if not isinstance(recipe, PostTraining):
             return make_bundled(recipe, folder, session, arguments.questions)
         post_train(recipe, folder, session)

@@ -71,7 +71,7 @@ def test_without_a_gpu_asking_for_one_is_one_line(bench, capsys):
     assert capsys.readouterr().err == "melt-serve: error: --device=cuda: PyTorch finds no GPU here\n"
 
 
-def test_the_switch_must_be_free(monkeypatch, capsys):
+def test_a_choice_of_kernels_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("MELT_KERNELS", "reference")
     assert cli.main(["bench", "kernels", *TINY]) == 1
     assert "MELT_KERNELS=reference: every version is measured here; unset it" in capsys.readouterr().err

@@ -43,6 +43,8 @@ SHAPE = {
 
 RIGHT, WRONG = 1e-4, 1e-2
 """Distances in log-probability: what rounding in float32 stays below, and what a mistake is above."""
+AROUND_CUTS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
+"""Lengths of prompts that end on the cuts of chunks of 32 tokens, beside them and far from them."""
 LENGTHS = (1, 31, 32, 33, 64, 65, 100, 203)
 DEPTHS = (1, 4, 8, 2, 4, 1, 3, 8)
 EXITS = (1.0, 0.5, 0.85, 1.0, 0.7, 0.3, 0.6, 0.9)
@@ -72,13 +74,11 @@ class Served(NamedTuple):
     model: MeltForCausalLM
 
 
-def on(*kinds: str) -> pytest.MarkDecorator:
-    """Run a test on the live engine of each kind (fixture `served`); xdist gives a kind's tests to one worker."""
-    params = [
-        pytest.param(kind, marks=pytest.mark.xdist_group(kind), id=kind.replace(", ", "-").replace(" ", "-"))
-        for kind in kinds
-    ]
-    return pytest.mark.parametrize("served", params, indirect=True)
+def on(*kinds: str, fixture: str = "served") -> pytest.MarkDecorator:
+    """Run a test on an engine of each kind, which the fixture gives: the shared one of `KINDS`, or a file's own."""
+    return pytest.mark.parametrize(
+        fixture, kinds, indirect=True, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-")
+    )
 
 
 def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:

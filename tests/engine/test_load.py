@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 
-from tests.engine.engines import RIGHT, engine, engine_logprobs, generate, save_melt
+from tests.engine.engines import RIGHT, engine, engine_logprobs, generate, on, save_melt
 from tests.engine.scenes import CROWD, LIMITS, MAX_LENGTH, SCENES, TALK, Ask, Scene, Server, play
 from tests.requires import needs_fp8_rows
 
@@ -40,13 +40,6 @@ def server(request, tmp_path):
         live = Server(llm, model)
         yield live
     assert live.counts["preempted"] and live.counts["hit"] and live.counts["passed over"], live.counts
-
-
-def on_server(*kinds: str) -> pytest.MarkDecorator:
-    """Run a test on the engine of each kind (fixture `server`)."""
-    return pytest.mark.parametrize(
-        "server", kinds, indirect=True, ids=lambda kind: kind.replace(", ", "-").replace(" ", "-")
-    )
 
 
 def near_multiples() -> st.SearchStrategy[int]:
@@ -96,13 +89,13 @@ def plays(amount: settings) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@on_server(*PRINCIPAL)
+@on(*PRINCIPAL, fixture="server")
 @plays(EVERY_RUN)
 def test_no_scene_changes_an_answer(server, scene):
     judge(server, scene)
 
 
-@on_server(*OTHERS)
+@on(*OTHERS, fixture="server")
 @plays(EVERY_RUN if settings.get_current_profile_name() == "long" else FEW)
 def test_nor_does_one_where_priorities_or_other_blocks_and_chunks_come_in(server, scene):
     judge(server, scene)

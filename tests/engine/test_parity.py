@@ -7,6 +7,7 @@ import torch
 from vllm import SamplingParams, TokensPrompt
 
 from tests.engine.engines import (
+    AROUND_CUTS,
     GENERATED,
     RIGHT,
     VOCABULARY,
@@ -21,19 +22,17 @@ from tests.engine.engines import (
     save_melt,
 )
 
-LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
-
 
 @on("token", "chunk")
 @pytest.mark.parametrize("loops", [1, 2, 4, 8])
 def test_float32_equals_the_reference_at_every_depth(served, loops):
     llm, model = served
-    asked = prompts(*LENGTHS)
+    asked = prompts(*AROUND_CUTS)
     assert distance(model, asked, generate(llm, asked, loops), loops) <= RIGHT
 
 
 def test_the_checkpoints_own_depth_may_be_overridden(tmp_path):
-    model, asked = save_melt(tmp_path), prompts(*LENGTHS)
+    model, asked = save_melt(tmp_path), prompts(*AROUND_CUTS)
     with engine(tmp_path, hf_overrides={"total_ut_steps": 3}) as llm:
         assert distance(model, asked, generate(llm, asked), loops=3) <= RIGHT
 
@@ -90,7 +89,7 @@ def test_every_position_of_a_prompt_equals_the_reference(served):
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path):
     # Calmer weights than elsewhere: over eight loops the others turn rounding into other clear answers, also in the
     # reference.
-    model, asked = save_melt(tmp_path, initializer_range=0.07), prompts(*LENGTHS)
+    model, asked = save_melt(tmp_path, initializer_range=0.07), prompts(*AROUND_CUTS)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     with engine(tmp_path, dtype="bfloat16") as llm:
         for loops in (1, 2, 4, 8):

@@ -8,20 +8,19 @@ import pytest
 from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
 from tests.engine.engines import (
     ADAPTERS,
+    AROUND_CUTS,
     RIGHT,
     distance,
     distance_at_mixed_depths,
     engine,
     generate,
+    on,
     prompts,
     save_looplm,
     save_melt,
 )
 from tests.engine.scenes import LIMITS, SCENES, Server
 
-pytestmark = pytest.mark.xdist_group("two ranks")
-
-LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 KINDS = {
     "one KV head": (save_melt, {"num_key_value_heads": 1}, ADAPTERS),  # both ranks hold it
@@ -31,11 +30,6 @@ KINDS = {
 }
 """Checkpoints, and options of their engines."""
 MELTS = ("one KV head", "four KV heads", "chunk")
-
-
-def on(*kinds: str) -> pytest.MarkDecorator:
-    """Run a test on the live engine of each kind (fixture `server`)."""
-    return pytest.mark.parametrize("server", kinds, indirect=True, ids=lambda kind: kind.replace(" ", "-"))
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +43,30 @@ def server(request, tmp_path_factory):
             yield Server(llm, model)
 
 
-@on(*MELTS)
+@on(*MELTS, fixture="server")
 @pytest.mark.parametrize("loops", [1, 2, 4, 8])
 def test_every_depth_equals_the_reference(server, loops):
-    asked = prompts(*LENGTHS)
+    asked = prompts(*AROUND_CUTS)
     assert distance(server.model, asked, generate(server.llm, asked, loops), loops) <= RIGHT
 
 
-@on("LoopLM")
+@on("LoopLM", fixture="server")
 def test_a_looplm_equals_the_reference(server):
-    asked = prompts(*LENGTHS)
+    asked = prompts(*AROUND_CUTS)
     assert distance(server.model, asked, generate(server.llm, asked)) <= RIGHT
 
 
-@on(*MELTS)
+@on(*MELTS, fixture="server")
 def test_requests_of_mixed_depths_equal_the_reference_each_at_its_own(server):
     assert distance_at_mixed_depths(server.llm, server.model) <= RIGHT
 
 
-@on("one KV head", "four KV heads")
+@on("one KV head", "four KV heads", fixture="server")
 def test_an_adapter_equals_the_reference_with_it_merged_in(server, tmp_path):
     assert distance_with_two(server.llm, server.model, tmp_path, EVERY_LAYER + THE_GATE) <= RIGHT
 
 
-@on("one KV head", "chunk")
+@on("one KV head", "chunk", fixture="server")
 def test_no_scene_changes_an_answer(server):
     for scene in SCENES:
         assert max(server.distances(scene).values()) <= RIGHT

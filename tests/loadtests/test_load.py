@@ -49,7 +49,7 @@ def test_what_was_seen_until_ctrl_c_is_reported(server, tmp_path):
 
 def test_bad_words_are_one_clear_line(tmp_path):
     for words, says in (
-        (["deep_loops", "--loops", "1,x"], "no positive whole number"),
+        (["deep_loops", "--loops", "1,x"], "'x' is not a whole number of at least 1"),
         (["deep_loops", "--server", "http://127.0.0.1:9", "--out", str(tmp_path)], "no process that listens on port 9"),
     ):
         ran = subprocess.run([*LOAD, *words], capture_output=True, text=True)

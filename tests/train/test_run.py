@@ -216,6 +216,16 @@ def test_what_cannot_be_run_is_one_line(unbroken, capsys, words, says):
     assert says in one_error(capsys)
 
 
+def test_a_teacher_that_is_not_whole_is_refused_before_anything_is_written(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken / "teacher", tmp_path / "torn")
+    file = tmp_path / "torn" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run(unbroken, "torn", f"teacher={tmp_path}/torn") == 1
+    said = one_error(capsys)
+    assert f"teacher={tmp_path}/torn cannot be post-trained: " in said and "truncated or no safetensors" in said
+    assert not (unbroken / "torn").exists()
+
+
 def test_a_broken_line_is_named_by_file_and_number(unbroken, tmp_path, capsys):
     good = (unbroken / "chats.jsonl").read_text().splitlines()
     for line, says in (("{", "not JSON"), ('{"messages": [{"role": "user", "content": "Hi"}]}', "nothing to learn")):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from melt_serve.terminal import at_least, columns, positive
 from melt_serve.train.commands import SAME_COMMAND, Commands, add_minutes, add_recipe, new_command, run_session
 from melt_serve.train.results import Record, add_records
+from melt_serve.train.session import Session, TrainingError
 
 if TYPE_CHECKING:
     from melt_serve.train.cost.trial_run import Trial
-    from melt_serve.train.session import Session
 
 
 FOLDER = Path("runs/trial")
@@ -76,7 +76,6 @@ def trial(arguments: argparse.Namespace) -> int:
     import torch
 
     from melt_serve.train.cost.trial_run import measure, prepare
-    from melt_serve.train.session import TrainingError
 
     if "=" in arguments.recipe and not Path(arguments.recipe).exists():
         arguments.recipe, arguments.overrides = RECIPE, [arguments.recipe, *arguments.overrides]
@@ -84,7 +83,7 @@ def trial(arguments: argparse.Namespace) -> int:
     tried = prepare(arguments.recipe, arguments.overrides, scale, arguments.steps)
     print(head(arguments.recipe, tried), flush=True)
 
-    def work(session: "Session") -> None:
+    def work(session: Session) -> None:
         records: list[Record] = []
         try:
             for record in measure(tried, arguments.records, session):

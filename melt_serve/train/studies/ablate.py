@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from melt_serve.terminal import columns
 from melt_serve.train.commands import Commands, new_command, run_session
 from melt_serve.train.results import Record, WantedRun, add_study_flags, names, read_records, run_missing
-from melt_serve.train.session import StudyError
+from melt_serve.train.session import Session, StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Session
     from melt_serve.train.studies.ablations import Size, Variant
 
 
@@ -50,7 +50,7 @@ def ablate(arguments: argparse.Namespace) -> int:
     return run_session(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
-def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
+def carry_out(arguments: argparse.Namespace, session: Session) -> None:
     """Do what is asked for, in one session.
 
     Raises:
@@ -96,7 +96,7 @@ def choose(
 
 
 def run_all(
-    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], path: Path, session: "Session"
+    studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], path: Path, session: Session
 ) -> None:
     """Run what is not in the file yet: all variants with the first seed, then with the next.
 
@@ -124,7 +124,6 @@ def listing(
     studies: dict[str, tuple["Variant", ...]], size: "Size", seeds: Sequence[int], records: Sequence[Record]
 ) -> str:
     """Format studies and variants in columns, with the runs that are done and the minutes that are left."""
-    from melt_serve.terminal import columns
     from melt_serve.train.studies.ablation_run import settings
 
     taken = [record["seconds"] / 60 for record in records if record["size"] == size.name]

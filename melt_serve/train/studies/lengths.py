@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melt_serve.terminal import positive
+from melt_serve.terminal import columns, positive
 from melt_serve.train.commands import Commands, new_command, run_session
 from melt_serve.train.results import (
     Record,
@@ -18,10 +18,9 @@ from melt_serve.train.results import (
     read_records,
     run_missing,
 )
-from melt_serve.train.session import StudyError
+from melt_serve.train.session import Session, StudyError
 
 if TYPE_CHECKING:
-    from melt_serve.train.session import Session
     from melt_serve.train.studies.length_run import Curriculum, ModelUnderTest
 
 
@@ -64,7 +63,7 @@ def lengths(arguments: argparse.Namespace) -> int:
     return run_session(lambda session: carry_out(arguments, session), arguments.minutes)
 
 
-def carry_out(arguments: argparse.Namespace, session: "Session") -> None:
+def carry_out(arguments: argparse.Namespace, session: Session) -> None:
     """Do what is asked for, in one session.
 
     Raises:
@@ -109,7 +108,7 @@ def run_all(
     curriculum: "Curriculum",
     seeds: Sequence[int],
     path: Path,
-    session: "Session",
+    session: Session,
 ) -> None:
     """Run what is not in the file yet: a seed's tasks one after another, each with all models.
 
@@ -139,7 +138,6 @@ def listing(
     records: Sequence[Record],
 ) -> str:
     """Format tasks and models in columns, with the runs that are done and the minutes that are left."""
-    from melt_serve.terminal import columns
     from melt_serve.train.studies.length_run import settings
     from melt_serve.train.studies.word_problems import PROBLEMS
 

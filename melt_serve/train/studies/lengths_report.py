@@ -28,7 +28,8 @@ HELD = 0.9
 INTRODUCTION = """\
 # Accuracy against length
 
-Written by `python -m melt_serve.train lengths --report`; read in README.md, "Beyond the paper". Every model learns a
+Written by `python -m melt_serve.train lengths --report`; read in melt_serve/train/README.md,
+"Beyond the paper". Every model learns a
 word problem from nothing: {curriculum.steps} steps of {curriculum.batch} words, whose length grows from
 {curriculum.first_length} to {curriculum.length} letters over the first {curriculum.grown_at:.0%} of the steps;
 cross-entropy of the last loop's answer after every letter, Muon and AdamW, float32. Hidden size
