@@ -128,6 +128,11 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         )
     if vllm_config.cache_config.kv_offloading_size is not None:
         raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows on a chunk grid; leave it out")
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        raise ValueError(
+            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share their blocks, so they have one dtype; "
+            "leave it out"
+        )
     if vllm_config.speculative_config is not None:
         raise ValueError(
             "MELT: --speculative-config: drafts cannot be verified together where every generated token is a chunk of "
@@ -175,10 +180,12 @@ def choose_block_size(vllm_config: "VllmConfig") -> None:
     cache = vllm_config.cache_config
     config: MeltConfig = vllm_config.model_config.hf_config
     chunk_size = config.chunk_size
-    finest, coarsest = (32, 128) if current_platform.is_cpu() else (16, 16)  # vLLM's attention kernels; its default
+    # What vLLM's attention kernels take. Larger blocks make shorter tables; on a GPU, where many requests run, a block
+    # of 64 wastes less of a request's last one than a larger block would.
+    finest, coarsest, default = (32, 128, 128) if current_platform.is_cpu() else (16, 64, 16)
     if not cache.user_specified_block_size:
         fitting = [size for size in range(finest, coarsest + 1, finest) if chunk_size % size == 0]
-        cache.block_size = max(fitting, default=coarsest)
+        cache.block_size = max(fitting, default=default)
         cache.user_specified_block_size = True  # else vLLM would replace it by its own default later
     if config.decode_mode == "chunk" and chunk_size % cache.block_size:
         raise ValueError(

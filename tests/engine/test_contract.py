@@ -54,6 +54,7 @@ def configure(path, **arguments):
             "--speculative-config: drafts cannot be verified together",
         ),
         ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras: adapters of k_proj and v_proj"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers: rows of all layers"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "does not pass requests' depths on"),
         ({"runner": "pooling", "convert": "embed"}, "--runner=pooling: a MELT generates text"),
         ({"hf_overrides": {"effort_loops": {"low": 9}}}, "effort_loops: low=9 is outside"),
@@ -125,6 +126,17 @@ def test_defaults_are_set_for_melt_under_plain_vllm(checkpoint, mode):
 )
 def test_an_unnamed_block_size_divides_the_chunk_size_where_it_can(checkpoint, chunk_size, block_size):
     config = configure(checkpoint, hf_overrides={"chunk_size": chunk_size})
+    assert config.cache_config.block_size == block_size
+
+
+@pytest.mark.parametrize(("chunk_size", "block_size"), [(16, 16), (48, 48), (64, 64), (96, 48), (512, 64), (500, 16)])
+def test_on_a_gpu_blocks_are_of_64_tokens_where_they_divide_the_chunk_size(
+    checkpoint, monkeypatch, chunk_size, block_size
+):
+    config = configure(checkpoint, hf_overrides={"chunk_size": chunk_size})
+    config.cache_config.user_specified_block_size = False
+    monkeypatch.setattr(contract, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    contract.choose_block_size(config)
     assert config.cache_config.block_size == block_size
 
 
