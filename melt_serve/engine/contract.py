@@ -130,7 +130,7 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows on a chunk grid; leave it out")
     if vllm_config.cache_config.kv_cache_dtype_skip_layers:
         raise ValueError(
-            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share their blocks, so they have one dtype; "
+            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one dtype; "
             "leave it out"
         )
     if vllm_config.speculative_config is not None:
