@@ -199,3 +199,16 @@ def test_other_models_are_served_beside_the_plugin(tmp_path):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *output.token_ids]])).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(engine_logprobs(output), logits.log_softmax(-1), atol=RIGHT, rtol=0)
+
+
+@on("chunk")
+def test_the_null_block_is_the_managers_where_a_kernel_splits_blocks(served):
+    """Slots below its end belong to nobody; a kernel's smaller block would leave some of them to a loop."""
+    llm, _ = served
+    generate(llm, prompts(5))
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layer = runner.model.model.layers[0].self_attn.open_rows[0]
+    builder = layer.step.builder
+    halves = builder.kv_cache_spec.copy_with_new_block_size(16)
+    split = type(builder)(halves, [layer.layer_name], llm.llm_engine.vllm_config, torch.device("cpu"))
+    assert (split.kv_cache_spec.block_size, split.null_slots) == (16, 32)
