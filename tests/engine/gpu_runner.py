@@ -10,6 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -120,12 +121,21 @@ def test_usage_tells_the_loops(served):
     assert output.kv_transfer_params["melt_loops_run"] == {3: 5}
 
 
-@pytest.mark.parametrize("mode", ["token", "chunk"])
-def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, monkeypatch, mode):
-    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows."""
-    triton_attention = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
-    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", triton_attention)
+@pytest.fixture
+def triton_attention(monkeypatch):
+    """vLLM's choice of attention, which it remembers, as on a GPU."""
+    chosen = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
+    monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", chosen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    _cached_get_attn_backend.cache_clear()
+    yield
+    _cached_get_attn_backend.cache_clear()
+
+
+@pytest.mark.usefixtures("triton_attention")
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
+    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows."""
     model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
     asked, depths, exits = prompts(40, 5), [3, 4], [1.0, 0.6]
     with engine(tmp_path, block_size=32) as llm:
