@@ -1,5 +1,6 @@
 """What a container gives a process, made by a mount namespace where that is allowed."""
 
+import shutil
 import subprocess
 
 
@@ -11,4 +12,6 @@ def in_shared_memory_of(size: str) -> list[str]:
 
 def may_mount() -> bool:
     """Return whether this process may make a mount namespace."""
+    if shutil.which("unshare") is None:
+        return False
     return subprocess.run([*in_shared_memory_of("64m"), "true"], capture_output=True).returncode == 0
