@@ -37,6 +37,17 @@ AT_LEAST_ONE = (
 )
 
 
+AT_MOST = {
+    "num_hidden_layers": 1024,
+    "max_position_embeddings": 1 << 24,
+    "total_ut_steps": 1024,
+    "max_loops": 1024,
+    "chunk_size": 1 << 18,
+}
+"""Bounds, far beyond any model, of what no tensor's shape implies: a wrong number would take all memory before it is
+noticed."""
+
+
 @strict
 class LoopLMConfig(PreTrainedConfig):
     """A looped language model: N layers applied `total_ut_steps` times with the same weights.
@@ -87,6 +98,11 @@ class LoopLMConfig(PreTrainedConfig):
         for field in AT_LEAST_ONE:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        for field, most in AT_MOST.items():
+            if getattr(self, field, 0) > most:
+                raise ValueError(f"{field} must be at most {most}, not {getattr(self, field)}")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be above 0 and below 1, not {self.rms_norm_eps}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -106,8 +122,16 @@ class LoopLMConfig(PreTrainedConfig):
         if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError(f"partial_rotary_factor={share}: only rotary embeddings of whole heads are supported")
         theta = rope.get("rope_theta", self.default_theta)
-        if not (isinstance(theta, int | float) and theta > 0):
+        if not (isinstance(theta, int | float) and 0 < theta < math.inf):
             raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
+
+    def validate_token_ids(self) -> None:
+        """Refuse special tokens that the vocabulary does not have: an answer could never end with one."""
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{field}={value} is outside the vocabulary, 0..{self.vocab_size - 1}")
 
     @property
     def rope_base(self) -> float:

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from melt_serve.config import MeltConfig, sharing_unit
+from melt_serve.config import LoopLMConfig, MeltConfig, sharing_unit
 from melt_serve.engine import patches
 from melt_serve.kernels import dispatch
 
@@ -46,6 +46,7 @@ class MeltStartup(VerifyAndUpdateConfig):
         refuse_features(vllm_config)
 
         choose_block_size(vllm_config)
+        track_quantized_weights(vllm_config)
         record_kernels(vllm_config)
         # A graph replays on the memory it was captured on; a loop's input is where the loop before left it.
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
@@ -54,11 +55,17 @@ class MeltStartup(VerifyAndUpdateConfig):
 
 
 class LoopLMStartup(VerifyAndUpdateConfig):
-    """The same hook for a LoopLM: nothing is refused, vLLM's own scheduler serves it."""
+    """The same hook for a LoopLM: vLLM's own scheduler serves it, with any of its features."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Choose the worker that keeps seeded requests alive on a CPU."""
+        """Choose the worker that keeps seeded requests alive on a CPU.
+
+        Raises:
+            ValueError: a setting of the checkpoint, or of `--hf-overrides`, is not valid.
+        """
+        refuse_checkpoint(vllm_config.model_config.hf_config)
+        track_quantized_weights(vllm_config)
         choose_cpu_worker(vllm_config)
 
 
@@ -68,12 +75,19 @@ def choose_cpu_worker(vllm_config: "VllmConfig") -> None:
         vllm_config.parallel_config.worker_cls = CPU_WORKER
 
 
-def refuse_checkpoint(config: MeltConfig) -> None:
+def refuse_checkpoint(config: LoopLMConfig) -> None:
     """Refuse settings of the checkpoint, or of `--hf-overrides`, that are not valid."""
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
-        raise ValueError(f"MELT: {error.__cause__ or error}") from None
+        raise ValueError(f"{config.model_type.upper()}: {error.__cause__ or error}") from None
+
+
+def track_quantized_weights(vllm_config: "VllmConfig") -> None:
+    """Let vLLM refuse a quantized checkpoint that lacks a scale, which it does only where it is asked to."""
+    load = vllm_config.load_config
+    if vllm_config.model_config.quantization is not None and load.load_format in ("auto", "safetensors"):
+        load.model_loader_extra_config.setdefault("enable_weights_track", True)
 
 
 def refuse_small_steps(vllm_config: "VllmConfig") -> None:

@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine.depth import Depth
+from melt_serve.engine.weights import WeightChecks
 
 MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
 """Where a checkpoint's gate and up projections lie in vLLM's stacked layer."""
@@ -176,6 +177,9 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.quantized = vllm_config.quant_config is not None
+        # Later loads may be parts: a trainer that sends new weights to a live engine, which may have begun with none.
+        self.loads_whole = vllm_config.load_config.load_format != "dummy"
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embed [tokens] as [tokens, hidden]."""
@@ -197,8 +201,17 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors, as the mapper renames them."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Load a checkpoint's tensors, as the mapper renames them.
+
+        Raises:
+            ValueError: one is not what it must be, or the first load of a checkpoint lacks one; see `WeightChecks`.
+        """
+        checks = WeightChecks(self.config, self.quantized)
+        loaded = AutoWeightsLoader(self).load_weights(checks.watch(weights), mapper=self.hf_to_vllm_mapper)
+        if self.loads_whole:
+            checks.refuse_missing()
+            self.loads_whole = False
+        return loaded
 
 
 class OuroForCausalLM(LoopedForCausalLM):
