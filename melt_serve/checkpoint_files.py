@@ -29,6 +29,8 @@ CARRIED_OVER = (
     "LICENSE*",
     "NOTICE*",
 )
+UNUSED = re.compile(r"lm_head\.weight|.*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+"""Tensors that some checkpoints hold beside those that their config implies; no model reads them."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -80,6 +82,8 @@ def read_headers(source: Path, shapes: Shapes) -> list[Shard]:
                 header = file.get_slice(key)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if key not in shapes:
+                    if UNUSED.fullmatch(key):
+                        continue
                     raise CheckpointError(
                         f"{path} holds the unexpected tensor {key}; is config.json that of this checkpoint?"
                     )
@@ -96,10 +100,28 @@ def read_headers(source: Path, shapes: Shapes) -> list[Shard]:
                     )
                 seen[key], dtypes[key] = path, DTYPES[dtype]
             shards.append(Shard(path, dtypes))
-    if missing := [key for key in shapes if key not in seen]:
+    refuse_missing(source, [key for key in shapes if key not in seen])
+    return shards
+
+
+def check_quantized(source: Path, shapes: Shapes) -> None:
+    """Check that a quantized checkpoint has some tensor for every layer; which ones is its format's affair.
+
+    Raises:
+        CheckpointError: it has none for a layer, or a file is truncated.
+    """
+    layers = set()
+    for path in shard_paths(source):
+        with opened(path, "np") as file:
+            layers |= {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
+    refuse_missing(source, [key for key in shapes if key.rpartition(".")[0] not in layers])
+
+
+def refuse_missing(source: Path, missing: list[str]) -> None:
+    """Refuse a checkpoint that lacks tensors; the message names the first of them."""
+    if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{source} lacks the tensor {missing[0]}{others}; download the checkpoint again")
-    return shards
 
 
 def shard_paths(source: Path) -> list[Path]:
@@ -112,6 +134,8 @@ def shard_paths(source: Path) -> list[Path]:
         return [source / SINGLE_FILE]
     index = source / INDEX_FILE
     if not index.is_file():
+        if others := sorted(source.glob("*.safetensors")):
+            return others
         if any(source.glob("*.bin")) or any(source.glob("*.pt*")):
             raise CheckpointError(
                 f"{source} holds pickled weights only, which can run code when read; save them as safetensors first"
@@ -160,7 +184,7 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")

@@ -30,6 +30,7 @@ from melt_serve.checkpoint_files import (
     read_headers,
     verify_values,
 )
+from melt_serve.checksums import write_sums
 from melt_serve.config import DecodeMode, GateType, InitialState, LoopLMConfig, MeltConfig, sharing_unit, weight_shapes
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD
 
@@ -117,6 +118,7 @@ def convert(
         write_json(folder / "config.json", {**melt_fields, "max_loops": melt.max_loops})
         copy_the_rest(source, folder)
         (folder / "README.md").write_text(card(source, melt, seed), encoding="utf-8")
+        write_sums(folder)
 
 
 def check_folders(source: Path, target: Path) -> None:

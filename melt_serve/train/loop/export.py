@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.checkpoint_files import copy_the_rest, licence_of
+from melt_serve.checksums import write_sums
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
 from melt_serve.train.atomic import replacing
@@ -27,7 +28,7 @@ def export(
     target: Path,
     source: Path | None = None,
 ) -> None:
-    """Write weights, config, tokenizer, chat template and card; `target` is replaced whole or not at all.
+    """Write weights, config, tokenizer, chat template, card and checksums; `target` is replaced whole or not at all.
 
     Args:
         source: a checkpoint whose own tokenizer files, generation defaults and licence are carried over.
@@ -47,6 +48,7 @@ def export(
             (part / "README.md").write_text(card, encoding="utf-8")
             for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
                 shutil.copymode(part / "README.md", weights)
+            write_sums(part)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written: {error}") from error
 
