@@ -3,6 +3,7 @@
 What vLLM would refuse after half a minute and two hundred lines, or serve without a word, is one sentence here.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from melt_serve.checkpoint_files import (
 )
 from melt_serve.checksums import ChecksumError, verify_sums
 from melt_serve.config import LoopLMConfig, MeltConfig, weight_shapes
+from melt_serve.terminal import fail
 
 ARCHITECTURES: dict[str, tuple[type[LoopLMConfig], str]] = {
     LoopLMConfig.model_type: (LoopLMConfig, "OuroForCausalLM"),
@@ -146,3 +148,17 @@ def count_tensors(folder: Path) -> int:
         with opened(path, "np") as file:
             count += len(list(file.keys()))
     return count
+
+
+def main(folder: str) -> int:
+    """Check what a start needs to know, in a process of its own; return 2 where the checkpoint cannot be served."""
+    try:
+        check_checkpoint(Path(folder), whole=False)
+    except (CheckpointError, OSError) as error:
+        fail(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from melt_serve.bundled import MELT
+from melt_serve.start_checks import check_start
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
@@ -27,6 +28,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
 * --max-body-bytes N                       of a request, 4194304 by default; larger ones get a 413
 * --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be sent (600)
   --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
+* --skip-checks                            start at once, without a look at port, limits and checkpoint
   --help=all                               every flag of vLLM's server
 
 examples:
@@ -43,6 +45,7 @@ SAFE_DEFAULTS: dict[str, str | None] = {
     "--disable-uvicorn-access-log": None,
 }
 
+SKIP_CHECKS = "--skip-checks"
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
@@ -75,7 +78,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         check_shared_memory()
         limits, words = take_limits(argv)
-        words = command(words)
+        checked = SKIP_CHECKS not in words and "--help=all" not in words
+        words = command([word for word in words if word != SKIP_CHECKS])
+        if checked:
+            check_start(words, os.environ)
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain
 from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
+from melt_serve.train.inputs import note_inputs
 from melt_serve.train.loop.distributed import process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.logs import LOG
@@ -35,7 +36,8 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         folder: holds recipe, states and logs; what an earlier session left there is gone on with.
 
     Raises:
-        TrainingError: no such teacher, no free output, or `folder` holds another recipe's run; see also `run_stage`.
+        TrainingError: no such teacher, no free output, or `folder` holds a run of another recipe, teacher or data; see
+            also `run_stage`.
         DataError: see `Sequences`.
         Paused: the session ended first.
     """
@@ -48,6 +50,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             note_recipe(recipe, folder)
+            note_inputs(recipe, folder)
             warn_about_blocks(recipe.chunk_size)
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from melt_serve.terminal import positive
 from melt_serve.train.bundled import make_bundled
 from melt_serve.train.commands import (
     Commands,
@@ -13,6 +14,7 @@ from melt_serve.train.commands import (
     new_command,
     run_stages,
 )
+from melt_serve.train.processes import launch, launched
 from melt_serve.train.recipes import bundled_recipes
 from melt_serve.train.session import Session
 
@@ -37,8 +39,10 @@ examples:
   python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
   python -m melt_serve.train run ./mine.toml --run runs/mine --resume
       an hour of a recipe of your own, and the rest
-  torchrun --nproc-per-node 8 -m melt_serve.train run ./mine.toml --run-folder runs/mine
+  python -m melt_serve.train run ./mine.toml --run runs/mine --processes 8
       on eight GPUs, with FSDP; the losses are those of one, up to rounding
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m melt_serve.train run ./mine.toml --run-folder runs/mine
+      on those of two machines
   tensorboard --logdir runs
       watch
 """
@@ -58,6 +62,9 @@ def add_command(commands: Commands) -> None:
     add_recipe(command)
     command.add_argument("--run", "--run-folder", type=Path, help=HELP_RUN)
     add_resume(command)
+    command.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="processes on this machine, one a GPU (default: 1)"
+    )
     add_minutes(command)
     add_questions(command)
 
@@ -74,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     folder = arguments.run or Path("runs") / Path(arguments.recipe).stem
+    several = ["--processes", str(arguments.processes)] if arguments.processes > 1 else []
+    if several and not launched():
+        flags = [*several, "--minutes", str(arguments.minutes), "--questions", str(arguments.questions)]
+        launched_words = ["run", arguments.recipe, *arguments.overrides, "--run-folder", str(folder), *flags]
+        return launch([*launched_words, *(["--resume"] if arguments.resume else [])], arguments.processes)
 
     def train(session: Session) -> str:
         if not isinstance(recipe, PostTraining):
@@ -81,5 +93,5 @@ def run(arguments: argparse.Namespace) -> int:
         post_train(recipe, folder, session)
         return recipe.output
 
-    words = " ".join([arguments.recipe, *arguments.overrides])
+    words = " ".join([arguments.recipe, *arguments.overrides, *several])
     return run_stages(train, folder, arguments, f"run {words} --resume --run {folder}")

@@ -7,20 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from melt_serve.checkpoint_check import check_checkpoint
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import build_tokenizer
 from melt_serve.train.__main__ import main
 from melt_serve.train.distil.build import fresh_student
 from melt_serve.train.recipe_files import load_recipe
 from tests.signals import hear_ctrl_c
-from tests.train.tiny_run import assert_close, logged, prepare
+from tests.train.tiny_run import assert_close, logged, prepare, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +114,6 @@ def test_many_sessions_are_the_unbroken_run_bit_for_bit(unbroken):
     assert run(unbroken, "sessions", "--resume") == 0
     assert logged(unbroken / "sessions") == logged(unbroken / "run")
     assert weights(unbroken / "sessions-melt") == weights(unbroken / "melt")
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_ctrl_c_saves_and_after_kill_9_a_run_goes_on_bit_for_bit(unbroken):
@@ -224,6 +217,67 @@ def test_a_teacher_that_is_not_whole_is_refused_before_anything_is_written(unbro
     said = one_error(capsys)
     assert f"teacher={tmp_path}/torn cannot be post-trained: " in said and "truncated or no safetensors" in said
     assert not (unbroken / "torn").exists()
+
+
+@pytest.fixture
+def begun(unbroken, tmp_path):
+    """A run that has done a step, with a teacher and data of its own."""
+    shutil.copytree(unbroken / "teacher", tmp_path / "teacher")
+    shutil.copy(unbroken / "chats.jsonl", tmp_path / "chats.jsonl")
+    (tmp_path / "recipe.toml").write_text((unbroken / "recipe.toml").read_text().replace(str(unbroken), str(tmp_path)))
+    assert run(tmp_path, "begun", "--minutes", "0") == 3
+    return tmp_path
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def other_data(path):
+    path.write_text(path.read_text().replace("Rome", "Bern"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("teacher/model.safetensors", flip_a_bit), ("chats.jsonl", other_data)],
+    ids=["teacher", "data"],
+)
+def test_a_run_goes_on_with_the_teacher_and_the_data_that_it_began_with(begun, capsys, name, change):
+    """Of the same name and size, too."""
+    shutil.copy(begun / name, begun / "kept")
+    change(begun / name)
+    capsys.readouterr()
+    assert run(begun, "begun", "--resume", "--minutes", "0") == 1
+    assert f"{begun / name} is not what the run in {begun / 'begun'} was begun with; put back" in one_error(capsys)
+    shutil.copy(begun / "kept", begun / name)
+    assert run(begun, "begun", "--resume", "--minutes", "0") == 3
+    assert len(logged(begun / "begun")) == 2
+
+
+def test_a_run_of_before_that_wrote_no_inputs_goes_on(begun):
+    (begun / "begun" / "inputs.json").unlink()
+    assert run(begun, "begun", "--resume", "--minutes", "0") == 3
+    assert (begun / "begun" / "inputs.json").exists()
+
+
+def test_a_damaged_state_is_one_line_and_the_one_before_it_goes_on_bit_for_bit(unbroken, begun, capsys):
+    assert run(begun, "begun", "--resume", "--minutes", "0") == 3
+    state = begun / "begun" / "transition.state.pt"
+    flip_a_bit(state)
+    capsys.readouterr()
+    assert run(begun, "begun", "--resume") == 1
+    said = one_error(capsys)
+    assert "of step 1, is whole. Go on from there: mv " in said
+    shutil.move(*said.rpartition("mv ")[2].split())
+    assert run(begun, "begun", "--resume") == 0
+    assert logged(begun / "begun") == logged(unbroken / "run")
+
+
+def test_what_comes_out_has_checksums_and_is_whole(unbroken):
+    checked = check_checkpoint(unbroken / "melt")
+    assert checked is not None and checked.compared == 6
 
 
 def test_a_broken_line_is_named_by_file_and_number(unbroken, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """A post-training small enough for tests: a teacher of the demo's kind, chats, and a recipe in a file."""
 
 import json
+import subprocess
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -78,3 +80,11 @@ def assert_close(one: list[dict], other: list[dict]) -> None:
         assert entry.keys() == expected.keys()
         for part, value in expected.items():
             assert entry[part] == (value if part == "stage" else pytest.approx(value, rel=1e-4)), entry
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Return when the file is there, which a running process is about to write."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)

@@ -122,7 +122,8 @@ def measure(tried: Trial, path: Path, session: Session) -> Iterator[Record]:
                 take_steps(name, tried, teacher, student, folder, device, session)
                 records[name] = record_of(name, tried, folder, settings)
                 append_record(path, records[name])
-                (folder / f"{name}.state.pt").unlink(missing_ok=True)
+                for state in folder.glob(f"{name}.state.pt*"):
+                    state.unlink()
             yield records[name]
         if folder.exists():
             shutil.rmtree(folder)

@@ -5,17 +5,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from melt_serve.train.atomic import replacing
-from melt_serve.train.loop.distributed import any_of, full_tensors, load_model, load_optimizer, rank
+from melt_serve.train.loop.distributed import any_of, full_tensors, rank
 from melt_serve.train.loop.logs import LOG, board, forget_after
+from melt_serve.train.loop.states import load_state, save_state
 from melt_serve.train.recipe import Stage
 from melt_serve.train.session import Paused, Session, TrainingError
 
@@ -116,49 +115,3 @@ def share_of_rate(stage: Stage, step: int) -> float:
     """Return the share of the highest learning rate at this step: a linear rise, a plateau, a linear fall."""
     fall = max(1, round(stage.steps * (1 - stage.decay_from)))
     return min(1.0, (step + 1) / stage.warmup, (stage.steps - step) / fall)
-
-
-def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Write the run's state, all of it or nothing; whole tensors, so that any number of processes can load it.
-
-    Raises:
-        TrainingError: the disk is full, or fails.
-    """
-    state = {
-        "stage": asdict(stage),
-        "step": step,
-        "model": full_tensors(model.state_dict()),
-        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
-    }
-    if rank() > 0:
-        return
-    try:
-        with replacing(path) as part, part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer hides the disk's error behind one of its own
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        kept = "the one saved before is whole" if path.exists() else "there is none yet"
-        raise TrainingError(f"the state {path} cannot be saved ({reason}); {kept}") from error
-
-
-def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Load a saved state; return the steps done, 0 where there is none.
-
-    Raises:
-        TrainingError: the state is of another recipe.
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["stage"] != asdict(stage):
-        changed = sorted(key for key, value in asdict(stage).items() if state["stage"].get(key) != value)
-        raise TrainingError(f"{path} was made by another recipe ({', '.join(changed)} differ); use another folder")
-    load_model(model, state["model"])
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        load_optimizer(optimizer, optimizer_state)
-    return state["step"]

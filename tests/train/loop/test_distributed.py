@@ -1,6 +1,7 @@
 """Several processes compute what one does, and what one has begun they can finish."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from melt_serve.train.__main__ import main
-from tests.train.tiny_run import assert_close, logged, prepare
+from tests.signals import hear_ctrl_c
+from tests.train.tiny_run import assert_close, logged, prepare, wait_for
 
 WORDS = (
     "transition.interpolate=false",
@@ -56,6 +58,34 @@ def test_two_processes_have_the_losses_of_one_and_go_on_with_its_state(folder):
     (folder / "two" / "alignment.state.pt").unlink()
     assert main(command(folder, "two", "--resume")) == 0  # and one goes on with the state of two
     assert_close(logged(folder / "two"), logged(folder / "one"))
+
+
+def test_ctrl_c_ends_several_processes_as_one(folder):
+    """In a terminal, where the launcher and all processes hear it."""
+    words = command(folder, "stopped", "save_steps=1", "transition.steps=500", "--processes", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "melt_serve.train", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=hear_ctrl_c,
+        start_new_session=True,
+    )
+    wait_for(folder / "stopped" / "transition.state.pt", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.count("go on with: python -m melt_serve.train run") == 1 and "--processes 2 --resume" in said
+    steps = len(logged(folder / "stopped"))
+    assert main([*words[:-2], "--resume", "--minutes", "0"]) == 3
+    assert len(logged(folder / "stopped")) == steps + 1
+
+
+def test_an_error_of_several_processes_is_one_line(folder):
+    words = command(folder, "wrong", "teacher=nowhere", "--processes", "2")
+    ended = subprocess.run([sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "nowhere has no config.json; name the folder" in ended.stderr
 
 
 def test_bfloat16_is_near_float32_and_keeps_weights_in_float32(folder):

@@ -1,0 +1,196 @@
+"""What can be known before vLLM starts: port, limits and environment of this process, and the checkpoint.
+
+The checkpoint is read in a process of its own, which takes the memory of the libraries that read it when it ends.
+"""
+
+import json
+import re
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import MutableMapping, Sequence
+from errno import EACCES, EADDRINUSE, EADDRNOTAVAIL
+from pathlib import Path
+
+from melt_serve.bundled import CHECKPOINTS
+
+DEFAULT_PORT = 8000
+LEAST_OPEN_FILES = 256
+"""vLLM's three processes were seen to take more than 64, and connections come on top."""
+LEAST_MEMORY = 1 << 30
+"""Bytes that vLLM's processes take at least beside the weights."""
+NUMBERS = ("VLLM_PORT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+"""Variables of vLLM's that hold whole numbers, and that it reads late."""
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+OTHER_CHECKPOINT = ("--hf-overrides", "--hf-config-path", "--config", "--load-format", "--quantization", "-q")
+"""Flags with which the folder's files do not say what is served."""
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class StartError(ValueError):
+    """The server cannot start; the message says why, and what to do."""
+
+
+def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> None:
+    """Refuse at once what vLLM would refuse after a minute, or serve without a word.
+
+    Args:
+        words: vLLM's flags.
+        environment: the server's, from which variables go that others meant for something else.
+
+    Raises:
+        StartError: the first thing that cannot work.
+    """
+    check_environment(environment)
+    check_open_files()
+    check_temporary_folder()
+    if value_of(words, "--uds") is None and value_of(words, "--config") is None:
+        check_port(value_of(words, "--host"), value_of(words, "--port") or str(DEFAULT_PORT))
+    model = Path(value_of(words, "--model") or "")
+    if value_of(words, "--model") and model.is_dir():
+        check_memory(model, next((path for path in CGROUP_LIMITS if path.is_file()), None))
+        if all(value_of(words, flag) is None for flag in OTHER_CHECKPOINT):
+            check_model(model, words)
+
+
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """Return what the words set a flag to, the last time they do; None where they do not."""
+    value = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, inside = word.partition("=")
+        if (name.replace("_", "-") if name.startswith("--") else name) == flag:
+            value = inside if equals else following
+    return value
+
+
+def check_environment(environment: MutableMapping[str, str]) -> None:
+    """Drop what Kubernetes says of a service that is named vllm, and refuse values that vLLM cannot take.
+
+    Raises:
+        StartError: a variable has such a value.
+    """
+    if environment.get("VLLM_PORT", "").startswith(("tcp://", "udp://")):
+        value = environment.pop("VLLM_PORT")
+        print(f"melt-serve: VLLM_PORT={value} is Kubernetes', of a service named vllm: left out", file=sys.stderr)
+    for name in NUMBERS:
+        if name in environment and not environment[name].strip().isdecimal():
+            raise StartError(f"{name}={environment[name]!r} must be a whole number; correct it in the environment")
+    level = environment.get("VLLM_LOGGING_LEVEL", "INFO")
+    if level.upper() not in LEVELS:
+        raise StartError(f"VLLM_LOGGING_LEVEL={level!r} is none of {', '.join(LEVELS)}; correct it in the environment")
+
+
+def check_open_files() -> None:
+    """Raise the limit of open files to what this process may have.
+
+    Raises:
+        StartError: that is too little.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < LEAST_OPEN_FILES:
+        raise StartError(
+            f"this process may open {hard} files, and a server needs {LEAST_OPEN_FILES} or more: raise the limit "
+            "(ulimit -n 65536, docker run --ulimit nofile=65536, LimitNOFILE= of systemd)"
+        )
+
+
+def check_temporary_folder() -> None:
+    """Refuse a machine that has no place for vLLM's sockets.
+
+    Raises:
+        StartError: there is no folder that can be written, or its disk is full.
+    """
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as error:
+        raise StartError(
+            f"no temporary file can be written ({error.strerror or error}): set TMPDIR to a folder with free space "
+            "that can be written, or mount one at /tmp"
+        ) from error
+
+
+def check_port(host: str | None, port: str) -> None:
+    """Refuse a port that is taken, or an address that this machine does not have.
+
+    Raises:
+        StartError: it is.
+    """
+    if not port.isdecimal() or not 0 <= int(port) < 1 << 16:
+        raise StartError(f"--port={port} is not a port: name a number from 1 to {(1 << 16) - 1}")
+    try:
+        found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(f"--host={host} is no address of this machine ({error.strerror}); 0.0.0.0 is all") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(address)
+        except OSError as error:
+            reasons = {
+                EADDRINUSE: f"--port={port} is in use: name another one, or stop who listens there",
+                EADDRNOTAVAIL: f"--host={host} is no address of this machine; 0.0.0.0 is all of them",
+                EACCES: f"--port={port} may not be opened by this user: name one above 1023",
+            }
+            if error.errno in reasons:
+                raise StartError(reasons[error.errno]) from error
+
+
+def check_memory(model: Path, limit: Path | None) -> None:
+    """Refuse a control group (a container) that is smaller than the weights and vLLM's processes.
+
+    Raises:
+        StartError: it is.
+    """
+    stated = limit.read_text().strip() if limit is not None else "max"
+    needed = sum(path.stat().st_size for path in model.glob("*.safetensors")) + LEAST_MEMORY
+    if stated.isdecimal() and int(stated) < needed:
+        raise StartError(
+            f"this control group may use {int(stated) / 1e9:.1f} GB of memory ({limit}), and {model} needs more than "
+            f"{needed / 1e9:.1f} GB: give it more (docker run --memory, resources.limits.memory, MemoryMax=)"
+        )
+
+
+def check_model(model: Path, words: Sequence[str]) -> None:
+    """Refuse a folder that cannot be served as it is, and a KV cache that holds no whole request.
+
+    What comes with the package is right, and 3 s of imports are a tenth of its start.
+
+    Raises:
+        StartError: it cannot; the message names file, field and remedy.
+    """
+    if model.resolve().parent == CHECKPOINTS.resolve():
+        checked = None
+    else:
+        command = [sys.executable, "-m", "melt_serve.checkpoint_check", str(model)]
+        checked = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if checked is not None and checked.returncode == 2:
+        raise StartError(checked.stderr.strip().rpartition("error: ")[2])
+    given = value_of(words, "--kv-cache-memory-bytes")
+    if given is not None and (size := bytes_in(given)) is not None and size < (least := least_cache(model)):
+        raise StartError(
+            f"--kv-cache-memory-bytes={given} is less than {least:,} bytes, which the rows of one block take: name "
+            "more, such as 1G"
+        )
+
+
+def bytes_in(text: str) -> int | None:
+    """Return what vLLM's parser makes of a size such as 4G; None where it is not that simple."""
+    size = re.fullmatch(r"([\d.]+)([KMGTkmgt]?)", text)
+    return int(float(size[1]) * UNITS[size[2]]) if size and size[1].count(".") < 2 and size[1] != "." else None
+
+
+def least_cache(model: Path) -> int:
+    """Return the bytes that the smallest block of rows takes: 16 tokens, one byte a value; 0 where it is not known."""
+    try:
+        fields = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        return 2 * 16 * fields["num_hidden_layers"] * fields["num_key_value_heads"] * fields["head_dim"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
