@@ -68,7 +68,7 @@ BUNDLED_DEFAULTS: dict[str, str | None] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Become vLLM's server: signals, output and exit code are its own. Return an exit code only if none starts."""
+    """Run vLLM's server, and return its exit code."""
     if any(word in ("-h", "--help") for word in argv):
         print(HELP, end="")
         return 0
@@ -79,9 +79,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
-    os.environ.update(limits)
-    os.environ.setdefault("VLLM_PLUGINS", ",".join(plugins()))
-    os.execv(words[0], words)
+    from melt_serve.supervisor import supervise  # needs what comes with vLLM
+
+    return supervise(words, {"VLLM_PLUGINS": os.environ.get("VLLM_PLUGINS", ",".join(plugins())), **limits})
 
 
 def plugins() -> list[str]:
@@ -131,8 +131,7 @@ def command(argv: Sequence[str]) -> list[str]:
         check_path(model)
     elif words and (Path(words[-1]) / "config.json").is_file() and words[-2:-1] != ["--model"]:
         raise ValueError(f"{words[-1]} must come before the flags: melt-serve serve {words[-1]} ...")
-    # A module of vLLM's, not its `vllm` command: that one does not start with the CPU build.
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    server = [sys.executable, "-m", "melt_serve.api.server"]
     defaults = {} if names(words, "--config") else dict(SAFE_DEFAULTS)  # the file may say otherwise
     if model is None and not any(names(words, flag) for flag in ("--model", "--config")) and "--help=all" not in words:
         server += ["--model", str(MELT)]

@@ -11,7 +11,7 @@ from melt_serve.bundled import MELT
 from melt_serve.serve import command, main, take_limits
 from tests.container import in_shared_memory_of, may_mount
 
-SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+SERVER = [sys.executable, "-m", "melt_serve.api.server"]
 SAFE = ["--host", "127.0.0.1", "--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
 
 

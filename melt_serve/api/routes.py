@@ -15,6 +15,7 @@ from vllm.engine.protocol import EngineClient
 from melt_serve.api.guard import Guard, Limits
 from melt_serve.api.info import Info, lasting_facts, read_metrics
 from melt_serve.config import LoopLMConfig
+from melt_serve.engine import lifeline
 
 PAGE = (Path(__file__).parent / "page.html").read_text()
 
@@ -37,6 +38,8 @@ class MeltEndpoint:
         state.melt_info = None
         if engine_client is not None and isinstance(engine_client.vllm_config.model_config.hf_config, LoopLMConfig):
             state.melt_info = lasting_facts(engine_client.vllm_config)
+        if engine_client is not None:
+            lifeline.tell_ready(engine_client.vllm_config.shutdown_timeout)
 
 
 async def show_page() -> HTMLResponse:
