@@ -26,6 +26,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
   --allowed-origins '["https://a.org"]'    whose web pages may ask; by default no other server's
 * --max-body-bytes N                       of a request, 4194304 by default; larger ones get a 413
 * --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be sent (600)
+* --step-timeout S                         seconds without a step, requests waiting, until /melt/ready says 503 (60)
   --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
   --help=all                               every flag of vLLM's server
 
@@ -47,11 +48,12 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
 
-# Flags of ours that reach the guard (api/guard.py) by the environment.
+# Flags of ours that reach the API server (api/guard.py, api/health.py) by the environment.
 LIMITS = {
     "--max-body-bytes": "MELT_MAX_BODY_BYTES",
     "--body-timeout": "MELT_BODY_TIMEOUT",
     "--request-timeout": "MELT_REQUEST_TIMEOUT",
+    "--step-timeout": "MELT_STEP_TIMEOUT",
 }
 
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where

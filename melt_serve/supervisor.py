@@ -102,6 +102,7 @@ class Supervisor:
             await self.end_all()
             for pump in pumps:
                 pump.join(GRACE_SECONDS)  # whoever reads our output may have stopped to
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})  # the ends of the lifeline
         return self.exit_code(code)
 
     def variables(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from multiprocessing import parent_process
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -33,12 +34,13 @@ def hold(name: str) -> None:
     except OSError:
         os._exit(1)
     _held.append(line)
-    # The interpreter's own end takes seconds: three for a worker, as many again for its engine.
-    Finalize(None, leave, exitpriority=-1)  # after all others
+    if parent_process() is not None:
+        # The interpreter's own end takes seconds: three for a worker, as many again for its engine.
+        Finalize(None, leave, exitpriority=-1)  # after all others
 
 
 def leave() -> None:
-    """Leave a child process of Python's that has done its work, unless it has failed."""
+    """Leave a process of Python's `multiprocessing` that has done its work, unless it has failed."""
     error = sys.exception()
     if error is None or (isinstance(error, SystemExit) and not error.code):
         sys.stdout.flush()
