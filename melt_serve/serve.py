@@ -44,6 +44,9 @@ SAFE_DEFAULTS: dict[str, str | None] = {
     "--disable-uvicorn-access-log": None,
 }
 
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""An older way to say how large the KV cache is, in GiB; vLLM prefers it to the flag without a word."""
+
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
@@ -125,7 +128,8 @@ def command(argv: Sequence[str]) -> list[str]:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
 
     Raises:
-        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first.
+        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first; or
+            the size of the KV cache is said twice.
     """
     words = list(argv)
     model = words.pop(0) if words and not words[0].startswith("-") else None
@@ -142,6 +146,10 @@ def command(argv: Sequence[str]) -> list[str]:
         server += ["--model", model]
     elif "--model" in words[:-1]:
         check_path(words[words.index("--model") + 1])
+    if os.environ.get(KV_SPACE):
+        if names(words, "--kv-cache-memory-bytes"):
+            raise ValueError(f"on a CPU {KV_SPACE} overrides --kv-cache-memory-bytes: unset the variable")
+        defaults.pop("--kv-cache-memory-bytes", None)
     for flag, value in defaults.items():
         if not names(words, flag):
             server += [flag] if value is None else [flag, value]

@@ -1,5 +1,6 @@
 """All of a server's processes end together, and its health means it: vLLM itself, under `melt-serve serve`."""
 
+import json
 import os
 import re
 import signal
@@ -111,6 +112,25 @@ def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load,
     if words:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     kill_one(words.split(), victim, load, tmp_path)
+
+
+def test_several_api_servers_count_together_and_stop_together(tmp_path):
+    port, log = free_port(), tmp_path / "log"
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), "--api-server-count", "2"]
+    with running(command, port, log, ready="/melt/ready") as server:
+        (parent,) = psutil.Process(server.process.pid).children()
+        assert sum("APIServer" in each.cmdline()[0] for each in parent.children()) == 2
+        for _ in range(6):
+            stream(server.url, tokens=3).read()
+        for _ in range(6):  # whichever of them answers
+            now = json.load(urllib.request.urlopen(f"{server.url}/melt/info"))["now"]
+            assert sum(now["requests_by_loops"].values()) == 6 and sum(now["tokens_by_loops"].values()) == 18
+            metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+            assert sum(float(each) for each in re.findall(r"^melt_requests_total\{.*\} (.*)", metrics, re.M)) == 6
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+    text = log.read_text()
+    assert not re.search("ERROR|Traceback|leaked", text[text.index("shutdown triggered") :])
 
 
 def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tmp_path):
