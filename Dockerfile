@@ -23,7 +23,7 @@ WORKDIR /home/melt
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/melt/ready', timeout=4)"]
 ENTRYPOINT ["melt-serve", "serve"]
 
 
@@ -56,5 +56,5 @@ EXPOSE 8000
 # Running requests end, then the server: give it more than its --shutdown-timeout of 30 seconds (docker stop -t 40).
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/melt/ready', timeout=4)"]
 ENTRYPOINT ["melt-serve", "serve"]

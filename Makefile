@@ -14,15 +14,15 @@ demo: .venv/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
 # Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
 SERVERS := tests/api tests/bench tests/test_demo.py
-# Judge memory and rates, or take both cores.
-ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py
+# Judge memory, rates and times, or take both cores.
+ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py tests/test_processes.py
 test: .venv/.installed programs
 	$(PYTEST) -n 2 --dist worksteal $(addprefix --ignore=,$(SERVERS) $(ALONE))
 	$(PYTEST) -n 2 --dist loadfile $(SERVERS)
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
-FILES := capacity cli commands config convert floors links serve server_process
+FILES := capacity cli commands config convert floors links serve server_process supervisor
 FAST := modeling kernels train task $(FILES:%=test_%.py)
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))

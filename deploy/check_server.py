@@ -58,7 +58,7 @@ def check(what: str, holds: bool, seen: str = "") -> None:
 
 
 def wait(url: str, parent: psutil.Process) -> psutil.Process:
-    """Wait until the server is healthy; return the process that listens.
+    """Wait until the server is ready; return the process that is told to stop: the parent of the one that listens.
 
     Raises:
         AssertionError: `parent` ended, or `START_SECONDS` are over.
@@ -68,12 +68,13 @@ def wait(url: str, parent: psutil.Process) -> psutil.Process:
         if not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE:
             raise AssertionError("the server ended while it started")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                check(f"it is healthy after {time.monotonic() - started:.0f} s", True)
-                return listener(int(url.rpartition(":")[2]))
+            with urllib.request.urlopen(f"{url}/melt/ready", timeout=5):
+                check(f"it is ready after {time.monotonic() - started:.0f} s", True)
+                listening = listener(int(url.rpartition(":")[2]))
+                return listening.parent() or listening
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(1)
-    raise AssertionError(f"the server is not healthy after {START_SECONDS} s")
+    raise AssertionError(f"the server is not ready after {START_SECONDS} s")
 
 
 def listener(port: int) -> psutil.Process:

@@ -6,7 +6,7 @@ usage() {
     cat <<'HELP'
 usage: deploy/verify_image.sh [options]
 
-Builds the Dockerfile's cpu target with buildah and tries the image, confined as Docker confines it: health, user, key,
+Builds the Dockerfile's cpu target with buildah and tries the image, confined as Docker confines it: readiness, user, key,
 an answer, metrics, a mounted checkpoint, and a clean stop in the middle of an answer. Needs root, Debian's buildah and
 debootstrap, some 25 GB of disk, port 8000, and the virtual environment of `make test` for the openai client.
 

@@ -12,7 +12,7 @@ from melt_serve.server_process import ServerError, free_port, running, tail
 
 @contextmanager
 def started(words: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Start `melt-serve serve` with these words, yield its URL and process once it is healthy, and stop it.
+    """Start `melt-serve serve` with these words, yield its URL and process once it is ready, and stop it.
 
     Raises:
         ServerError: it ended or took too long; with the last lines of its log.
@@ -20,7 +20,7 @@ def started(words: Sequence[str], log: Path) -> Iterator[tuple[str, psutil.Proce
     port = free_port()
     command = [sys.executable, "-m", "melt_serve.cli", "serve", *words, "--port", str(port)]
     try:
-        with running(command, port, log, start_new_session=True) as server:
+        with running(command, port, log, ready="/melt/ready", start_new_session=True) as server:
             yield server.url, psutil.Process(server.process.pid)
     except ServerError:
         raise ServerError(f"the server did not start; the end of {log}:\n{tail(log, lines=12)}") from None

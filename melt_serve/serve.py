@@ -9,6 +9,7 @@ from pathlib import Path
 
 from melt_serve.bundled import MELT
 from melt_serve.start_checks import check_start
+from melt_serve.start_failures import explain
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
@@ -27,6 +28,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
   --allowed-origins '["https://a.org"]'    whose web pages may ask; by default no other server's
 * --max-body-bytes N                       of a request, 4194304 by default; larger ones get a 413
 * --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be sent (600)
+* --step-timeout S                         seconds without a step, requests waiting, until /melt/ready says 503 (60)
   --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
 * --skip-checks                            start at once, without a look at port, limits and checkpoint
   --help=all                               every flag of vLLM's server
@@ -46,15 +48,19 @@ SAFE_DEFAULTS: dict[str, str | None] = {
 }
 
 SKIP_CHECKS = "--skip-checks"
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""An older way to say how large the KV cache is, in GiB; vLLM prefers it to the flag without a word."""
+
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
 
-# Flags of ours that reach the guard (api/guard.py) by the environment.
+# Flags of ours that reach the API server (api/guard.py, api/health.py) by the environment.
 LIMITS = {
     "--max-body-bytes": "MELT_MAX_BODY_BYTES",
     "--body-timeout": "MELT_BODY_TIMEOUT",
     "--request-timeout": "MELT_REQUEST_TIMEOUT",
+    "--step-timeout": "MELT_STEP_TIMEOUT",
 }
 
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
@@ -71,7 +77,7 @@ BUNDLED_DEFAULTS: dict[str, str | None] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Become vLLM's server: signals, output and exit code are its own. Return an exit code only if none starts."""
+    """Run vLLM's server, and return its exit code."""
     if any(word in ("-h", "--help") for word in argv):
         print(HELP, end="")
         return 0
@@ -85,9 +91,10 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
-    os.environ.update(limits)
-    os.environ.setdefault("VLLM_PLUGINS", ",".join(plugins()))
-    os.execv(words[0], words)
+    from melt_serve.supervisor import supervise  # needs what comes with vLLM
+
+    plugged = os.environ.get("VLLM_PLUGINS", ",".join(plugins()))
+    return supervise(words, {"VLLM_PLUGINS": plugged, **limits}, explain)
 
 
 def plugins() -> list[str]:
@@ -129,7 +136,8 @@ def command(argv: Sequence[str]) -> list[str]:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
 
     Raises:
-        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first.
+        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first; or
+            the size of the KV cache is said twice.
     """
     words = list(argv)
     model = words.pop(0) if words and not words[0].startswith("-") else None
@@ -137,8 +145,7 @@ def command(argv: Sequence[str]) -> list[str]:
         check_path(model)
     elif words and (Path(words[-1]) / "config.json").is_file() and words[-2:-1] != ["--model"]:
         raise ValueError(f"{words[-1]} must come before the flags: melt-serve serve {words[-1]} ...")
-    # A module of vLLM's, not its `vllm` command: that one does not start with the CPU build.
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    server = [sys.executable, "-m", "melt_serve.api.server"]
     defaults = {} if names(words, "--config") else dict(SAFE_DEFAULTS)  # the file may say otherwise
     if model is None and not any(names(words, flag) for flag in ("--model", "--config")) and "--help=all" not in words:
         server += ["--model", str(MELT)]
@@ -147,6 +154,10 @@ def command(argv: Sequence[str]) -> list[str]:
         server += ["--model", model]
     elif "--model" in words[:-1]:
         check_path(words[words.index("--model") + 1])
+    if os.environ.get(KV_SPACE):
+        if names(words, "--kv-cache-memory-bytes"):
+            raise ValueError(f"on a CPU {KV_SPACE} overrides --kv-cache-memory-bytes: unset the variable")
+        defaults.pop("--kv-cache-memory-bytes", None)
     for flag, value in defaults.items():
         if not names(words, flag):
             server += [flag] if value is None else [flag, value]

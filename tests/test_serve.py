@@ -11,7 +11,7 @@ from melt_serve.bundled import MELT
 from melt_serve.serve import command, main, take_limits
 from tests.container import in_shared_memory_of, may_mount
 
-SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+SERVER = [sys.executable, "-m", "melt_serve.api.server"]
 SAFE = ["--host", "127.0.0.1", "--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
 
 
@@ -60,6 +60,14 @@ def test_a_limit_is_a_positive_number(words, capsys):
 def test_default_loops_is_short_for_vllms_override():
     assert command(["org/name", "--default-loops", "2"])[-2:] == ["--hf-overrides.total_ut_steps", "2"]
     assert command(["org/name", "--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
+
+
+def test_the_size_of_the_cache_is_said_once(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert "--kv-cache-memory-bytes" not in command([])
+    assert main(["--kv_cache_memory_bytes=1G"]) == 2
+    error = capsys.readouterr().err
+    assert "VLLM_CPU_KVCACHE_SPACE overrides --kv-cache-memory-bytes" in error and error.count("\n") == 1
 
 
 def test_a_model_in_a_config_file_is_left_to_vllm():

@@ -20,11 +20,11 @@ from vllm.logger import init_logger
 
 logger = init_logger("vllm.melt_serve.guard")
 
-OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/melt"})
+OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/melt", "/melt/ready"})
 """Paths that need no key: they spend no compute and show nothing of requests. All others do, also those that vLLM
 itself leaves open (`/invocations`, `/tokenize`, ...)."""
 
-POLLED = frozenset({"/health", "/ping", "/metrics", "/melt/info"})
+POLLED = frozenset({"/health", "/ping", "/metrics", "/melt/info", "/melt/ready"})
 """Paths that are polled every few seconds, and so are not logged."""
 
 SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)

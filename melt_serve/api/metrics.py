@@ -4,6 +4,7 @@ The scheduler's counts (`engine/scheduler_stats.py`) arrive with every step's st
 vLLM's stat-logger plugins. `engine/usage.py` shows what is known of finished requests.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import prometheus_client
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.v1.metrics.stats import SchedulerStats
 
 from melt_serve.config import LoopLMConfig, MeltConfig, kv_bytes_per_token
@@ -35,6 +37,7 @@ OPEN_ROWS = gauge("melt_kv_open_rows_bytes", "Bytes of KV blocks that hold an op
 LOOPLM_ROWS = gauge(
     "melt_kv_looplm_bytes", "Bytes that a LoopLM's KV rows would take for the same tokens at the same loops."
 )
+STEPS = prometheus_client.Counter("melt_steps", "Steps that have ended.", ENGINE)
 PIECES = prometheus_client.Counter("melt_grid_pieces", "Pieces of requests that ran in steps.", ENGINE)
 CUTS = prometheus_client.Counter(
     "melt_grid_cuts", "Pieces that ended with their chunk, though there were tokens and budget for more.", ENGINE
@@ -84,6 +87,8 @@ class MeltMetrics(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Show the numbers of a step, if its statistics have ours."""
+        if scheduler_stats is not None:
+            STEPS.labels(engine_idx).inc()
         counts = None if scheduler_stats is None else StepCounts.take(scheduler_stats)
         if counts is None:
             return
@@ -99,6 +104,13 @@ class MeltMetrics(AggregateStatLoggerBase):
         FINAL_ROWS.labels(engine_idx).set(counts.final_blocks * self.block_bytes)
         OPEN_ROWS.labels(engine_idx).set(counts.open_blocks * self.block_bytes)
         LOOPLM_ROWS.labels(engine_idx).set(counts.looplm_blocks * self.block_bytes)
+
+
+def steps_ended() -> float:
+    """Return how many steps have ended, of all engines; a step counts in one API server only, wherever it is asked."""
+    metrics = get_prometheus_registry().collect() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else STEPS.collect()
+    samples = (sample for metric in metrics for sample in metric.samples)
+    return sum(sample.value for sample in samples if sample.name == "melt_steps_total")
 
 
 def row_dtype(vllm_config: VllmConfig) -> str:

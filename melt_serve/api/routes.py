@@ -1,4 +1,4 @@
-"""`/melt` and `/melt/info`, and the guard before all routes, through vLLM's endpoint plugins."""
+"""`/melt`, `/melt/info` and `/melt/ready`, and the guard before all routes, through vLLM's endpoint plugins."""
 
 import base64
 import hashlib
@@ -11,10 +11,14 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 from vllm import envs
 from vllm.engine.protocol import EngineClient
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from melt_serve.api.guard import Guard, Limits
+from melt_serve.api.health import Closing, Readiness, show_ready, step_timeout
 from melt_serve.api.info import Info, lasting_facts, read_metrics
 from melt_serve.config import LoopLMConfig
+from melt_serve.engine import lifeline
+from melt_serve.engine.patches import stop_quietly
 
 PAGE = (Path(__file__).parent / "page.html").read_text()
 
@@ -28,8 +32,10 @@ class MeltEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and put the guard before all."""
         keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        app.add_middleware(Closing)
         app.add_middleware(Guard, keys=keys, limits=Limits.from_environment())
         app.add_api_route("/melt", show_page, response_class=HTMLResponse)
+        app.add_api_route("/melt/ready", show_ready)
         app.add_api_route("/melt/info", show_info, response_model=Info, response_model_exclude_none=True)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
@@ -37,6 +43,12 @@ class MeltEndpoint:
         state.melt_info = None
         if engine_client is not None and isinstance(engine_client.vllm_config.model_config.hf_config, LoopLMConfig):
             state.melt_info = lasting_facts(engine_client.vllm_config)
+        state.melt_readiness = None
+        if isinstance(engine_client, AsyncLLM):
+            stop_quietly()
+            state.melt_readiness = Readiness(engine_client, step_timeout())
+        if engine_client is not None:
+            lifeline.tell_ready(engine_client.vllm_config.shutdown_timeout)
 
 
 async def show_page() -> HTMLResponse:

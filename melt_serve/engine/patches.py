@@ -1,7 +1,7 @@
 """Every place where vLLM 0.32 itself is changed, and why.
 
-`sleep_while_waiting` and `fit_queues_into_shared_memory` concern every model that vLLM serves, the others ours.
-A patch that no longer fits raises: better no server than one that breaks the contract silently.
+`sleep_while_waiting`, `fit_queues_into_shared_memory` and `stop_quietly` concern every model that vLLM serves, the
+others ours. A patch that no longer fits raises: better no server than one that breaks the contract silently.
 """
 
 import functools
@@ -16,12 +16,14 @@ from vllm import SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.engine import usage
 from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
+from melt_serve.engine.lifeline import name_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -54,6 +56,38 @@ def apply() -> None:
     _replace(OpenAIServingResponses, "responses_full_generator", usage.wrap_responses)
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
+
+
+def stop_quietly() -> None:
+    """Let `AsyncLLM` remember that it was told to stop, and not take the end of its engine for an error then.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    _replace(AsyncLLM, "shutdown", _stop_quietly)
+
+
+def is_stopping(engine: Any) -> bool:
+    """Return whether vLLM's `AsyncLLM` has been told to stop."""
+    return getattr(engine, "melt_stopping", False)
+
+
+def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def shutdown(self: Any, timeout: float | None = None) -> None:
+        self.melt_stopping = True
+        resources = getattr(getattr(self, "engine_core", None), "resources", None)  # it may not have come to these
+        if (manager := getattr(resources, "engine_manager", None)) is not None:
+            manager.shutdown(timeout=timeout)
+        handler = getattr(self, "output_handler", None)
+        if handler is not None and not self.get_num_unfinished_requests():
+            cancel_task_threadsafe(handler)
+        original(self, timeout)
+
+    shutdown.melt_serve = True  # type: ignore[attr-defined]
+    return shutdown
 
 
 def sleep_while_waiting() -> None:
@@ -96,6 +130,7 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
         if name is None and max_chunk_bytes * max_chunks > free:
             max_chunk_bytes = free // SHARE_OF_A_QUEUE // max_chunks
         original(self, n_reader, max_chunk_bytes, max_chunks, name)
+        name_shared_memory(self.shared_memory.name)
 
     init.melt_serve = True  # type: ignore[attr-defined]
     return init

