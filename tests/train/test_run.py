@@ -231,7 +231,7 @@ def begun(unbroken, tmp_path):
 
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
-    content[-1000] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
