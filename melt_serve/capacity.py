@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig, kv_bytes_per_token, shape_facts, weight_shapes
@@ -28,7 +29,7 @@ SHAPES = {
 
 
 class PlanError(ValueError):
-    """There is no such shape to plan with."""
+    """There is no such shape or load to plan with."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,20 @@ def plan(name: str, config: LoopLMConfig, load: Load, device_bytes: int | None =
 
 
 def compare(config: LoopLMConfig, load: Load, chunk_size: int, device_bytes: int | None = None) -> list[Plan]:
-    """Plan the shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop)."""
+    """Plan the shape as a MELT in both decode modes, as a LoopLM, and as a plain transformer (one loop).
+
+    Raises:
+        PlanError: loops or chunk size are none that a MELT can have.
+    """
     facts = shape_facts(config)
     looplm = LoopLMConfig(**facts)
     loops = {"total_ut_steps": load.loops, "max_loops": load.loops}
     plans = []
     for mode in DECODE_MODES:
-        melt = MeltConfig(**{**facts, **loops, "chunk_size": chunk_size, "decode_mode": mode})
+        try:
+            melt = MeltConfig(**{**facts, **loops, "chunk_size": chunk_size, "decode_mode": mode})
+        except StrictDataclassError as error:
+            raise PlanError(f"there is no such MELT: {error.__cause__ or error}") from error
         plans.append(plan(f"MELT, {mode} mode", melt, load, device_bytes))
     plans.append(plan("LoopLM", looplm, load, device_bytes))
     plans.append(plan("plain transformer", looplm, replace(load, loops=1), device_bytes))

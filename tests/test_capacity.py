@@ -65,3 +65,10 @@ def test_an_unknown_model_is_one_line(model, says, tmp_path, capsys):
     assert cli.main(["plan", model or str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--loops", "total_ut_steps"), ("--chunk-size", "chunk_size")])
+def test_a_load_that_no_melt_can_have_is_one_line(flag, field, capsys):
+    assert cli.main(["plan", flag, "1000000"]) == 1
+    error = capsys.readouterr().err
+    assert f"{field} must be at most" in error and error.count("\n") == 1

@@ -55,7 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     chunk_size = arguments.chunk_size or getattr(config, "chunk_size", 512)
     device = None if arguments.device_memory is None else int(arguments.device_memory * capacity.GB)
-    plans = capacity.compare(config, load, chunk_size, device)
+    try:
+        plans = capacity.compare(config, load, chunk_size, device)
+    except capacity.PlanError as error:
+        return fail(error)
     tokens = f"{load.requests:,} x {load.context:,} tokens"
     print(f"{arguments.model}, T={load.loops}, C={chunk_size}, {tokens}, rows in {load.kv_dtype}")
     print(capacity.table(plans))

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from melt_serve.config import LoopLMConfig, MeltConfig, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
@@ -36,8 +37,15 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
 
 
 def melt_config(config: LoopLMConfig, **melt: object) -> MeltConfig:
-    """Return a MELT's config with the fields of `config`, but for those that `melt` adds or replaces."""
-    return MeltConfig(**{**shape_facts(config), **melt})
+    """Return a MELT's config with the fields of `config`, but for those that `melt` adds or replaces.
+
+    Raises:
+        TrainingError: a field has a value that it cannot have.
+    """
+    try:
+        return MeltConfig(**{**shape_facts(config), **melt})
+    except StrictDataclassError as error:
+        raise TrainingError(f"the recipe makes no MELT: {error.__cause__ or error}") from error
 
 
 def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig) -> Student:

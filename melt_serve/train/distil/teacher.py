@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from melt_serve.checkpoint_check import config_of
 from melt_serve.checkpoint_files import CheckpointError, read_config, read_headers
-from melt_serve.config import LoopLMConfig, weight_shapes
+from melt_serve.config import weight_shapes
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.recipe import PostTraining
@@ -26,7 +27,7 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
     """
     path = Path(recipe.teacher)
     try:
-        config = LoopLMConfig(**read_config(path))
+        config = config_of(path / "config.json", read_config(path))
         read_headers(path, dict(weight_shapes(config)))
     except CheckpointError as error:
         raise TrainingError(f"teacher={path} cannot be post-trained: {error}") from error
