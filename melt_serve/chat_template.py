@@ -22,11 +22,13 @@ class TemplateError(ValueError):
     """A chat template cannot be used; the message names its file, and the remedy."""
 
 
-def template_of(folder: Path) -> tuple[Path, str] | None:
-    """Return the chat template of a checkpoint, with the file that holds it; None where it has none."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+def template_of(folder: Path, instead: Path | None = None) -> tuple[Path, str] | None:
+    """Return the chat template of a checkpoint, or the one used instead, with its file; None where there is no file."""
+    path = instead or folder / "chat_template.jinja"
+    if os.path.isfile(path):  # no error for a name that is too long, as a template's text is
         return path, path.read_text(encoding="utf-8", errors="replace")
+    if instead is not None:
+        return None
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None
     return (path, template) if isinstance(template, str) else None

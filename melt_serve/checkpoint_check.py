@@ -48,12 +48,15 @@ class Checked:
     compared: int | None
 
 
-def check_checkpoint(folder: Path, whole: bool = True, show_progress: bool = False) -> Checked | None:
+def check_checkpoint(
+    folder: Path, whole: bool = True, show_progress: bool = False, chat_template: Path | None = None
+) -> Checked | None:
     """Check a folder; return what it holds, or None where that is no model of ours, and nobody's to judge but vLLM's.
 
     Args:
         whole: look at every value and every file's checksum, not at headers and the weights' checksums alone.
         show_progress: of the values, as a bar.
+        chat_template: a file that is used instead of the folder's template.
 
     Raises:
         CheckpointError: it cannot be served; the message names file, field and remedy.
@@ -73,7 +76,7 @@ def check_checkpoint(folder: Path, whole: bool = True, show_progress: bool = Fal
     shards = [] if quantized else read_headers(folder, shapes)
     check_token_ids(folder, config.vocab_size)
     try:
-        if template := template_of(folder):
+        if template := template_of(folder, chat_template):
             try_template(*template)
         weights = {shard.name for shard in shard_paths(folder)}
         compared = verify_sums(folder, lambda name: whole or name in weights)
@@ -150,10 +153,10 @@ def count_tensors(folder: Path) -> int:
     return count
 
 
-def main(folder: str) -> int:
+def main(folder: str, *chat_template: str) -> int:
     """Check what a start needs to know, in a process of its own; return 2 where the checkpoint cannot be served."""
     try:
-        check_checkpoint(Path(folder), whole=False)
+        check_checkpoint(Path(folder), whole=False, chat_template=Path(*chat_template) if chat_template else None)
     except (CheckpointError, OSError) as error:
         fail(error)
         return 2
@@ -161,4 +164,4 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

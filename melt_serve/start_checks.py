@@ -19,6 +19,7 @@ from melt_serve.bundled import CHECKPOINTS
 DEFAULT_PORT = 8000
 LEAST_OPEN_FILES = 256
 """vLLM's three processes were seen to take more than 64, and connections come on top."""
+ENOUGH_OPEN_FILES = 65_535
 LEAST_MEMORY = 1 << 30
 """Bytes that vLLM's processes take at least beside the weights."""
 NUMBERS = ("VLLM_PORT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU")
@@ -84,14 +85,15 @@ def check_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def check_open_files() -> None:
-    """Raise the limit of open files to what this process may have.
+    """Raise the limit of open files, as far as this process may.
 
     Raises:
         StartError: that is too little.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if hard != resource.RLIM_INFINITY and hard < LEAST_OPEN_FILES:
         raise StartError(
             f"this process may open {hard} files, and a server needs {LEAST_OPEN_FILES} or more: raise the limit "
@@ -169,7 +171,9 @@ def check_model(model: Path, words: Sequence[str]) -> None:
     if model.resolve().parent == CHECKPOINTS.resolve():
         checked = None
     else:
+        chat_template = value_of(words, "--chat-template")
         command = [sys.executable, "-m", "melt_serve.checkpoint_check", str(model)]
+        command += [chat_template] if chat_template is not None else []
         checked = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if checked is not None and checked.returncode == 2:
         raise StartError(checked.stderr.strip().rpartition("error: ")[2])

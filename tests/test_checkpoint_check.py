@@ -214,6 +214,18 @@ def test_a_template_that_does_not_take_the_chat_is_no_fault(text, checkpoint):
     assert check_checkpoint(checkpoint) is not None
 
 
+def test_another_template_takes_the_place_of_a_bad_one(checkpoint, tmp_path):
+    (checkpoint / SUMS).unlink()
+    template("{% if %}")(checkpoint)
+    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
+    good.write_text("{{ messages }}")
+    bad.write_text("{% for %}")
+    for instead in (good, Path("{{ messages }}" * 999)):  # vLLM takes the text itself, too
+        assert check_checkpoint(checkpoint, chat_template=instead) is not None
+    with pytest.raises(CheckpointError, match=r"not valid Jinja; correct the chat template in .*bad\.jinja"):
+        check_checkpoint(checkpoint, chat_template=bad)
+
+
 def test_a_changed_config_is_served_but_not_whole(checkpoint):
     """Whoever edits a config means to; whoever asks for a check wants to know."""
     state(effort_loops={"low": 1})(checkpoint)
