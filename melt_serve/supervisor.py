@@ -169,7 +169,10 @@ class Supervisor:
             await asyncio.sleep(0.05)
 
     def exit_code(self, code: int) -> int:
-        """Return vLLM's own exit code, 128 + N after signal N, and never 0 where nobody asked for an end."""
+        """Return vLLM's own exit code, 128 + N after signal N, and never 0 where nobody asked for an end.
+
+        A start that failed for a reason that can be told ends with vLLM's code, and with 1 where we ended what was left.
+        """
         if self.hurried:
             assert self.told is not None
             return 128 + self.told
@@ -180,6 +183,7 @@ class Supervisor:
             and (why := self.explain(self.output.decode(errors="replace")))
         ):
             say(why)
+            return max(code, 1)
         unasked = self.ready and self.told is None
         return 128 - code if code < 0 else code or int(unasked or self.cut)
 
