@@ -171,7 +171,7 @@ class Supervisor:
     def exit_code(self, code: int) -> int:
         """Return vLLM's own exit code, 128 + N after signal N, and never 0 where nobody asked for an end.
 
-        A start that failed for a reason that can be told ends with vLLM's code, and with 1 where we ended what was left.
+        A start that failed for a reason that can be told ends with vLLM's code, or with 1 where we killed the rest.
         """
         if self.hurried:
             assert self.told is not None
