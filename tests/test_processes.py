@@ -145,7 +145,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
             assert status(ready)[1] is not None and answers(f"{server.url}/health")  # it lives
             stuck.resume()
             wait_for(ready, 200)
-            assert answer.read().count(b"data: ") >= 700 - 1
+            assert b"[DONE]" in answer.read()
 
         with ThreadPoolExecutor() as pool:
             whole = [pool.submit(stream(server.url).read) for _ in range(2)]

@@ -55,7 +55,7 @@ REPLAYED_TOKENS = prometheus_client.Counter(
 
 
 class MeltMetrics(AggregateStatLoggerBase):
-    """A stat logger, which vLLM loads in every API server; it ignores other models than ours."""
+    """A stat logger, which vLLM loads in every API server; of other models than ours it counts the steps alone."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: Sequence[int]):
         self.engines = list(engine_indexes)
