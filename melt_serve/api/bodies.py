@@ -183,9 +183,15 @@ class Tokens(Body):
     sampling_params: Sampling | None = None
 
 
+class Abort(Body):
+    """Of the route that ends other requests, which answers before it looks at their ids."""
+
+    request_ids: list[str] | str | None = None
+
+
 ROUTES: dict[str, type[Body]] = {
     "/generative_scoring": Scoring,
-    "/inference/v1/abort_requests": Body,
+    "/inference/v1/abort_requests": Abort,
     "/inference/v1/generate": Tokens,
     "/invocations": Generation,
     "/v1/chat/completions": Generation,
