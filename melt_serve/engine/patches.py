@@ -22,7 +22,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.engine import usage
-from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
+from melt_serve.engine.depth import EFFORT, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -297,7 +297,7 @@ def _count_accepted(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         original(self, request, prompt, parent, index, *args, **kwargs)
         if index == 0:
-            usage.REQUESTS.labels(depth_of(request.sampling_params).loops).inc()
+            usage.count_accepted(request.sampling_params)
 
     add_request.melt_serve = True  # type: ignore[attr-defined]
     return add_request

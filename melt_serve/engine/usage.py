@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import prometheus_client
+from vllm import SamplingParams
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
 from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreOutput
@@ -28,6 +29,13 @@ TOKEN_LOOPS = prometheus_client.Histogram(
     ["loops"],
     buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
 )
+
+
+def count_accepted(params: SamplingParams | None) -> None:
+    """Count a request, if it has a depth: one of another model in this process has none."""
+    depth = (params and params.extra_args) or {}
+    if {"loops", "exit_threshold"} <= depth.keys():
+        REQUESTS.labels(depth["loops"]).inc()
 
 
 def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:

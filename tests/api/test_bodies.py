@@ -1,6 +1,7 @@
 """Bodies that are refused before vLLM reads them, each with its field's name; on real servers in test_requests.py."""
 
 import json
+import time
 
 import pytest
 
@@ -98,8 +99,6 @@ def test_a_field_that_a_route_would_ignore_or_choke_on_is_refused_there(path, bo
 
 
 def test_a_body_as_large_as_may_be_is_judged_in_little_time():
-    import time
-
     started = time.process_time()
     assert mistake({"prompt": list(range(600_000))}) is None
     assert mistake({"prompt": ["a"] * 800_000}) is None
