@@ -14,7 +14,6 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_NESTED = 100
 """Objects and arrays in each other. What parses, validates and copies a body behind us recurses."""
 INTEGERS = range(-(2**63), 2**64)
@@ -25,7 +24,8 @@ LONGEST_NAME = 100
 
 def find_mistake(scope: Scope, body: bytes) -> str | None:
     """Return what is wrong with a request's body, with the field's name, or None."""
-    if not body or Headers(scope=scope).get("content-type", "").startswith(FORMS):
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if not body or not (path in ROUTES or "json" in Headers(scope=scope).get("content-type", "")):
         return None
     try:
         value = json.loads(body, parse_constant=refuse_constant)
@@ -34,7 +34,6 @@ def find_mistake(scope: Scope, body: bytes) -> str | None:
         return TOO_DEEP
     except ValueError as error:
         return f"The body is no JSON that this server takes: {error}"
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path not in ROUTES and not isinstance(value, dict):
         return None
     try:

@@ -36,9 +36,10 @@ def test_what_servers_take_passes(body):
     assert mistake(body) is None
 
 
-def test_empty_bodies_and_forms_are_not_ours_to_judge():
+def test_empty_bodies_and_what_is_no_json_are_not_ours_to_judge():
     assert mistake(b"") is None
-    assert mistake(b"a=NaN", content_type="application/x-www-form-urlencoded") is None
+    assert mistake(b"a=NaN", path="/elsewhere", content_type="application/x-www-form-urlencoded") is None
+    assert mistake(b"a=NaN", content_type="") is not None
     assert mistake([1, 2], path="/tokenize") is None
 
 
