@@ -30,8 +30,6 @@ asks = st.builds(
     loops=st.none() | st.integers(1, MAX_LOOPS),
     exit_threshold=st.sampled_from((1.0, 1.0, 1.0, 0.6, 0.85)),
     priority=st.integers(0, 2),
-    penalty=st.sampled_from((0.0, 0.0, 0.5)),
-    leaves=st.sampled_from((None, None, None, 0, 1, 20)),
 )
 scenes = st.builds(
     Scene,

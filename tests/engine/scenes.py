@@ -35,8 +35,6 @@ class Ask:
         loops: at most so many; the checkpoint's own without.
         exit_threshold: at which its tokens leave the loops early; 1 for never.
         priority: the lower, the sooner; of use under vLLM's priority policy only.
-        penalty: of every kind that vLLM has, on what was said; log-probabilities are compared as they are before it.
-        leaves: cancelled once it has so many tokens, with 0 while it waits or in its prompt; not if None.
     """
 
     arrives: int
@@ -50,8 +48,6 @@ class Ask:
     loops: int | None = None
     exit_threshold: float = 1.0
     priority: int = 0
-    penalty: float = 0.0
-    leaves: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,11 @@ class Scene:
 CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
 TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
 DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2]) for i, ask in enumerate(CROWD))
-LEAVERS = tuple(replace(ask, leaves=(0, None, 40, 3)[i % 4], penalty=i / 5) for i, ask in enumerate(CROWD))
 SCENES = (
     Scene(CROWD, budget=97, spare_blocks=0),
     Scene(CROWD, spare_blocks=2, ahead=True),
     Scene(DEPTHS, budget=128, spare_blocks=2),
     Scene(TALK, spare_blocks=0),
-    Scene(LEAVERS, budget=97, spare_blocks=0),
 )
 """What every kind of engine must stand; together they preempt, hit the prefix cache and pass requests over."""
 
@@ -105,10 +99,7 @@ class Server:
         """Play the scene; return each answer's largest difference in log-probability from the reference."""
         played = play(self.llm, scene)
         self.counts.update(played.counts)
-        stayed = {
-            (number, each) for number, ask in enumerate(scene.asks) if ask.leaves is None for each in range(ask.n)
-        }
-        assert stayed <= played.answers.keys()
+        assert len(played.answers) == sum(ask.n for ask in scene.asks)
         asks = [scene.asks[number] for number, _ in played.answers]
         expected = reference_logprobs(
             self.model,
@@ -126,7 +117,6 @@ class Server:
 def play(llm: LLM, scene: Scene) -> Played:
     """Run the scene step by step; leave the engine as it was, but for the prefix cache."""
     live, played, scheduler = llm.llm_engine, Played(), scheduler_of(llm)
-    left: set[int] = set()
     arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
     if not scene.warm:
         assert live.reset_prefix_cache()
@@ -148,11 +138,6 @@ def play(llm: LLM, scene: Scene) -> Played:
             for output in live.step():
                 for answer in output.outputs:
                     played.answers[int(output.request_id), answer.index] = answer
-            for number in played.prompts.keys() - left:
-                leaves, answer = scene.asks[number].leaves, played.answers.get((number, 0))
-                if leaves is not None and len(answer.token_ids if answer else ()) >= leaves:
-                    live.abort_request([str(number)])
-                    left.add(number)
     raise AssertionError("the engine makes no progress")
 
 
@@ -178,12 +163,7 @@ def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
     temperature = 0 if ask.seed is None and ask.n == 1 else 1
     depth = {"exit_threshold": ask.exit_threshold, **({} if ask.loops is None else {"loops": ask.loops})}
     answer = min(ask.answer, MAX_LENGTH - prompt_length)
-    penalties = {
-        "presence_penalty": ask.penalty,
-        "frequency_penalty": ask.penalty,
-        "repetition_penalty": 1 + ask.penalty,
-    }
-    return everything(answer, temperature=temperature, seed=ask.seed, n=ask.n, extra_args=depth, **penalties)
+    return everything(answer, temperature=temperature, seed=ask.seed, n=ask.n, extra_args=depth)
 
 
 def blocks_of_longest(scheduler: Any, ahead: bool) -> int:
