@@ -48,11 +48,17 @@ def held(llm: Any) -> dict[str, int]:
 
 
 def cancel(llm: Any, *, among: set[RequestStatus] | None = None) -> int:
-    """Cancel all requests, or those whose status is among these; return how many."""
-    requests = scheduler_of(llm).requests
-    named = [key for key in requests if among is None or requests[key].status in among]
-    llm.llm_engine.abort_request(named, internal=True)
-    return len(named)
+    """Cancel all requests, or those whose status is among these, as a server does; return how many.
+
+    The server names a request as it was asked, with all its answers; vLLM keeps the record of a prompt with several
+    answers if they are cancelled one by one.
+    """
+    requests, states = scheduler_of(llm).requests, llm.llm_engine.output_processor.request_states
+    chosen = [key for key in requests if among is None or requests[key].status in among]
+    parents = {key: states[key].parent_req for key in chosen}
+    named = {key if (parent := parents[key]) is None else parent.request_id for key in chosen}
+    llm.llm_engine.abort_request(sorted(named), internal=True)
+    return len(chosen)
 
 
 def play_and_cancel(llm: Any, number: int) -> dict[str, int]:
