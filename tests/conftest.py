@@ -15,7 +15,7 @@ settings.register_profile("default", max_examples=16, deadline=None, derandomize
 settings.register_profile("long", max_examples=100, deadline=None, print_blob=True)
 settings.load_profile("default")  # else Hypothesis takes one of its own where the variable CI is set, of 100 examples
 
-SWITCHES = ("--enable-auto-tool-choice", "--enforce-eager")
+SWITCHES = ("--enable-auto-tool-choice", "--enable-scale-out", "--enforce-eager")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.logger import init_logger
 
+from melt_serve.api.bodies import find_mistake
+
 logger = init_logger("vllm.melt_serve.guard")
 
 OPEN = frozenset({"/health", "/ping", "/version", "/metrics", "/melt", "/melt/ready"})
@@ -166,6 +168,8 @@ class Guard:
             late = f"The request's body did not arrive within {self.limits.body_timeout:g} s."
             raise Refusal(HTTPStatus.REQUEST_TIMEOUT, late) from None
         whole: Message = {"type": "http.request", "body": b"".join(parts)}
+        if (mistake := find_mistake(scope, whole["body"])) is not None:
+            raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
         first = [whole if message["type"] == "http.request" else message]
 
         async def replay() -> Message:

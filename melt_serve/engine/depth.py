@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from reprlib import repr as shorten
 
 import torch
 from torch import Tensor
@@ -37,28 +38,32 @@ def resolve_depth(params: SamplingParams, config: MeltConfig) -> SamplingParams:
     """Validate a request's depth and write it out in a copy of its parameters, in `extra_args`, for `depth_of`.
 
     Raises:
-        VLLMValidationError: a depth that this checkpoint does not run; the message names the range.
+        VLLMValidationError: a depth that this checkpoint does not run; the message names the range, and a long value
+            is cut in it.
     """
     extra = dict(params.extra_args or {})
     effort = extra.pop(EFFORT, None)
     if effort is not None and effort not in EFFORTS:
         raise VLLMValidationError(
-            f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r}", parameter=EFFORT, value=effort
+            f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {shorten(effort)}",
+            parameter=EFFORT,
+            value=shorten(effort),
         )
     loops = extra.get("loops", config.total_ut_steps if effort is None else config.loops_by_effort[effort])
     threshold = extra.get("exit_threshold", config.early_exit_threshold)
     assert config.max_loops is not None
     if isinstance(loops, bool) or loops not in range(1, config.max_loops + 1):
         raise VLLMValidationError(
-            f"loops must be a whole number from 1 to {config.max_loops}, this checkpoint's max_loops, not {loops!r}",
+            f"loops must be a whole number from 1 to {config.max_loops}, this checkpoint's max_loops, "
+            f"not {shorten(loops)}",
             parameter="loops",
-            value=loops,
+            value=shorten(loops),
         )
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         raise VLLMValidationError(
-            f"exit_threshold must be above 0 and at most 1, where no token exits early, not {threshold!r}",
+            f"exit_threshold must be above 0 and at most 1, where no token exits early, not {shorten(threshold)}",
             parameter="exit_threshold",
-            value=threshold,
+            value=shorten(threshold),
         )
     resolved = params.clone()
     resolved.extra_args = {**extra, **asdict(Depth(int(loops), float(threshold)))}

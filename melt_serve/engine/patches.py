@@ -7,7 +7,7 @@ others ours. A patch that no longer fits raises: better no server than one that 
 import functools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
+from vllm.entrypoints.serve.exception_handling import error_response
+from vllm.exceptions import VLLMClientError, VLLMError, VLLMValidationError
 from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.engine import usage
-from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
+from melt_serve.engine.depth import EFFORT, resolve_depth
 from melt_serve.engine.lifeline import name_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -36,24 +37,40 @@ def apply() -> None:
     Raises:
         RuntimeError: vLLM does not have what is to be patched.
     """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     _replace(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _raise_unset_budget)
     _replace(InputProcessor, "process_inputs", _resolve_depth)
-    for request in (ChatCompletionRequest, ResponsesRequest):
+    _replace(AsyncLLM, "generate", _refuse_early)
+    _replace(OpenAIServingResponses, "_generate_with_builtin_tools", _refuse_responses_early)
+    _replace(AnthropicServingMessages, "create_messages", _answer_refusals)
+    _replace(error_response, "sanitize_message", _cut_message)
+    _replace(ChatCompletionRequest, "build_chat_params", _read_gateway_effort)
+    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         _replace(request, "to_sampling_params", _forward_effort)
+    _replace(OutputProcessor, "add_request", _count_accepted)
     _replace(OutputProcessor, "process_outputs", _record_loops)
-    _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_chat_response)
+    _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_response)
     _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.wrap_stream(results_at=1))
+    _replace(OpenAIServingChatBatch, "chat_completion_full_generator_batch", usage.wrap_batch)
+    _replace(AnthropicServingMessages, "messages_full_converter", usage.wrap_message)
+    _replace(AnthropicServingMessages, "message_stream_converter", usage.wrap_message_stream)
     _replace(OpenAIServingCompletion, "request_output_to_completion_response", usage.wrap_completions)
     _replace(OpenAIServingCompletion, "completion_stream_generator", usage.wrap_stream(results_at=2))
     _replace(OpenAIServingResponses, "responses_full_generator", usage.wrap_responses)
+    _replace(ServingTokens, "serve_tokens_full_generator", usage.wrap_response)
+    _replace(ServingTokens, "serve_tokens_stream_generator", usage.wrap_stream(results_at=1))
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
 
@@ -220,7 +237,8 @@ RESUMABLE_REFUSED = (
 
 
 def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Every request passes here, however vLLM is run, and an error raised here becomes a 400.
+    # Every request passes here, however vLLM is run, and a VLLMValidationError raised here becomes a 400. Of what else
+    # vLLM's checks raise (a grammar that recurses, a number that does not fit), AsyncLLM makes a 500 without a message.
     @functools.wraps(original)
     def process_inputs(
         self: InputProcessor,
@@ -235,11 +253,89 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
             if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
                 raise VLLMValidationError(RESUMABLE_REFUSED)
             params = resolve_depth(params, self.model_config.hf_config)
-            usage.REQUESTS.labels(depth_of(params).loops).inc()
-        return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
+        try:
+            return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
+        except VLLMError:
+            raise
+        except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
+            raise VLLMValidationError(f"vLLM does not take this request: {error or type(error).__name__}") from error
 
     process_inputs.melt_serve = True  # type: ignore[attr-defined]
     return process_inputs
+
+
+def _refuse_early(original: Callable[..., AsyncGenerator]) -> Callable[..., AsyncGenerator]:
+    # An asynchronous generator runs when it is iterated: a stream's 200 has then gone out, and what is wrong with the
+    # request can only be told in an event. So the request is checked when the generator is made, and again as before.
+    @functools.wraps(original)
+    def generate(
+        self: Any, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator:
+        _check(self, prompt, sampling_params, request_id, **kwargs)
+        return original(self, prompt, sampling_params, request_id, **kwargs)
+
+    generate.melt_serve = True  # type: ignore[attr-defined]
+    return generate
+
+
+def _refuse_responses_early(original: Callable[..., AsyncGenerator]) -> Callable[..., AsyncGenerator]:
+    # The same: the Responses API calls AsyncLLM.generate in a generator of its own.
+    @functools.wraps(original)
+    def generate_with_tools(
+        self: Any, request_id: str, engine_input: Any, sampling_params: SamplingParams, **kwargs: Any
+    ) -> AsyncGenerator:
+        _check(self.engine_client, engine_input, sampling_params, request_id, **kwargs)
+        return original(self, request_id, engine_input, sampling_params, **kwargs)
+
+    generate_with_tools.melt_serve = True  # type: ignore[attr-defined]
+    return generate_with_tools
+
+
+def _check(engine: Any, prompt: Any, params: SamplingParams, request_id: str, **kwargs: Any) -> None:
+    """Raise what vLLM's input processor says of a request, if its prompt is tokens already."""
+    if isinstance(prompt, Mapping) and "type" in prompt:
+        known = {name: kwargs[name] for name in ("lora_request", "data_parallel_rank") if name in kwargs}
+        engine.input_processor.process_inputs(request_id, prompt, params, ("generate",), **known)
+
+
+def _answer_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+    # What this raises vLLM answers as it should, but with a traceback in the log for every mistake of a client.
+    @functools.wraps(original)
+    async def create_messages(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await original(self, *args, **kwargs)
+        except (VLLMClientError, TypeError, ValueError) as error:
+            return error_response.create_error_response(error)
+
+    create_messages.melt_serve = True  # type: ignore[attr-defined]
+    return create_messages
+
+
+LONGEST_MESSAGE = 1000
+"""Characters of an error's message: vLLM repeats the value that it refuses, which may be megabytes."""
+
+
+def _cut_message(original: Callable[[str], str]) -> Callable[[str], str]:
+    @functools.wraps(original)
+    def sanitize(message: str) -> str:
+        return original(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+
+    sanitize.melt_serve = True  # type: ignore[attr-defined]
+    return sanitize
+
+
+def _count_accepted(original: Callable[..., None]) -> Callable[..., None]:
+    # A request that was refused does not come here. Of n answers to a prompt, the first one counts.
+    @functools.wraps(original)
+    def add_request(
+        self: OutputProcessor, request: Any, prompt: Any, parent: Any = None, index: int = 0, *args: Any, **kwargs: Any
+    ) -> None:
+        original(self, request, prompt, parent, index, *args, **kwargs)
+        if index == 0:
+            usage.count_accepted(request.sampling_params)
+
+    add_request.melt_serve = True  # type: ignore[attr-defined]
+    return add_request
 
 
 def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,18 +349,45 @@ def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward_effort(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
-    # vLLM gives OpenAI's reasoning_effort to the chat template only.
+    # vLLM gives OpenAI's reasoning_effort to the chat template only, and to nobody where there is none.
     @functools.wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
         params = original(self, *args, **kwargs)
-        reasoning = getattr(self, "reasoning", None)  # the Responses API's
-        effort = reasoning.effort if reasoning is not None else getattr(self, "reasoning_effort", None)
+        effort = _effort_of(self)
         if effort is not None:
             params.extra_args = {**(params.extra_args or {}), EFFORT: effort}
         return params
 
     to_sampling_params.melt_serve = True  # type: ignore[attr-defined]
     return to_sampling_params
+
+
+def _read_gateway_effort(original: Callable[..., Any]) -> Callable[..., Any]:
+    # The chat template asks for the effort, too: none switches reasoning off.
+    @functools.wraps(original)
+    def build_chat_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.reasoning_effort = _effort_of(self)
+        return original(self, *args, **kwargs)
+
+    build_chat_params.melt_serve = True  # type: ignore[attr-defined]
+    return build_chat_params
+
+
+def _effort_of(request: Any) -> Any:
+    """Return the effort that a request asks for, not validated, or None.
+
+    Beside OpenAI's `reasoning_effort` there is `reasoning`: an object of the Responses API, and of gateways, which send
+    it on every route, also as a bare word or with nothing but `{"enabled": false}`.
+    """
+    effort = getattr(request, EFFORT, None)
+    reasoning = getattr(request, "reasoning", None)
+    if effort is not None or reasoning is None:
+        return effort
+    if isinstance(reasoning, str):
+        return reasoning
+    if isinstance(reasoning, Mapping):
+        return "none" if reasoning.get("enabled") is False else reasoning.get("effort")
+    return getattr(reasoning, "effort", None)
 
 
 BEAM_SEARCH_REFUSED = (

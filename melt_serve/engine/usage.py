@@ -8,10 +8,12 @@ request, `kv_transfer_params`. Here it is taken out again.
 import functools
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import prometheus_client
+from vllm import SamplingParams
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
 from vllm.outputs import RequestOutput
 from vllm.v1.engine import EngineCoreOutput
 
@@ -27,6 +29,13 @@ TOKEN_LOOPS = prometheus_client.Histogram(
     ["loops"],
     buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
 )
+
+
+def count_accepted(params: SamplingParams | None) -> None:
+    """Count a request, if it has a depth: one of another model in this process has none."""
+    depth = (params and params.extra_args) or {}
+    if {"loops", "exit_threshold"} <= depth.keys():
+        REQUESTS.labels(depth["loops"]).inc()
 
 
 def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:
@@ -64,13 +73,13 @@ class LoopUsage:
             self.run[prompt] = Counter(run)
             output.kv_transfer_params = params or None
 
-    async def watch(self, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """Yield the same results, outputs or pairs of a prompt's number and its output, and add each."""
+    async def watch(self, results: AsyncIterator[Any], prompt: int = 0) -> AsyncIterator[Any]:
+        """Yield the same results, outputs of a prompt or pairs of a prompt's number and its output, and add each."""
         async for result in results:
             if isinstance(result, tuple):
                 self.add(result[1], result[0])
             else:
-                self.add(result)
+                self.add(result, prompt)
             yield result
 
     @property
@@ -82,8 +91,8 @@ class LoopUsage:
         return {"mean": sum(loops * tokens for loops, tokens in total.items()) / total.total(), "max": max(total)}
 
 
-def wrap_chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's chat responses, (self, request, results, ...) -> response."""
+def wrap_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap vLLM's chat responses and answers in tokens, (self, request, results, ...) -> response."""
 
     @functools.wraps(original)
     async def respond(self: Any, request: Any, results: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +102,70 @@ def wrap_chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
 
     respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
+
+
+def wrap_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap vLLM's responses to several chats at once, (self, request, results of each chat, ...) -> response."""
+
+    @functools.wraps(original)
+    async def respond(
+        self: Any, request: Any, results: Sequence[AsyncIterator[RequestOutput]], *args: Any, **kwargs: Any
+    ) -> Any:
+        loops = LoopUsage()
+        watched = [loops.watch(each, prompt) for prompt, each in enumerate(results)]
+        return add_usage(await original(self, request, watched, *args, **kwargs), loops)
+
+    respond.melt_serve = True  # type: ignore[attr-defined]
+    return respond
+
+
+class MessageUsage(AnthropicUsage):
+    """The usage of an answer in Anthropic's API, whose model takes no more fields."""
+
+    loops: dict[str, int | float]
+
+
+class Message(AnthropicMessagesResponse):
+    """An answer in Anthropic's API that tells its loops."""
+
+    usage: MessageUsage | None = None
+
+
+def wrap_message(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what makes an answer of Anthropic's API from a chat response, (self, response) -> answer."""
+
+    @functools.wraps(original)
+    def convert(self: Any, response: Any) -> Any:
+        answer = original(self, response)
+        loops = getattr(response.usage, "loops", None)
+        if loops is None or answer.usage is None:
+            return answer
+        usage = MessageUsage(**dict(answer.usage), loops=loops)
+        return Message.model_construct(**{**dict(answer), "usage": usage})
+
+    convert.melt_serve = True  # type: ignore[attr-defined]
+    return convert
+
+
+def wrap_message_stream(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
+    """Wrap what makes a stream of Anthropic's API from a chat's, (self, events) -> events."""
+
+    @functools.wraps(original)
+    async def convert(self: Any, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        loops = None
+
+        async def watch() -> AsyncIterator[str]:
+            nonlocal loops
+            async for event in events:
+                if '"loops": {' in event:
+                    loops = json.loads(event.removeprefix("data: "))["usage"]["loops"]
+                yield event
+
+        async for event in original(self, watch()):
+            yield add_to_event(event, loops) if loops else event
+
+    convert.melt_serve = True  # type: ignore[attr-defined]
+    return convert
 
 
 def wrap_completions(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,6 +204,16 @@ def add_usage(response: Any, loops: LoopUsage) -> Any:
     return response
 
 
+def add_to_event(event: str, loops: dict[str, float]) -> str:
+    """Set `usage.loops` in a server-sent event that has a usage, and return the event."""
+    if '"usage":{' not in event:
+        return event
+    head, _, data = event.partition("data: ")
+    body = json.loads(data)
+    body["usage"]["loops"] = loops
+    return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
 def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a wrapper of vLLM's streams of server-sent events, which adds the loops to the event with the usage.
 
@@ -145,11 +228,7 @@ def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[...,
             arguments = list(args)
             arguments[results_at] = loops.watch(arguments[results_at])
             async for event in original(self, *arguments, **kwargs):
-                if loops.summary and '"usage":{' in event:
-                    body = json.loads(event.removeprefix("data: "))
-                    body["usage"]["loops"] = loops.summary
-                    event = f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-                yield event
+                yield add_to_event(event, loops.summary) if loops.summary else event
 
         stream.melt_serve = True  # type: ignore[attr-defined]
         return stream

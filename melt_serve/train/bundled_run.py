@@ -31,6 +31,8 @@ EXIT_BIAS = -3.0
 """The exit gate's bias before it is trained: a token leaves after a loop with a probability of about one in twenty."""
 EXIT_THRESHOLDS = (0.9, 0.5)
 """Measured at the usual depth."""
+EFFORTS = {"none": 2, "minimal": 2}
+"""Loops of the least efforts: after one loop the model repeats a name and never ends."""
 
 
 def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Session, count: int) -> list[Score]:
@@ -52,6 +54,7 @@ def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Sessio
     for name, stage in phases:
         distil(name, stage, teacher, student, tokenizer, folder, session)
     melt = plain(student)
+    melt.config.effort_loops = EFFORTS
     scores = measure(teacher, shallow, melt, recipe, count)
     minutes = minutes_trained(folder / LOG)
     target.mkdir(parents=True, exist_ok=True)

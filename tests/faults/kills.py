@@ -1,0 +1,47 @@
+"""Kills: one process of a server's tree dies under load, and all others must follow it."""
+
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from melt_serve.server_process import ServerError
+from tests.faults.servers import MODES, serving
+from tests.faults.storm import storm
+
+SECONDS_TO_END = 10
+
+
+def kill_one(seed: int, log: Path) -> str | None:
+    """Start a server, kill one of its processes at a moment that the seed says; return what was left alive, or None."""
+    chance = random.Random(seed)
+    try:
+        with serving(MODES[seed % 2], log) as attacked:
+            crowd = threading.Thread(target=storm, args=(attacked, 2, seed))
+            crowd.start()
+            time.sleep(2 * chance.random())
+            server = psutil.Process(attacked.server.process.pid)
+            tree = [server, *server.children(recursive=True)]
+            victim = chance.choice(tree)
+            name = " ".join(victim.cmdline())[-60:] or victim.name()
+            victim.send_signal(signal.SIGKILL)
+            attacked.server.process.poll()  # else it stays a zombie
+            over = time.monotonic() + SECONDS_TO_END
+            while (alive := [each for each in tree if lives(each)]) and time.monotonic() < over:
+                attacked.server.process.poll()
+                time.sleep(0.2)
+            crowd.join()
+    except ServerError as error:
+        return f"the server did not start: {error}"
+    return f"{name} was killed, {len(alive)} of {len(tree)} processes stayed" if alive else None
+
+
+def lives(process: psutil.Process) -> bool:
+    """Return whether a process runs still."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
