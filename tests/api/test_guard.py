@@ -24,7 +24,15 @@ def application(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         app, endpoint = FastAPI(), MeltEndpoint()
-        app.state.args = Namespace(api_key=keys)
+        app.state.args = Namespace(
+            api_key=keys,
+            host="0.0.0.0",
+            uds=None,
+            allowed_origins=[],
+            allow_credentials=False,
+            allowed_methods=["*"],
+            allowed_headers=["*"],
+        )
         endpoint.attach_router(app)
         asyncio.run(endpoint.init_state(None, app.state, app.state.args))
 
