@@ -1,6 +1,7 @@
 """The answer to one request, on its way out: it knows what has been sent, and can be ended at any point."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -93,15 +94,15 @@ class Answer:
         A client may see that an answer was cut: its last chunk is missing.
         """
         self.closed = True
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(LAST_SECOND):
-                if self.status is None or self.head is not None:
+                if self.whole:
+                    pass  # the client has yet to read it
+                elif self.status is None or self.head is not None:
                     await self.send_refusal(refusal, receive, cors)
-                elif self.streams and not self.whole:
+                elif self.streams:
                     event = b"data: " + error_body(refusal.status, refusal.message) + b"\n\n"
                     await self.send({"type": "http.response.body", "body": event, "more_body": True})
-        except TimeoutError:
-            pass
         if self.connection is not None:
             await self.connection.close()
 
@@ -120,12 +121,10 @@ class Answer:
             if message["type"] == "http.response.body" and not refusal.body_is_read:
                 await self.send({**message, "more_body": True})
                 message = {"type": "http.response.body"}
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(LAST_SECOND / 2):
                         while (await receive()).get("more_body"):
                             pass
-                except TimeoutError:
-                    pass
             await self.send(message)
 
         await CORSMiddleware(error, **cors)(self.scope, receive, send)

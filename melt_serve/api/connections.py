@@ -109,7 +109,7 @@ class Connection(HttpToolsProtocol):
             return
         self.refused = True
         self.head_is_here()
-        logger.info("%s: no request, %d: %s", self.client[0] if self.client else "-", status, message)
+        logger.info("%s: no whole request, %d: %s", self.client[0] if self.client else "-", status, message)
         if self.answering:  # another request of this connection: an error would be read as a part of its answer
             self.transport.close()
         else:

@@ -21,7 +21,7 @@ from melt_serve.api.routes import MeltEndpoint
 
 LIMITS = {
     "MELT_MAX_HEADER_BYTES": "4000",
-    "MELT_HEADER_TIMEOUT": "0.7",
+    "MELT_HEADER_TIMEOUT": "1.5",
     "MELT_MAX_BODY_BYTES": "200000",
     "MELT_BODY_TIMEOUT": "0.7",
     "MELT_REQUEST_TIMEOUT": "1",
@@ -106,7 +106,7 @@ def everything(client):
         while part := client.recv(65536):
             said += part
     except ConnectionResetError:
-        said += b"(reset)"
+        pass  # it was closed while we sent; what had come before can be read
     return said
 
 
@@ -140,12 +140,12 @@ def test_headers_without_end_are_refused(stage, lines):
         client.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 5000)
         status, told = error(everything(client))
     assert status == told["code"] == 431 and "4000 bytes" in told["message"]
-    assert lines()[-1].startswith("127.0.0.1: no request, 431")
+    assert lines()[-1].startswith("127.0.0.1: no whole request, 431")
     answer, _ = stage.ask("GET", "/melt", headers={"X": "x" * 4000})  # whole, and too large
     assert answer.status == 431
 
 
-def test_a_value_without_end_after_the_body_is_refused(stage):
+def test_a_value_without_end_after_the_body_is_refused(stage, lines):
     with stage.connect() as client:
         client.sendall(b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
         try:
@@ -153,7 +153,8 @@ def test_a_value_without_end_after_the_body_is_refused(stage):
                 client.sendall(b"x" * 100_000)
         except OSError:
             pass
-    until(lambda: not stage.server.server_state.connections, 3)
+    until(lambda: any("no whole request, 413" in line for line in lines()))
+    until(lambda: not stage.server.server_state.connections)
 
 
 def test_connections_that_are_silent_or_drip_are_closed(stage, lines):
@@ -167,15 +168,15 @@ def test_connections_that_are_silent_or_drip_are_closed(stage, lines):
             time.sleep(0.1)
 
     silent, dripping, between = stage.connect(), stage.connect(), stage.connect()
-    between.sendall(b"GET /melt/info HTTP/1.1\r\n\r\n")  # after its answer it never sends a whole next request
+    between.sendall(b"GET /melt HTTP/1.1\r\n\r\n")  # after its answer it never sends a whole next request
     dripping.sendall(b"GET / HTTP/1.1\r\n")
     for client in (dripping, between):
-        threading.Thread(target=drips, args=(client, 3)).start()
-    assert until(lambda: not stage.server.server_state.connections) < 2.5
+        threading.Thread(target=drips, args=(client, 5)).start()
+    assert until(lambda: not stage.server.server_state.connections) < 5
     assert everything(silent) == b""
     status, told = error(everything(dripping))
-    assert status == 408 and "0.7 s" in told["message"]
-    assert any("no request, 408" in line for line in lines())
+    assert status == 408 and "1.5 s" in told["message"]
+    assert any("no whole request, 408" in line for line in lines())
 
 
 def test_there_are_only_so_many_connections(stage):
@@ -211,7 +212,7 @@ def test_a_stream_past_its_time_ends_with_an_error_and_without_an_end(stage, lin
     with stage.connect() as client:
         client.sendall(b"GET /stream HTTP/1.1\r\n\r\n")
         said = everything(client)
-    assert b'"code": 504' in said.splitlines()[-2] and not said.endswith(b"0\r\n\r\n")
+    assert b'"code": 504' in said.rpartition(b"data: ")[2] and not said.endswith(b"0\r\n\r\n")
     until(lambda: stage.ended)
     until(lambda: lines())
     assert "GET '/stream' 200 in 1." in lines()[0] and ", cut: The answer took longer than 1 s" in lines()[0]
@@ -223,7 +224,7 @@ def test_an_answer_that_nobody_reads_is_given_up_a_second_after_its_time(stage, 
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
         until(lambda: stage.server.server_state.connections)
-        assert until(lambda: not stage.server.server_state.connections) < 3.5
+        assert until(lambda: not stage.server.server_state.connections) < 6
         until(lambda: lines())
         assert ", cut: " in lines()[0]
 
@@ -236,17 +237,16 @@ def test_a_client_that_leaves_is_told_apart(stage, lines):
     assert ", client gone, " in lines()[0] and stage.ended
 
 
-def test_an_open_answer_ends_with_an_error_when_the_server_stops(stage, lines, monkeypatch):
+def test_an_open_answer_ends_with_an_error_when_the_server_stops(stage, lines):
     with stage.connect() as client:
         client.sendall(b"GET /stream HTTP/1.1\r\n\r\n")
         client.recv(100)
         started = time.monotonic()
         stage.server.should_exit = True
-        stage.server.config.timeout_graceful_shutdown = None
         said = everything(client)
         stage.thread.join(10)
-        assert not stage.thread.is_alive() and time.monotonic() - started < 3
-    assert b"stopping" in said.splitlines()[-2]
+        assert not stage.thread.is_alive() and time.monotonic() - started < 5
+    assert b"stopping" in said.rpartition(b"data: ")[2]
     assert ", cut: The server is stopping" in lines()[0]
 
 

@@ -20,7 +20,7 @@ LONG = {"model": "melt-demo", "prompt": "Find everybody.", "max_tokens": 1900, "
 def server(tmp_path_factory):
     port = free_port()
     words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20)]
-    words += ["--request-timeout", "3", "--shutdown-timeout", "1"]
+    words += ["--request-timeout", "4", "--shutdown-timeout", "1"]
     command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
     log = tmp_path_factory.mktemp("limits") / "log.txt"
     with running(command, port, log, environment={"VLLM_LOGGING_LEVEL": "INFO"}) as server:
@@ -70,7 +70,7 @@ def test_an_answer_past_its_time_frees_its_rows(server, n):
     answer = httpx.post(
         f"{server.url}/v1/completions", json={**LONG, "n": n}, headers={"X-Request-Id": f"late-{n}"}, timeout=30
     )
-    assert answer.status_code == 504 and "3 s" in answer.json()["error"]["message"]
+    assert answer.status_code == 504 and "4 s" in answer.json()["error"]["message"]
     assert answer.headers["connection"] == "close"
     rows_are_freed(server)
     assert ", timed out: " in line_of(server, f"late-{n}")
@@ -80,7 +80,7 @@ def test_a_stream_past_its_time_ends_with_an_error_and_frees_its_rows(server):
     said = cut_stream(server, "cut-1")
     assert json.loads(said.strip().rpartition(b"data: ")[2])["error"]["code"] == 504
     rows_are_freed(server)
-    assert " 200 in 3." in (line := line_of(server, "cut-1")) and ", cut: " in line
+    assert " 200 in 4." in (line := line_of(server, "cut-1")) and ", cut: " in line
 
 
 def test_the_log_says_how_each_request_ended(server):
@@ -91,7 +91,7 @@ def test_the_log_says_how_each_request_ended(server):
     assert ask("short", max_tokens=2).status_code == 200
     assert ", served, " in line_of(server, "short")
     assert ask("wrong", temperature="x" * 100_000).status_code == 400
-    assert ", refused: 'Bad Request, body.temperature', " in line_of(server, "wrong")
+    assert ", refused: " in line_of(server, "wrong") and "temperature" in line_of(server, "wrong")
     assert len(ask("unknown", model="x" * 100_000).text) < 3000
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/completions", json=LONG, headers={"X-Request-Id": "left"}, timeout=0.5)
@@ -109,7 +109,7 @@ def test_open_answers_end_with_an_error_when_the_server_stops(server):
     """This one comes last: it stops the server."""
     threading.Timer(0.5, server.process.send_signal, [signal.SIGTERM]).start()
     said = cut_stream(server, "cut-2")
-    assert b'"error"' in said.strip().rpartition(b"data: ")[2]
+    assert "stopping" in json.loads(said.strip().rpartition(b"data: ")[2])["error"]["message"]
     started = time.monotonic()
     server.process.wait(30)
     assert time.monotonic() - started < 10
