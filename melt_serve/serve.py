@@ -27,7 +27,11 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
   --api-key KEY                            who may ask; better by the environment, as VLLM_API_KEY
   --allowed-origins '["https://a.org"]'    whose web pages may ask; by default no other server's
 * --max-body-bytes N                       of a request, 4194304 by default; larger ones get a 413
-* --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be sent (600)
+* --body-timeout S, --request-timeout S    seconds for a request to arrive (30), for its answer to be taken (600)
+* --max-header-bytes N, --header-timeout S of a request's headers (32768), seconds for them to arrive (10)
+* --max-connections N                      open at a time (4096)
+* --max-n N                                answers to one prompt, OpenAI's n (128)
+* --allowed-hosts a.org,b.org              more names for a server on this machine without a key; * for any
 * --step-timeout S                         seconds without a step, requests waiting, until /melt/ready says 503 (60)
   --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
 * --skip-checks                            start at once, without a look at port, limits and checkpoint
@@ -55,13 +59,20 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
 
-# Flags of ours that reach the API server (api/guard.py, api/health.py) by the environment.
-LIMITS = {
-    "--max-body-bytes": "MELT_MAX_BODY_BYTES",
-    "--body-timeout": "MELT_BODY_TIMEOUT",
-    "--request-timeout": "MELT_REQUEST_TIMEOUT",
-    "--step-timeout": "MELT_STEP_TIMEOUT",
+# Flags of ours that reach the API server (api/limits.py, api/health.py), and --max-n vLLM, by the environment.
+LIMITS: dict[str, tuple[str, type[int] | type[float] | type[str]]] = {
+    "--max-body-bytes": ("MELT_MAX_BODY_BYTES", int),
+    "--body-timeout": ("MELT_BODY_TIMEOUT", float),
+    "--request-timeout": ("MELT_REQUEST_TIMEOUT", float),
+    "--step-timeout": ("MELT_STEP_TIMEOUT", float),
+    "--max-header-bytes": ("MELT_MAX_HEADER_BYTES", int),
+    "--header-timeout": ("MELT_HEADER_TIMEOUT", float),
+    "--max-connections": ("MELT_MAX_CONNECTIONS", int),
+    "--max-n": ("VLLM_MAX_N_SEQUENCES", int),
+    "--allowed-hosts": ("MELT_ALLOWED_HOSTS", str),
 }
+DEFAULT_MAX_N = "128"
+"""OpenAI's own; vLLM's is 16,384, which holds the server for half a minute."""
 
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
 # JSON may hold any white space, it likes to write nothing else.
@@ -94,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     from melt_serve.supervisor import supervise  # needs what comes with vLLM
 
     plugged = os.environ.get("VLLM_PLUGINS", ",".join(plugins()))
-    return supervise(words, {"VLLM_PLUGINS": plugged, **limits}, explain)
+    return supervise(words, {"VLLM_PLUGINS": plugged, "VLLM_MAX_N_SEQUENCES": DEFAULT_MAX_N, **limits}, explain)
 
 
 def plugins() -> list[str]:
@@ -109,19 +120,18 @@ def take_limits(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     Raises:
         ValueError: a limit is no positive number.
     """
-    limits = {variable: os.environ[variable] for variable in LIMITS.values() if variable in os.environ}
+    limits = {variable: os.environ[variable] for variable, _ in LIMITS.values() if variable in os.environ}
     others: list[str] = []
     words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in LIMITS:
-            limits[LIMITS[flag]] = value if equals else next(words, "")
+            limits[LIMITS[flag][0]] = value if equals else next(words, "")
         else:
             others.append(word)
-    for flag, variable in LIMITS.items():
-        number = int if flag == "--max-body-bytes" else float
+    for flag, (variable, number) in LIMITS.items():
         try:
-            positive = number(limits.get(variable, "1")) > 0
+            positive = number is str or float(number(limits.get(variable, "1"))) > 0
         except ValueError:
             positive = False
         if not positive:

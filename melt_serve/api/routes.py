@@ -2,20 +2,26 @@
 
 import base64
 import hashlib
+import os
 import re
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.types import ASGIApp
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from melt_serve.api.guard import Guard, Limits
+from melt_serve.api.errors import shorten
+from melt_serve.api.guard import Guard, own_hosts
 from melt_serve.api.health import Closing, Readiness, show_ready, step_timeout
 from melt_serve.api.info import Info, lasting_facts, read_metrics
+from melt_serve.api.limits import Limits
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import lifeline
 from melt_serve.engine.patches import stop_quietly
@@ -30,13 +36,15 @@ class MeltEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and put the guard before all."""
-        keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        """Add the routes, and put the guard before all: before vLLM's middlewares, which it adds later, too."""
         app.add_middleware(Closing)
-        app.add_middleware(Guard, keys=keys, limits=Limits.from_environment())
+        guard = make_guard(app.state.args)
+        build_all = app.build_middleware_stack
+        app.build_middleware_stack = lambda: guard(build_all())  # type: ignore[method-assign]
         app.add_api_route("/melt", show_page, response_class=HTMLResponse)
         app.add_api_route("/melt/ready", show_ready)
         app.add_api_route("/melt/info", show_info, response_model=Info, response_model_exclude_none=True)
+        app.add_api_route("/v1/models/{name:path}", show_model)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Collect the facts, once the engine knows its KV cache."""
@@ -49,6 +57,34 @@ class MeltEndpoint:
             state.melt_readiness = Readiness(engine_client, step_timeout())
         if engine_client is not None:
             lifeline.tell_ready(engine_client.vllm_config.shutdown_timeout)
+
+
+def make_guard(args: Namespace) -> Callable[[ASGIApp], Guard]:
+    """Return what puts a guard around an application, as vLLM's flags and our environment say."""
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    reachable = bool(keys) or args.uds is not None  # no browser reaches a Unix socket
+    return partial(
+        Guard,
+        limits=Limits.from_environment(),
+        keys=keys,
+        hosts=frozenset() if reachable else own_hosts(args.host, os.environ.get("MELT_ALLOWED_HOSTS", "")),
+        cors={
+            "allow_origins": args.allowed_origins,
+            "allow_credentials": args.allow_credentials,
+            "allow_methods": args.allowed_methods,
+            "allow_headers": args.allowed_headers,
+        },
+    )
+
+
+async def show_model(name: str, request: Request) -> JSONResponse:
+    """Answer with one of the models, or adapters, that `/v1/models` lists, or with a 404."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for model in models.data:
+        if model.id == name:
+            return JSONResponse(model.model_dump())
+    served = ", ".join(model.id for model in models.data)
+    raise HTTPException(404, f"There is no model {shorten(name, 100)!r} here: {served}.")
 
 
 async def show_page() -> HTMLResponse:

@@ -24,13 +24,25 @@ def application(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         app, endpoint = FastAPI(), MeltEndpoint()
-        app.state.args = Namespace(api_key=keys)
+        app.state.args = Namespace(
+            api_key=keys,
+            host="0.0.0.0",
+            uds=None,
+            allowed_origins=[],
+            allow_credentials=False,
+            allowed_methods=["*"],
+            allowed_headers=["*"],
+        )
         endpoint.attach_router(app)
         asyncio.run(endpoint.init_state(None, app.state, app.state.args))
 
         @app.post("/echo")
         async def echo(request: Request):
             return {"size": len(await request.body()), "id": request.headers["X-Request-Id"]}
+
+        @app.get("/health")
+        async def health():
+            return None
 
         @app.get("/slow")
         async def slow():
@@ -130,6 +142,7 @@ def test_every_request_has_an_id_that_stands_in_the_log(application, caplog, mon
     assert made.headers["X-Request-Id"] == made.json()["id"] != "two\\nlines"
     client.get("/health")
     lines = [record.getMessage() for record in caplog.records if record.name == "vllm.melt_serve.guard"]
+    assert all(", served, " in line for line in lines)
     assert len(lines) == 2 and "POST '/echo' 200 in" in lines[0] and lines[0].endswith("request mine-1")
     assert lines[1].endswith(made.json()["id"])
 

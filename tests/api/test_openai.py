@@ -343,3 +343,11 @@ def test_a_prompt_as_long_as_the_context_is_refused_not_kept_waiting(client):
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         client.completions.create(model=MODEL, prompt=[5] * 768, max_tokens=1)
     assert client.completions.create(model=MODEL, prompt=[5] * 767, max_tokens=1).choices[0].finish_reason
+
+
+def test_a_model_is_found_by_its_name(client):
+    (listed,) = client.models.list().data
+    assert client.models.retrieve("melt-demo").id == listed.id == "melt-demo"
+    for unknown in ("other", "org/name"):
+        with pytest.raises(openai.NotFoundError, match=f"no model '{unknown}' here: melt-demo"):
+            client.models.retrieve(unknown)

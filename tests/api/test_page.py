@@ -116,3 +116,89 @@ def test_nothing_stands_in_the_way_of_a_screen_reader(visit, scheme):
 def test_it_fits_a_telephone(visit):
     page = visit(viewport={"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def answer_with(page, *events):
+    """Let the server's answer to a question be this stream; what no healthy server sends."""
+    body = "".join(f"{event}\n\n" for event in events)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.fill("#prompt", "Where is Jack?")
+    page.click("#send")
+
+
+def piece(text, finish="null"):
+    return f'data: {{"choices": [{{"delta": {{"content": "{text}"}}, "finish_reason": {finish}}}]}}'
+
+
+def test_comments_that_keep_a_stream_open_are_no_part_of_the_answer(visit):
+    page = visit()
+    answer_with(page, ": keep-alive", piece("In "), ": keep-alive", piece("Bern.", '"stop"'), "data: [DONE]")
+    expect(page.locator("#answer")).to_have_text("In Bern.")
+    expect(page.locator("#said")).to_contain_text("first token after")
+    expect(page.locator("#said")).not_to_contain_text("Cut")
+
+
+@pytest.mark.parametrize(
+    ("finish", "rest", "said"),
+    [
+        ("null", [], "the connection ended before the answer"),
+        ('"abort"', ["data: [DONE]"], "the server ended it early"),
+        ('"length"', ["data: [DONE]"], "512 tokens"),
+    ],
+)
+def test_what_cuts_an_answer_short_is_said(visit, finish, rest, said):
+    page = visit()
+    answer_with(page, piece("In", finish), *rest)
+    expect(page.locator("#said")).to_contain_text("Cut: ")
+    expect(page.locator("#said")).to_contain_text(said)
+
+
+def test_numbers_of_a_server_that_is_gone_are_grey(visit):
+    page = visit()
+    page.context.set_offline(True)
+    expect(page.locator("#state.alarm")).to_contain_text("does not answer; trying again; the numbers are of ")
+    grey = page.evaluate(
+        "[getComputedStyle(document.querySelector('#kv-own')).color, "
+        "getComputedStyle(document.querySelector('.facts dt')).color]"
+    )
+    assert grey[0] == grey[1]
+    page.context.set_offline(False)
+    expect(page.locator("#state")).to_have_text("connected")
+    assert page.evaluate("getComputedStyle(document.querySelector('#kv-own')).color") != grey[0]
+
+
+def test_the_legend_has_the_colours_of_the_lines(visit):
+    page = visit()
+    for which in ("own", "other"):
+        label, line = page.evaluate(
+            f"[getComputedStyle(document.querySelector('dt.{which}')).color, "
+            f"getComputedStyle(document.querySelector('#line-{which}')).stroke]"
+        )
+        assert label == line
+
+
+def test_the_ratio_and_the_ends_of_the_slider_are_said_in_words(visit):
+    page = visit()
+    expect(page.locator("#ratio")).to_have_text("A LoopLM of this shape needs 4.0 times the memory for each token.")
+    expect(page.locator("#loops-ends")).to_contain_text("1, the fastest")
+    expect(page.locator("#loops-most")).to_contain_text("the deepest")
+
+
+@pytest.mark.parametrize("width", [360, 1280, 2560])
+def test_a_long_name_wraps_on_every_screen(visit, width):
+    page = visit(viewport={"width": width, "height": 800})
+
+    def with_a_long_name(route):
+        facts = route.fetch().json()
+        route.fulfill(json={**facts, "models": ["m" * 300]})
+
+    page.route("**/melt/info", with_a_long_name)
+    page.reload()
+    expect(page.locator("#model")).to_have_text("m" * 300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('p, dt, dd, th, span, text')]"
+        ".filter((each) => each.textContent.trim() && each.getClientRects().length)"
+        ".map((each) => parseFloat(getComputedStyle(each).fontSize)))"
+    )
+    assert smallest >= 14 and page.locator("#history").bounding_box()["height"] > 150

@@ -91,6 +91,22 @@ def test_the_client_is_told_what_is_wrong(server, client):
     assert client.chat.completions.create(**question("Where is Ann?", max_tokens=3)).choices
 
 
+def test_who_has_no_key_is_answered_and_logged_like_all(server):
+    request = urllib.request.Request(f"{server.url}/v1/models", headers={"X-Request-Id": "stranger-1"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    error = json.load(refused.value)["error"]
+    assert (
+        error["code"] == 401 and "API key" in error["message"] and refused.value.headers["X-Request-Id"] == "stranger-1"
+    )
+    for _ in range(50):
+        if "request stranger-1" in (log := server.log.read_text()):
+            break
+        time.sleep(0.1)
+    (line,) = [line for line in log.splitlines() if line.endswith("request stranger-1")]
+    assert "GET '/v1/models' 401" in line and ", refused: This needs the server's API key" in line
+
+
 def test_no_other_web_page_may_ask(server):
     request = urllib.request.Request(f"{server.url}/health", headers={"Origin": "https://elsewhere.example"})
     with urllib.request.urlopen(request) as answer:

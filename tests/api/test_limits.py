@@ -1,0 +1,115 @@
+"""`melt-serve serve` with tight limits: what becomes of requests whose time is over, in the engine, too."""
+
+import json
+import signal
+import sys
+import threading
+import time
+import urllib.request
+
+import httpx
+import pytest
+
+from melt_serve.server_process import free_port, running
+
+LONG = {"model": "melt-demo", "prompt": "Find everybody.", "max_tokens": 1900, "ignore_eos": True}
+"""About 20 seconds of work."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    port = free_port()
+    words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20)]
+    words += ["--request-timeout", "4", "--shutdown-timeout", "1"]
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
+    log = tmp_path_factory.mktemp("limits") / "log.txt"
+    with running(command, port, log, environment={"VLLM_LOGGING_LEVEL": "INFO"}) as server:
+        yield server
+
+
+def requests_running(server):
+    """How many requests have rows just now."""
+    with urllib.request.urlopen(f"{server.url}/melt/info") as answer:
+        now = json.load(answer)["now"]
+    return now["running"] + now["waiting"]
+
+
+def rows_are_freed(server):
+    end = time.monotonic() + 1.5
+    while requests_running(server):
+        assert time.monotonic() < end, "requests run on when nobody waits for them"
+        time.sleep(0.1)
+
+
+def line_of(server, request_id):
+    """The request's line in the log."""
+    for _ in range(50):
+        for line in server.log.read_text().splitlines():
+            if line.endswith(f"request {request_id}"):
+                return line
+        time.sleep(0.1)
+    raise AssertionError(f"no line for {request_id}")
+
+
+def cut_stream(server, request_id):
+    """What a stream says until it breaks off, without an end: nobody takes it for whole."""
+    ask = {**LONG, "stream": True}
+    headers = {"X-Request-Id": request_id}
+    said = b""
+    with (
+        httpx.stream("POST", f"{server.url}/v1/completions", json=ask, headers=headers, timeout=30) as stream,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        for part in stream.iter_bytes():
+            said += part
+    return said
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_answer_past_its_time_frees_its_rows(server, n):
+    answer = httpx.post(
+        f"{server.url}/v1/completions", json={**LONG, "n": n}, headers={"X-Request-Id": f"late-{n}"}, timeout=30
+    )
+    assert answer.status_code == 504 and "4 s" in answer.json()["error"]["message"]
+    assert answer.headers["connection"] == "close"
+    rows_are_freed(server)
+    assert ", timed out: " in line_of(server, f"late-{n}")
+
+
+def test_a_stream_past_its_time_ends_with_an_error_and_frees_its_rows(server):
+    said = cut_stream(server, "cut-1")
+    assert json.loads(said.strip().rpartition(b"data: ")[2])["error"]["code"] == 504
+    rows_are_freed(server)
+    assert " 200 in 4." in (line := line_of(server, "cut-1")) and ", cut: " in line
+
+
+def test_the_log_says_how_each_request_ended(server):
+    def ask(request_id, **body):
+        headers = {"X-Request-Id": request_id}
+        return httpx.post(f"{server.url}/v1/completions", json={**LONG, **body}, headers=headers, timeout=30)
+
+    assert ask("short", max_tokens=2).status_code == 200
+    assert ", served, " in line_of(server, "short")
+    assert ask("wrong", temperature="x" * 100_000).status_code == 400
+    assert ", refused: " in line_of(server, "wrong") and "temperature" in line_of(server, "wrong")
+    assert len(ask("unknown", model="x" * 100_000).text) < 3000
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=LONG, headers={"X-Request-Id": "left"}, timeout=0.5)
+    assert ", client gone, " in line_of(server, "left")
+    rows_are_freed(server)
+    assert max(map(len, server.log.read_text().splitlines())) < 5000
+
+
+def test_so_many_answers_to_a_prompt_are_refused(server):
+    answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 129}, timeout=30)
+    assert answer.status_code == 400 and "128" in answer.json()["error"]["message"]
+
+
+def test_open_answers_end_with_an_error_when_the_server_stops(server):
+    """This one comes last: it stops the server."""
+    threading.Timer(0.5, server.process.send_signal, [signal.SIGTERM]).start()
+    said = cut_stream(server, "cut-2")
+    assert "stopping" in json.loads(said.strip().rpartition(b"data: ")[2])["error"]["message"]
+    started = time.monotonic()
+    server.process.wait(30)
+    assert time.monotonic() - started < 10
