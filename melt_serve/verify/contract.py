@@ -100,7 +100,7 @@ def same_answers(
             same += one.tokens[place] == other.tokens[place]
             if one.tokens[place] != other.tokens[place]:
                 break  # from here on they answer different texts
-    measured = f"{apart:.4f} apart in log-probability, {same} of {tokens} tokens the same"
+    measured = f"{apart:.4f} apart in probability, {same} of {tokens} tokens the same"
     expected = f"at most {tolerance:.4f}"
     if events is not None:
         measured, expected = f"{measured}, {events:,} {kind}", f"{expected}, some {kind}"

@@ -1,4 +1,4 @@
-"""The server's log-probabilities against those of the reference model, in float32 on the CPU."""
+"""The server's probabilities of tokens against those of the reference model, in float32 on the CPU."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -11,6 +11,7 @@ import torch
 from openai import BadRequestError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig, weight_shapes
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
@@ -20,11 +21,9 @@ from melt_serve.verify.served import Served
 
 Model = MeltForCausalLM | OuroForCausalLM
 
-LIKELY = math.log(0.01)
-"""Tokens less likely than this are not compared: rounding moves them most, and they are hardly ever drawn."""
-ROUNDING = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
+ROUNDING = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 0.02}
 """How far right answers may be apart, by the server's dtype, where the reference says that rounding does less."""
-UNKNOWN_ROUNDING = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
+UNKNOWN_ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 """The same where no reference says what rounding does to this checkpoint."""
 TIMES_ROUNDING = 4
 """How many times as far from the exact reference the server may be as the reference itself is in the server's dtype."""
@@ -50,6 +49,7 @@ class Reference:
     @classmethod
     def load(cls, folder: Path, mode: DecodeMode | None, dtype: str) -> "Reference":
         """Load a checkpoint, to be decoded in `mode`."""
+        disable_progress_bar()
         models = []
         for each in dict.fromkeys(("float32", dtype)):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, each)).eval()
@@ -64,7 +64,7 @@ class Parity:
     """Answers at one depth, held against the reference.
 
     Attributes:
-        distance: the largest difference of a log-probability.
+        distance: the largest difference of a token's probability.
         rounding: the same between the exact and the rounded reference.
         tokens: generated ones.
         same: of them, those that the reference would have taken, too.
@@ -132,7 +132,7 @@ def judge(name: str, found: Parity, tolerance: float) -> Check:
     return Check.judge(
         name,
         found.distance <= tolerance,
-        f"{found.distance:.4f} apart in log-probability, {found.same} of {found.tokens} tokens the same",
+        f"{found.distance:.4f} apart in probability, {found.same} of {found.tokens} tokens the same",
         f"at most {tolerance:.4f}",
         distance=found.distance,
         tolerance=tolerance,
@@ -160,7 +160,7 @@ def tells_depths_apart(served: Served, reference: Reference, answers: Sequence[A
     return Check.judge(
         f"not as the reference with {other} loop{'s' if other > 1 else ''}",
         found.distance > tolerance,
-        f"{found.distance:.4f} apart in log-probability",
+        f"{found.distance:.4f} apart in probability",
         f"more than {tolerance:.4f}",
         distance=found.distance,
         tolerance=tolerance,
@@ -184,7 +184,7 @@ def check_efforts(served: Served, reference: Reference | None, tolerance: float)
         if reference is not None:
             apart = max(apart, compare(Reference(reference.exact, None), [answer], [{"loops": loops}]).distance)
     means = ", ".join(f"{effort} {loops}" for effort, loops in config.loops_by_effort.items())
-    measured = "; ".join(wrong) or ("their loops" + (f", {apart:.4f} apart in log-probability" if reference else ""))
+    measured = "; ".join(wrong) or ("their loops" + (f", {apart:.4f} apart in probability" if reference else ""))
     expected = f"{means}; at most {tolerance:.4f}"
     return Check.judge("reasoning_effort", not wrong and apart <= tolerance, measured, expected, distance=apart)
 
@@ -226,14 +226,15 @@ def row(logprobs: Tensor, beside: Row) -> Row:
 
 
 def distance(one: Row, other: Row) -> float:
-    """Return the largest difference over the tokens that either of the two finds likely.
+    """Return the largest difference of a token's probability.
 
-    A token that one of them does not list is less likely to it than all it lists.
+    Log-probabilities themselves would be moved most by rounding where tokens are hardly ever drawn. A token that one of
+    the two does not list is less likely to it than all it lists.
     """
     apart = 0.0
     for here, there in ((one, other), (other, one)):
         least = min(there.values())
         for token, value in here.items():
-            if max(value, there.get(token, least)) >= LIKELY:
-                apart = max(apart, abs(value - there[token]) if token in there else value - least)
+            difference = math.exp(value) - math.exp(there.get(token, least))
+            apart = max(apart, abs(difference) if token in there else difference)
     return apart

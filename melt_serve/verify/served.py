@@ -150,7 +150,8 @@ class Served:
         default, most = self.target.config.total_ut_steps, self.target.most_loops
         depths: dict[str, Depth] = {f"{default} loops, the default": {}}
         if self.target.mode:
-            others = sorted({1, most} - {default}) if self.target.quick else sorted({*range(1, most + 1)} - {default})
+            wanted = {1, most} if self.target.quick else {1, 2, default - 1, default + 1, most}
+            others = sorted(loops for loops in wanted - {default} if 1 <= loops <= most)
             depths |= {f"{loops} loop{'s' if loops > 1 else ''}": {"loops": loops} for loops in others}
         return depths
 

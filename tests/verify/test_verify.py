@@ -20,7 +20,7 @@ from melt_serve.config import MeltConfig
 from melt_serve.verify import certify
 from melt_serve.verify.certify import Options, targets
 from melt_serve.verify.client import Client
-from melt_serve.verify.contract import check_flat_memory, check_wrong_depths, requests
+from melt_serve.verify.contract import check_flat_memory, check_wrong_depths, requests, same_answers
 from melt_serve.verify.parity import Reference, check_efforts, check_parity
 from melt_serve.verify.record import Certificate
 from melt_serve.verify.served import Served
@@ -40,7 +40,7 @@ def with_config(**changes):
 
 @pytest.fixture
 def ready(server, tmp_path):
-    """The session's server as `verify` sees it, once it is ready; the target may state something else than it serves."""
+    """The session's server as `verify` sees one; the target may state something else than is served."""
     log = tmp_path / "log"
     log.touch()
     client = Client(server)
@@ -125,8 +125,6 @@ def test_a_cache_that_is_not_scarce_proves_nothing_of_preemption(ready):
     server = ready(replace(with_config(), quick=True))
     few = requests(server)[:3]
     alone = [server.client.complete(asked, f"alone {number}") for number, asked in enumerate(few)]
-    from melt_serve.verify.contract import same_answers
-
     together = server.client.complete_at_once(few, "together")
     assert same_answers("scene", alone, together, 0.5, 3, "preemptions").verdict == "pass"
     assert same_answers("scene", alone, together, 0.5, 0, "preemptions").verdict == "FAIL"
