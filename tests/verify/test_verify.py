@@ -126,9 +126,9 @@ def test_a_cache_that_is_not_scarce_proves_nothing_of_preemption(ready):
     few = requests(server)[:3]
     alone = [server.client.complete(asked, f"alone {number}") for number, asked in enumerate(few)]
     together = server.client.complete_at_once(few, "together")
-    assert same_answers("scene", alone, together, 0.5, 3, "preemptions").verdict == "pass"
-    assert same_answers("scene", alone, together, 0.5, 0, "preemptions").verdict == "FAIL"
-    assert same_answers("scene", alone, together[::-1], 0.5).verdict == "FAIL"
+    assert same_answers("scene", alone, together, 0.05, 3, "preemptions").verdict == "pass"
+    assert same_answers("scene", alone, together, 0.05, 0, "preemptions").verdict == "FAIL"
+    assert same_answers("scene", alone, together[::-1], 0.05).verdict == "FAIL"
 
 
 def test_a_server_that_does_not_start_fails(capsys):
