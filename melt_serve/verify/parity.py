@@ -10,6 +10,7 @@ import psutil
 import torch
 from openai import BadRequestError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -102,7 +103,7 @@ def check_parity(served: Served, reference: Reference) -> Generator[Check, None,
     most = floor
     groups = ask_all_depths(served)
     for name, (asked, answers) in groups.items():
-        found = compare(reference, answers, [each.depth for each in asked])
+        found = compare(reference, answers, asked[0].depth)
         tolerance = max(floor, TIMES_ROUNDING * found.rounding)
         if "exit_threshold" not in asked[0].depth:
             most = max(most, tolerance)
@@ -156,7 +157,7 @@ def tells_depths_apart(served: Served, reference: Reference, answers: Sequence[A
     """Check that the default depth's answers are not those of a loop more or less: else parity would prove little."""
     default = served.target.config.total_ut_steps
     other = default - 1 or default + 1
-    found = compare(Reference(reference.exact, None), answers, [{"loops": other}] * len(answers))
+    found = compare(Reference(reference.exact, None), answers, {"loops": other})
     return Check.judge(
         f"not as the reference with {other} loop{'s' if other > 1 else ''}",
         found.distance > tolerance,
@@ -182,41 +183,50 @@ def check_efforts(served: Served, reference: Reference | None, tolerance: float)
         if answer.loops is None or not answer.loops["mean"] == answer.loops["max"] == loops:
             wrong.append(f"{effort} ran {'untold' if answer.loops is None else answer.loops['mean']}, not {loops}")
         if reference is not None:
-            apart = max(apart, compare(Reference(reference.exact, None), [answer], [{"loops": loops}]).distance)
+            apart = max(apart, compare(Reference(reference.exact, None), [answer], {"loops": loops}).distance)
     means = ", ".join(f"{effort} {loops}" for effort, loops in config.loops_by_effort.items())
     measured = "; ".join(wrong) or ("their loops" + (f", {apart:.4f} apart in probability" if reference else ""))
     expected = f"{means}; at most {tolerance:.4f}"
     return Check.judge("reasoning_effort", not wrong and apart <= tolerance, measured, expected, distance=apart)
 
 
-def compare(reference: Reference, answers: Sequence[Answer], depths: Sequence[Depth]) -> Parity:
-    """Hold answers against the reference at these depths, one each."""
+def compare(reference: Reference, answers: Sequence[Answer], depth: Depth) -> Parity:
+    """Hold answers against the reference at this depth."""
     apart, rounding, same, loops = [0.0], [0.0], 0, []
-    for answer, depth in zip(answers, depths, strict=True):
-        exact, ran = continuation(reference.exact, answer, depth)
+    exact = continuations(reference.exact, answers, depth)
+    for answer, (logprobs, ran) in zip(answers, exact, strict=True):
         loops += ran
-        for token, theirs, ours in zip(answer.tokens, answer.rows, exact, strict=True):
+        for token, theirs, ours in zip(answer.tokens, answer.rows, logprobs, strict=True):
             apart.append(distance(theirs, row(ours, theirs)))
             same += token == int(ours.argmax())
-        if reference.rounded is not None:
-            rounded, _ = continuation(reference.rounded, answer, depth)
-            rounding += [distance(row(one, {}), row(other, {})) for one, other in zip(exact, rounded, strict=True)]
+    if reference.rounded is not None:
+        rounded = continuations(reference.rounded, answers, depth)
+        for (one, _), (other, _) in zip(exact, rounded, strict=True):
+            rounding += [distance(row(here, {}), row(there, {})) for here, there in zip(one, other, strict=True)]
     tokens = sum(len(answer.tokens) for answer in answers)
     return Parity(max(apart), max(rounding), tokens, same, sum(loops) / len(loops) if loops else None)
 
 
 @torch.inference_mode()
-def continuation(model: Model, answer: Answer, depth: Depth) -> tuple[Tensor, list[int]]:
-    """Return what the model says before each token of the answer, and the loops that it ran there (a LoopLM: none).
+def continuations(model: Model, answers: Sequence[Answer], depth: Depth) -> list[tuple[Tensor, list[int]]]:
+    """Return what the model says before each token of each answer, and the loops that it ran there (a LoopLM: none).
 
     Returns:
-        Log-probabilities, [generated, vocabulary]; loops, [generated].
+        For each answer, log-probabilities, [generated, vocabulary], and loops, [generated].
     """
-    tokens = torch.tensor([[*answer.prompt, *answer.tokens]])[:, :-1]
-    prompt = len(answer.prompt)
-    output = model(tokens, prompt_lengths=torch.tensor([prompt]), logits_to_keep=len(answer.tokens), **depth)
-    loops = [] if output.depths is None else output.depths[0, prompt - 1 :].tolist()
-    return output.logits[0].float().log_softmax(-1), loops
+    whole = [torch.tensor([*answer.prompt, *answer.tokens[:-1]]) for answer in answers]
+    output = model(
+        pad_sequence(whole, batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(tokens) for tokens in whole], batch_first=True),
+        prompt_lengths=torch.tensor([len(answer.prompt) for answer in answers]),
+        **depth,
+    )
+    said = []
+    for number, answer in enumerate(answers):
+        generated = slice(len(answer.prompt) - 1, len(answer.prompt) - 1 + len(answer.tokens))
+        loops = [] if output.depths is None else output.depths[number, generated].tolist()
+        said.append((output.logits[number, generated].float().log_softmax(-1), loops))
+    return said
 
 
 def row(logprobs: Tensor, beside: Row) -> Row:
