@@ -13,7 +13,7 @@ demo: .venv/.installed
 # In three parts; what no list names runs in the first. An engine has one thread, so two fit on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
 # Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
-SERVERS := tests/api tests/bench tests/faults tests/test_demo.py tests/test_start_failures.py
+SERVERS := tests/api tests/bench tests/faults tests/verify tests/test_demo.py tests/test_start_failures.py
 # Judge memory, rates and times, or take both cores.
 ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py tests/test_processes.py
 test: .venv/.installed programs

@@ -27,6 +27,7 @@ examples:
   melt-serve convert ./Ouro-1.4B ./melt-1.6B         give a looped model MELT's gate, ready for training
   melt-serve train run ./mine.toml                   train it: follow a recipe of your own
   melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
+  melt-serve verify --quick                          does this machine serve as the reference model computes?
   melt-serve eval --loops 1,4                        right answers of the bundled checkpoints, by depth
   melt-serve plan ouro-1.4b --device-memory 24       how many requests fit, as a MELT and as a LoopLM
   melt-serve bench memory                            the same, read from running engines
@@ -40,6 +41,7 @@ PASSED_THROUGH = {
     "demo": ("melt_serve.demo", "see a small bundled MELT at work"),
     "serve": ("melt_serve.serve", "start an OpenAI-compatible vLLM server"),
     "train": ("melt_serve.train.__main__", "train a MELT: from your own LoopLM, or the bundled one"),
+    "verify": ("melt_serve.verify.command", "certify that this machine serves a checkpoint right"),
 }
 """Commands whose `main` parses their words. argparse never sees them: it would take --help for itself."""
 

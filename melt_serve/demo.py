@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -12,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.serve import command
-from melt_serve.server_process import ServerError, free_port, running, tail
+from melt_serve.server_process import ServerError, exits_on_signals, free_port, running, tail
 from melt_serve.task.who_is_where import SILENT_STEPS, Question, questions
 
 if TYPE_CHECKING:
@@ -82,17 +80,6 @@ def server() -> Iterator[str]:
             raise DemoError(str(error)) from None
         except (OpenAIError, OSError) as error:
             raise DemoError(f"the server failed: {error}; its last lines:\n{tail(log)}") from None
-
-
-@contextmanager
-def exits_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that the server is stopped."""
-    before = {number: signal.signal(number, _raise_exit) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def show_seconds(seconds: float) -> None:
@@ -196,7 +183,3 @@ def show_costs(melt: int, looplm: dict[str, int]) -> None:
     print(f"{'loops T':>8} {'LoopLM':>10} {'MELT':>10}")
     for loops, size in looplm.items():
         print(f"{loops:>8} {size:>10,} {melt:>10,}")
-
-
-def _raise_exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

@@ -73,13 +73,16 @@ def byte_count(text: str) -> int:
     return positive(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Align lines of cells, the first column flush left and the others flush right."""
+def columns(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Align lines of cells, the first `left` columns flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
-    for first, *rest in lines:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        text.append("  ".join([first.ljust(widths[0]), *cells]))
+    for line in lines:
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
     return "\n".join(text)
 
 

@@ -2,10 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Literal
 
 from prometheus_client.samples import Sample
 from pydantic import BaseModel
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from melt_serve.api.metrics import row_bytes, row_dtype
@@ -47,6 +49,11 @@ class Info(BaseModel):
         kv_bytes_per_token: final rows of one token, over all layers of all devices.
         looplm_kv_bytes_per_token: the same of a LoopLM of this shape that runs the default loops.
         kv_capacity_tokens: tokens that the KV cache has room for, on each data-parallel rank.
+        kv_block_size: tokens in a KV block.
+        device: what the engine runs on, such as `cuda` or `cpu`.
+        model_runner: vLLM's, `V1` or `V2`.
+        compilation: vLLM's compilation mode; `NONE` is eager.
+        cuda_graphs: vLLM's mode of CUDA graphs; `NONE` are none.
     """
 
     models: list[str]
@@ -65,12 +72,18 @@ class Info(BaseModel):
     kv_bytes_per_token: int
     looplm_kv_bytes_per_token: int
     kv_capacity_tokens: int
+    kv_block_size: int
+    device: str
+    model_runner: Literal["V1", "V2"]
+    compilation: str
+    cuda_graphs: str
     now: Now | None = None
 
 
 def lasting_facts(vllm_config: VllmConfig) -> Info:
     """Return the lasting facts, from the configuration of an engine that knows its cache."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    compilation = vllm_config.compilation_config
     config: LoopLMConfig = model.hf_config
     own = row_bytes(vllm_config)
     assert cache.num_gpu_blocks is not None
@@ -88,6 +101,11 @@ def lasting_facts(vllm_config: VllmConfig) -> Info:
         kv_bytes_per_token=own,
         looplm_kv_bytes_per_token=own,
         kv_capacity_tokens=cache.num_gpu_blocks * cache.block_size,
+        kv_block_size=cache.block_size,
+        device=current_platform.device_type,
+        model_runner="V2" if vllm_config.use_v2_model_runner else "V1",
+        compilation=compilation.mode.name,
+        cuda_graphs=compilation.cudagraph_mode.name,
     )
     if isinstance(config, MeltConfig):
         assert config.max_loops is not None

@@ -50,13 +50,17 @@ def listen(questions: "queue.Queue[str]") -> None:
 
 def start(path: str, arguments: dict[str, Any]) -> "LLM":
     """Start vLLM on the config at `path`, with random weights from a fixed seed unless `arguments` say otherwise."""
+    import torch
     from vllm import LLM
 
     defaults = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
-        "enforce_eager": True,
+        # A CPU compiles for a minute and gains little; on a GPU eager layers would measure the launch of kernels.
+        "enforce_eager": not torch.cuda.is_available(),
+        # Two engines share the device. The cache's bytes are given, so this is only what must be free at a start.
+        "gpu_memory_utilization": 0.4,
         "distributed_executor_backend": "uni",
     }
     return LLM(path, **{**defaults, **arguments})

@@ -1,0 +1,190 @@
+"""`melt-serve verify`: once as its user runs it; then with one thing wrong at a time, which it must see."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from melt_serve import cli
+from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.config import MeltConfig
+from melt_serve.verify import certify
+from melt_serve.verify.certify import Options, targets
+from melt_serve.verify.client import Client
+from melt_serve.verify.contract import check_flat_memory, check_wrong_depths, requests, same_answers
+from melt_serve.verify.parity import Reference, check_efforts, check_parity
+from melt_serve.verify.record import Certificate
+from melt_serve.verify.served import Served
+from melt_serve.verify.start import check_start
+from tests.signals import hear_ctrl_c, still_running
+
+VERIFY = [sys.executable, "-m", "melt_serve.cli", "verify"]
+QUICK = Options(MELT, None, None, None, None, quick=True, words=())
+
+
+def with_config(**changes):
+    """The bundled MELT as it would state itself with these changes."""
+    (target,) = targets(QUICK)
+    config = MeltConfig.from_pretrained(MELT, **changes)
+    return replace(target, config=config)
+
+
+@pytest.fixture
+def ready(server, tmp_path):
+    """The session's server as `verify` sees one; the target may state something else than is served."""
+    log = tmp_path / "log"
+    log.touch()
+    client = Client(server)
+    return lambda target: Served(target, client, log, seconds=1.0)
+
+
+def failed(checks):
+    """The names of checks that failed; there must be others that passed, or were not made."""
+    return {check.name for check in checks if check.verdict == "FAIL"}
+
+
+def test_a_machine_that_serves_right_is_certified(tmp_path):
+    file = tmp_path / "verified.json"
+    run = subprocess.run([*VERIFY, "--quick", "--json", str(file)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    certificate = Certificate.read(file)
+    assert certificate.passed and certificate.kind == "cpu" and certificate.versions["torch"]
+    assert certificate.checkpoint == "melt-demo" and "--quick" in certificate.command
+    checks = {check.name: check for check in certificate.checks}
+    for depth in ("4 loops, the default", "1 loop", "8 loops", "exit threshold 0.7"):
+        assert checks[f"as the reference, {depth}"].verdict == checks[f"usage.loops, {depth}"].verdict == "pass"
+    (scarce,) = [check for name, check in checks.items() if "scarce cache" in name]
+    assert scarce.verdict == "pass" and scarce.numbers["events"] > 0
+    assert checks["from the prefix cache as alone"].numbers["events"] > 0
+    assert len(set(checks["KV bytes of final rows, the same at all loops"].numbers["bytes_by_loops"].values())) == 1
+    skipped = {check.measured for check in certificate.checks if check.verdict == "skipped"}
+    assert skipped == {"nothing to wait for on a CPU", "left out by --quick"}
+    assert certificate.counts in run.stdout
+
+
+def test_other_weights_than_the_references_fail_with_exit_code_1(ready, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "melt"
+    shutil.copytree(MELT, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.self_attn.kv_gate.input_proj.bias"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+
+    @contextmanager
+    def already_served(target, progress):
+        yield ready(target)
+
+    monkeypatch.setattr(certify, "served", already_served)
+    monkeypatch.setattr(certify, "check_contract", lambda server, tolerance: iter(()))  # takes a scarcer cache
+    file = tmp_path / "verified.json"
+    assert cli.main(["verify", "--quick", "--reference", str(other), "--json", str(file)]) == 1
+    checks = Certificate.read(file).checks
+    assert failed(checks) >= {"as the reference, 4 loops, the default", "as the reference, 8 loops"}
+    assert "as the checkpoint states" not in failed(checks) and "wrong depths refused" not in failed(checks)
+    shown = capsys.readouterr().out
+    assert "FAIL    MELT, token, as the reference, 8 loops: " in shown
+
+
+def test_another_default_depth_is_seen(ready):
+    server = ready(with_config(total_ut_steps=2))
+    assert failed(check_start(server)) == {"as the checkpoint states"}
+    reference = Reference.load(MELT, "token", server.info["dtype"])
+    reference.exact.config.total_ut_steps = reference.rounded.config.total_ut_steps = 2
+    wrong = failed(check_parity(server, reference))
+    default = "2 loops, the default"
+    assert {f"as the reference, {default}", f"usage.loops, {default}"} <= wrong
+    assert not wrong & {
+        f"{what}, {depth}" for what in ("as the reference", "usage.loops") for depth in ("1 loop", "8 loops")
+    }
+    efforts = check_efforts(server, None, 1.0)
+    assert efforts.verdict == "FAIL" and "medium ran 4.0, not 2" in efforts.measured
+
+
+def test_more_loops_than_the_checkpoint_has_must_be_refused(ready):
+    assert check_wrong_depths(ready(with_config())).verdict == "pass"
+    answered = check_wrong_depths(ready(with_config(max_loops=4)))
+    assert answered.verdict == "FAIL" and "{'loops': 5} was answered" in answered.measured
+
+
+def test_rows_of_another_size_are_seen(ready):
+    server = ready(with_config())
+    server.info["kv_bytes_per_token"] //= 2
+    assert failed(check_start(server)) == {"KV bytes a token"}
+    assert check_flat_memory(server).verdict == "FAIL"
+
+
+def test_a_cache_that_is_not_scarce_proves_nothing_of_preemption(ready):
+    server = ready(replace(with_config(), quick=True))
+    few = requests(server)[:3]
+    alone = [server.client.complete(asked, f"alone {number}") for number, asked in enumerate(few)]
+    together = server.client.complete_at_once(few, "together")
+    assert same_answers("scene", alone, together, 0.05, 3, "preemptions").verdict == "pass"
+    assert same_answers("scene", alone, together, 0.05, 0, "preemptions").verdict == "FAIL"
+    assert same_answers("scene", alone, together[::-1], 0.05).verdict == "FAIL"
+
+
+def test_a_server_that_does_not_start_fails(capsys):
+    assert cli.main(["verify", "--quick", "--", "--max-body-bytes=0"]) == 1
+    shown = capsys.readouterr().out
+    assert "--max-body-bytes (MELT_MAX_BODY_BYTES) must be a positive number" in shown and "0 passed, 1 failed" in shown
+
+
+def test_ctrl_c_stops_the_server_and_says_how_far_it_came():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*VERIFY, "--quick"], **pipes, preexec_fn=hear_ctrl_c)
+    children: set[psutil.Process] = set()
+    deadline = time.monotonic() + 120
+    while not children:
+        assert process.poll() is None and time.monotonic() < deadline
+        with suppress(psutil.NoSuchProcess):
+            children = set(psutil.Process(process.pid).children(recursive=True))
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "Stopped before the end: 0 checks were made" in output
+    assert not still_running(list(children))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["./nowhere"], "nowhere has no config.json"),
+        ([str(LOOPLM), "--modes", "token"], "is a LoopLM: --modes and --looplm go with a MELT"),
+        (["--looplm", str(MELT)], "is a MELT: name the LoopLM that it came from"),
+        (["--text", "./nowhere.txt"], "--text nowhere.txt: "),
+        (["--text", __file__.replace("test_verify", "__init__")], "--text has"),
+        (["--json", "./nowhere/file.json"], "nowhere is not a folder"),
+        (["--report", __file__], "is no file that `melt-serve verify --json` wrote"),
+        (["--report", "./nowhere.json"], "nowhere.json: No such file"),
+    ],
+)
+def test_what_cannot_be_verified_is_one_line_at_once(words, says, capsys):
+    assert cli.main(["verify", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_report_is_the_table_in_the_documents(capsys):
+    """Of GPUs in the README, of all machines beside the files."""
+    root = Path(__file__).parents[2]
+    files = sorted((root / "docs" / "results" / "verify").glob("*.json"))
+    page = (root / "docs" / "results" / "README.md").read_text()
+    assert ("No file is here yet." in page) == (not files)
+    if files:
+        assert cli.main(["verify", "--report", *map(str, files)]) == 0
+        assert capsys.readouterr().out in page
+    gpus = [path for path in files if json.loads(path.read_text())["kind"] == "cuda"]
+    if gpus:
+        assert cli.main(["verify", "--report", *map(str, gpus)]) == 0
+        assert capsys.readouterr().out in (root / "README.md").read_text()
+    else:
+        assert "Nobody has verified a GPU yet" in (root / "README.md").read_text()
