@@ -149,7 +149,8 @@ class MeltModel(LoopedModel):
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
         x, h, finished = x[arranged], None, None
         with adapters.restored():
-            adapters.keep(arranged)
+            if plan.moved:
+                adapters.keep(arranged)
             for loop in range(1, plan.deepest + 1):
                 with running.select_loop(loop):
                     x, h = self.run(loop, running.positions, x, h)
@@ -157,12 +158,12 @@ class MeltModel(LoopedModel):
                 following, staying = running.after(loop, plan, exited)
                 if following is running:
                     continue
+                if open_rows and exited.any():
+                    self.write_later_rows(running, loop, np.flatnonzero(exited), h, adapters)
                 if following is None and finished is None and isinstance(running.tokens, slice):
                     return x  # all tokens ran as many loops, in the order they came
                 finished = torch.empty_like(x) if finished is None else finished
                 finished[running.tokens] = x
-                if open_rows and exited.any():
-                    self.write_later_rows(running, loop, np.flatnonzero(exited), h, adapters)
                 if following is None:
                     break
                 adapters.keep(staying)
