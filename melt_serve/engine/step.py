@@ -210,18 +210,24 @@ class Running:
         running = cls(rows, sequences, everything, requests, positions[everything], metadata)
         return running._gather(sequences, sequences.tokens) if plan.moved else (running, everything)
 
+    def tables(self, loop: int) -> Tables:
+        """Return where the rows of these tokens are in this loop."""
+        if loop > len(self.rows.open):
+            return Tables(self.metadata.block_table, self.metadata.slot_mapping)
+        tables = self.rows.tables(loop)
+        return Tables(tables.blocks[self.requests], tables.slots[self.tokens])
+
     @contextmanager
     def select_loop(self, loop: int) -> Iterator[None]:
         """Give attention layers that are called inside this loop's tables, for the tokens that run."""
-        context, metadata = get_forward_context(), self.metadata
-        if loop <= len(self.rows.open):
-            tables = self.rows.tables(loop)
+        context, names, tables = get_forward_context(), self.rows.names, self.tables(loop)
+        metadata = self.metadata
+        if tables.blocks is not metadata.block_table:
             metadata = copy.copy(metadata)
-            metadata.block_table, metadata.slot_mapping = tables.blocks[self.requests], tables.slots[self.tokens]
-        elif metadata is context.attn_metadata[self.rows.names[0]]:
+            metadata.block_table, metadata.slot_mapping = tables.blocks, tables.slots
+        elif metadata is context.attn_metadata[names[0]]:
             yield  # as vLLM has set it up
             return
-        names = self.rows.names
         changed = replace(
             context,
             attn_metadata={**context.attn_metadata, **dict.fromkeys(names, metadata)},
