@@ -56,12 +56,10 @@ class MeltAttention(nn.Module):
         # Final rows first: their cache group and its tables come before those that are laid over them.
         self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
         assert config.max_loops is not None
-        self.open_rows = nn.ModuleList(
-            paged_attention(
-                OpenRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn", loop=loop
-            )
-            for loop in (range(1, config.max_loops) if config.decode_mode == "chunk" else ())
-        )
+        self.open_rows: OpenRows | None = None
+        if config.decode_mode == "chunk" and config.max_loops > 1:
+            name = cache_name(config, prefix, layer, loop=1)  # no layer that there is
+            self.open_rows = paged_attention(OpenRows, config, vllm_config, prefix=f"{name}.attn")
 
     def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
         """Return W_O attn(...) and the new state h, both [tokens, hidden]."""
@@ -168,7 +166,7 @@ class MeltModel(LoopedModel):
                     continue
                 leaving = ~staying
                 finished[rows.tokens[leaving]] = x[leaving]
-                if open_rows and step.may_exit and loop < rows.deepest:
+                if open_rows is not None and step.may_exit and loop < rows.deepest:
                     with adapters.selected(leaving):
                         self.write_later_rows(*rows.slots_after(loop, leaving), positions[leaving], h[:, leaving])
                 if not staying.any():

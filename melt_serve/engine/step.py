@@ -3,33 +3,20 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from melt_serve.config import chunk_start
 from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.engine.depth import Depth
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Where a loop's rows are.
-
-    Attributes:
-        blocks: [R, blocks], the block table of each request.
-        slots: [S], the slots that the step's tokens write.
-    """
-
-    blocks: Tensor
-    slots: Tensor
+from melt_serve.engine.tables import LoopTables
 
 
 class StepRows:
-    """The tokens of a step that still run, and the tables of each loop.
+    """The tokens of a step that still run.
 
     Attributes:
         deepest: the most loops that a request of the step may run.
@@ -37,16 +24,17 @@ class StepRows:
         requests: [A], the request of each, as an index into the step's R.
         positions: [A], the position of each in its own sequence.
         runs: [runs], the request of each run of adjacent tokens, once tokens have left; None before.
+        tables: where the rows of each loop are.
     """
 
     def __init__(
-        self, final: Sequence[FinalRows], open_rows: Sequence[OpenRows], positions: Tensor, depths: Sequence[Depth]
+        self, final: Sequence[FinalRows], open_rows: OpenRows | None, positions: Tensor, depths: Sequence[Depth]
     ):
         """Begin a step, in which all tokens run.
 
         Args:
             final: the final rows of all layers.
-            open_rows: one layer's open rows of loop 1, 2, ...; none in `token` mode.
+            open_rows: those of one layer; None in `token` mode.
             positions: [S].
             depths: one of each of the R requests.
         """
@@ -61,23 +49,21 @@ class StepRows:
         self.positions = positions
         self.metadata = get_forward_context().attn_metadata[self.names[0]]
         self.runs: Tensor | None = None
-        self.final = Tables(self.common.block_table_tensor, self.common.slot_mapping)
-        self.open = [self._overlay(layer) for layer in open_rows[: self.deepest - 1]]
-
-    def tables(self, loop: int) -> Tables:
-        """Return where the rows of this loop are."""
-        return self.open[loop - 1] if loop <= len(self.open) else self.final
+        padding = [1] * (self.common.num_reqs - len(depths))
+        loops = torch.tensor([depth.loops for depth in depths] + padding, device=positions.device)
+        open_record = None if open_rows is None else open_rows.step
+        self.tables = LoopTables(record, open_record, loops, self.deepest, self.requests, positions)
 
     @contextmanager
     def select_loop(self, loop: int) -> Iterator[None]:
         """Give attention layers that are called inside this loop's tables, for the tokens that still run."""
-        if self.runs is None and not self.open:
+        if self.runs is None and not self.tables.open_loops:
             yield  # as vLLM has set it up
             return
-        tables = self.tables(loop)
+        blocks, slots = self.tables.blocks(loop), self.tables.slots(loop)
         metadata = copy.copy(self.metadata)
-        metadata.block_table = tables.blocks if self.runs is None else tables.blocks[self.runs]
-        metadata.slot_mapping = tables.slots if self.runs is None else tables.slots[self.tokens]
+        metadata.block_table = blocks if self.runs is None else blocks[self.runs]
+        metadata.slot_mapping = slots if self.runs is None else slots[self.tokens]
         context = get_forward_context()
         changed = replace(
             context,
@@ -116,8 +102,8 @@ class StepRows:
                 num_actual_tokens=len(self.tokens),
                 max_query_len=int(bounds_cpu.diff().max()),
                 max_seq_len=int(ends_cpu.max()),
-                block_table_tensor=self.final.blocks[self.runs],
-                slot_mapping=self.final.slots[self.tokens],
+                block_table_tensor=self.tables.final_blocks[self.runs],
+                slot_mapping=self.tables.final_slots[self.tokens],
                 causal=True,
                 positions=self.positions,
             )
@@ -133,34 +119,7 @@ class StepRows:
             slots: [W], to be written; tokens: [W], whose row goes there, as indices into the L.
         """
         tokens = self.tokens[leaving]
-        written = self.tables(loop).slots[tokens]
-        later = torch.stack([self.tables(other).slots[tokens] for other in range(loop + 1, self.deepest + 1)])
+        written = self.tables.slots(loop)[tokens]
+        later = torch.stack([self.tables.slots(other)[tokens] for other in range(loop + 1, self.deepest + 1)])
         missing = later != written
         return later[missing], missing.nonzero()[:, 1]
-
-    def _overlay(self, rows: OpenRows) -> Tables:
-        own, spec = rows.step.common, rows.step.builder.kv_cache_spec
-        null_slots = rows.step.builder.null_slots
-        blocks = overlay_blocks(
-            own.block_table_tensor, self.final.blocks, own.seq_lens, spec.chunk_size, spec.block_size, null_slots
-        )
-        return Tables(blocks, torch.where(own.slot_mapping < null_slots, self.final.slots, own.slot_mapping))
-
-
-def overlay_blocks(
-    own: Tensor, final: Tensor, seq_lens: Tensor, chunk_size: int, block_size: int, null_slots: int
-) -> Tensor:
-    """Return the block table of a loop before the last: final blocks, and the open chunk's own where it has them.
-
-    Args:
-        own: [R, blocks], blocks of this loop; the null block where there is none, as in requests whose last
-            loop is this one or an earlier one; anything in closed chunks.
-        final: [R, blocks], blocks of final rows.
-        seq_lens: [R], tokens of each request up to the end of this step, which lies in the open chunk.
-        chunk_size: C, a multiple of `block_size`, the tokens in one entry of the tables.
-        null_slots: slots below this are in the null block.
-    """
-    open_block = chunk_start(seq_lens - 1, chunk_size) // block_size
-    columns = torch.arange(own.shape[1], device=own.device)
-    kept = (columns >= open_block[:, None]) & (own * block_size >= null_slots)
-    return torch.where(kept, own, final)
