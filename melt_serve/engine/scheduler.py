@@ -62,9 +62,7 @@ class ChunkGridScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         """Enqueue a request, with its depth in its blocks' hashes: rows made at another depth are other rows."""
         depth = self.depths[request.request_id] = depth_of(request.sampling_params)
-        request.cache_salt = f"{depth} {request.cache_salt or ''}"
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        salt_with_depth(request, depth)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -195,6 +193,13 @@ class ChunkGridScheduler(AsyncScheduler):
         for request_id in self.computed_before.keys() & (begun | running).keys():
             counts.replays += 1
             counts.replayed_tokens += max(0, self.computed_before.pop(request_id) - (begun | running)[request_id])
+
+
+def salt_with_depth(request: Request, depth: Depth) -> None:
+    """Make the depth a part of the identity of a request's blocks."""
+    request.cache_salt = f"{depth} {request.cache_salt or ''}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def tokens_in_step(
