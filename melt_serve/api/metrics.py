@@ -34,8 +34,6 @@ FINAL_ROWS = gauge("melt_kv_final_rows_bytes", "Bytes of KV blocks that hold fin
 OPEN_ROWS = gauge(
     "melt_kv_open_rows_bytes", "Bytes of KV blocks that running requests hold for an open chunk's rows of single loops."
 )
-    "melt_kv_open_rows_bytes", "Bytes of KV blocks that running requests hold for an open chunk's rows of single loops."
-)
 LOOPLM_ROWS = gauge(
     "melt_kv_looplm_bytes", "Bytes that a LoopLM's KV rows would take for the same tokens at the same loops."
 )
