@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which tells the model each request's depth, and survives seeded requests of several steps."""
+"""vLLM's CPU worker, which tells the model the step's plan, and survives seeded requests of several steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from melt_serve.engine.depth import depth_of
+from melt_serve.engine.step import StepPlan
 
 
 class MeltCPUModelRunner(CPUModelRunner):
-    """Passes depths on, and restores a request's random generator after a step whose sample is thrown away.
+    """Passes the plan of a step on, and restores a request's random generator after a step whose sample is thrown away.
 
     vLLM 0.32 restores it by moving the generator's offset, which CPU generators do not have: a seeded
     request that needs more than one prefill step would end the engine. With a chunk grid every
@@ -29,10 +30,10 @@ class MeltCPUModelRunner(CPUModelRunner):
             return super()._model_forward(*args, **kwargs)
         request_ids = self.input_batch.req_ids
         depths = [depth_of(self.requests[request_id].sampling_params) for request_id in request_ids]
-        output = super()._model_forward(*args, depths=depths, **kwargs)
-        last_tokens = self.query_start_loc.cpu[1 : len(request_ids) + 1] - 1
-        loops = self.get_model().model.token_loops[last_tokens]
-        self.token_loops = dict(zip(request_ids, loops.tolist(), strict=True))
+        query_starts = self.query_start_loc.np[: len(depths) + 1]
+        plan = StepPlan.of(depths, query_starts, self.optimistic_seq_lens_cpu.numpy()[: len(depths)])
+        output = super()._model_forward(*args, plan=plan, **kwargs)
+        self.token_loops = dict(zip(request_ids, plan.ran[query_starts[1:] - 1].tolist(), strict=True))
         return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

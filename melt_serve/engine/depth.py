@@ -1,10 +1,7 @@
 """A request's depth: its loops and exit threshold, from `vllm_xargs` or OpenAI's `reasoning_effort`."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -69,46 +66,3 @@ def depth_of(params: SamplingParams | None) -> Depth:
     """Return a request's depth. `resolve_depth` must have made its parameters."""
     assert params is not None and params.extra_args is not None
     return Depth(params.extra_args["loops"], params.extra_args["exit_threshold"])
-
-
-class StepDepths:
-    """Decides which of a step's S tokens run on after a loop.
-
-    Attributes:
-        ran: [S], the loops that each token has run, once it has left; 0 before.
-        may_exit: some request has an exit threshold.
-    """
-
-    def __init__(self, depths: Sequence[Depth], requests: Tensor, exit_gate: Callable[[Tensor], Tensor]):
-        """Begin a step.
-
-        Args:
-            depths: one of each of the R requests.
-            requests: [S], each token's request, as an index into `depths`.
-            exit_gate: Ouro's exit gate, from normed states [A, d] to logits [A, 1].
-        """
-        self.exit_gate = exit_gate
-        self.last_loops = {depth.loops for depth in depths}
-        self.may_exit = any(depth.exit_threshold < 1 for depth in depths)
-        thresholds = [depth.exit_threshold if depth.exit_threshold < 1 else torch.inf for depth in depths]
-        self.thresholds = torch.tensor(thresholds, device=requests.device)[requests]
-        self.last = torch.tensor([depth.loops for depth in depths], device=requests.device)[requests]
-        self.remaining = torch.ones_like(self.thresholds)
-        self.ran = torch.zeros_like(self.last)
-
-    def select_staying(self, loop: int, tokens: Tensor, x: Tensor) -> Tensor | None:
-        """Return [A], true for tokens that run another loop, or None if all do; record `ran` of the others.
-
-        Args:
-            loop: the loop that is over.
-            tokens: [A], the tokens that ran it, as indices into the S.
-            x: [A, d], their normed states after it.
-        """
-        if not self.may_exit and loop not in self.last_loops:
-            return None
-        stays = self.last[tokens] > loop
-        if self.may_exit:
-            self.remaining[tokens] *= 1 - torch.sigmoid(self.exit_gate(x).float()).squeeze(-1)
-            stays &= ~(1 - self.remaining[tokens] >= self.thresholds[tokens])
-        self.ran[tokens[~stays]] = loop
-        return None if stays.all() else stays

@@ -1,4 +1,4 @@
-"""What a model tells vLLM's GPU runner (V2) about its requests: here, their depths.
+"""What a model tells vLLM's GPU runner (V2) about a step: here, its plan.
 
 Never run on a GPU yet; `tests/engine/test_gpu_runner.py` runs it on a CPU, its start-up included.
 """
@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.depth import Depth, default_depth, depth_of, resolve_depth
+from melt_serve.engine.step import StepPlan
 
 
 class MeltModelState(DefaultModelState):
@@ -39,4 +40,5 @@ class MeltModelState(DefaultModelState):
         """Return what the model's forward takes besides tokens and positions."""
         unknown = default_depth(self.config)  # dummy batches: vLLM measures memory, captures graphs, or idles
         depths = [self.depths.get(request_id, unknown) for request_id in input_batch.req_ids]
-        return {**super().prepare_inputs(input_batch, req_states), "depths": depths}
+        plan = StepPlan.of(depths, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
+        return {**super().prepare_inputs(input_batch, req_states), "plan": plan}

@@ -38,16 +38,16 @@ class TokenAdapters:
         """Take the tables of `layer`, any linear layer of the model; without adapters all methods do nothing."""
         self.tables = getattr(layer, "punica_wrapper", None)
 
-    def compact(self, staying: Tensor) -> None:
-        """Drop the tokens for which `staying`, [A], is false."""
+    def keep(self, tokens: slice | Tensor) -> None:
+        """Go on with some of the A tokens of the loop before."""
         if self.tables is not None:
-            self._set(self.tables.token_lora_indices[: len(staying)][staying])
+            self._set(self.tables.token_lora_indices[tokens])
 
     @contextmanager
     def selected(self, tokens: Tensor) -> Iterator[None]:
-        """Restrict what is computed inside to the tokens for which `tokens`, [A], is true."""
+        """Restrict what is computed inside to some of the A tokens."""
         with self.restored():
-            self.compact(tokens)
+            self.keep(tokens)
             yield
 
     @contextmanager

@@ -1,7 +1,6 @@
 """MELTs in vLLM: one KV row a layer and token, rewritten by every loop. Laid beside modeling/melt.py."""
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
@@ -14,7 +13,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.attention import FinalRows, OpenRows
-from melt_serve.engine.depth import Depth, StepDepths, default_depth
+from melt_serve.engine.exits import StepExits
 from melt_serve.engine.gate import KVGate
 from melt_serve.engine.looplm import (
     MLP_WEIGHTS,
@@ -26,7 +25,7 @@ from melt_serve.engine.looplm import (
     rotary_embedding,
 )
 from melt_serve.engine.lora import TokenAdapters
-from melt_serve.engine.step import StepRows
+from melt_serve.engine.step import Running, StepPlan, StepRows, to_device
 
 
 class MeltAttention(nn.Module):
@@ -107,11 +106,7 @@ class LaterLoop(nn.Module):
 
 
 class MeltModel(LoopedModel):
-    """The layers of a MELT, run as often as each token needs: one that has run all its loops leaves the step.
-
-    Attributes:
-        token_loops: [tokens], the loops that the tokens of the last step ran.
-    """
+    """The layers of a MELT, run as often as each token needs: one that has run all its loops leaves the step."""
 
     attention = MeltAttention
 
@@ -119,8 +114,6 @@ class MeltModel(LoopedModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: MeltConfig = vllm_config.model_config.hf_config
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
-        self.default_depth = default_depth(config)
-        self.token_loops: Tensor | None = None
         with set_model_tag("first_loop"):
             self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)
         with set_model_tag("later_loop"):
@@ -132,66 +125,78 @@ class MeltModel(LoopedModel):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
-        depths: Sequence[Depth] | None = None,
+        plan: StepPlan | None = None,
     ) -> Tensor:
         """Return the normed state after every token's last loop, [tokens, hidden], for tokens as vLLM packs them.
 
         Args:
-            depths: one of each request of the step; by default the checkpoint's own for all.
+            plan: of the step; there is none while vLLM warms up, or measures memory.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if get_forward_context().attn_metadata is None:  # vLLM warms up, or measures memory
-            x, h = self.first_loop(positions, x)
-            for loop in range(2, self.loops + 1):
-                x, h = self.later_loop(positions, x, h, torch.tensor(loop))
+        if get_forward_context().attn_metadata is None:
+            h = None
+            for loop in range(1, self.loops + 1):
+                x, h = self.run(loop, positions, x, h)
             return x
+        assert plan is not None
         attention = [layer.self_attn for layer in self.layers]
-        final = [each.attn for each in attention]
         open_rows = attention[0].open_rows
-        depths = depths or [self.default_depth] * final[0].step.common.num_reqs
-        rows = StepRows(final, open_rows, positions, depths)
-        step = StepDepths(depths, rows.requests, self.early_exit_gate)
+        rows = StepRows([each.attn for each in attention], open_rows, plan, positions)
+        running, arranged = Running.all_of(plan, rows, positions)
+        exits = StepExits(plan, x.device, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
-        finished = torch.empty_like(x)
-        h = None
+        x, h, finished = x[arranged], None, None
         with adapters.restored():
-            for loop in range(1, rows.deepest + 1):
-                with rows.select_loop(loop):
-                    if h is None:
-                        x, h = self.first_loop(positions, x)
-                    else:
-                        x, h = self.later_loop(positions, x, h, torch.tensor(loop))
-                staying = step.select_staying(loop, rows.tokens, x)
-                if staying is None:
+            if plan.moved:
+                adapters.keep(arranged)
+            for loop in range(1, plan.deepest + 1):
+                with running.select_loop(loop):
+                    x, h = self.run(loop, running.positions, x, h)
+                exited = exits.decide(loop, running.sequences, x)
+                following, staying = running.after(loop, plan, exited)
+                if following is running:
                     continue
-                leaving = ~staying
-                finished[rows.tokens[leaving]] = x[leaving]
-                if open_rows is not None and step.may_exit and loop < rows.deepest:
-                    with adapters.selected(leaving):
-                        self.write_later_rows(*rows.slots_after(loop, leaving), positions[leaving], h[:, leaving])
-                if not staying.any():
+                if open_rows is not None and exited.any():
+                    self.write_later_rows(running, loop, np.flatnonzero(exited), h, adapters)
+                if following is None and finished is None and isinstance(running.tokens, slice):
+                    return x  # all tokens ran as many loops, in the order they came
+                finished = torch.empty_like(x) if finished is None else finished
+                finished[running.tokens] = x
+                if following is None:
                     break
-                rows.compact(staying)
-                adapters.compact(staying)
-                positions, x, h = positions[staying], x[staying], h[:, staying]
-        self.token_loops = step.ran
+                adapters.keep(staying)
+                exits.keep(staying)
+                running, x, h = following, x[staying], h[:, staying]
+                if not self.later_loop.do_not_compile:
+                    h = h.contiguous()  # as its graph expects it
         return finished
 
-    def write_later_rows(self, slots: Tensor, tokens: Tensor, positions: Tensor, h: Tensor) -> None:
+    def run(self, loop: int, positions: Tensor, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run all layers once; h is None before loop 1."""
+        if h is None:
+            return self.first_loop(positions, x)
+        return self.later_loop(positions, x, h, positions.new_full((), loop))
+
+    def write_later_rows(
+        self, running: Running, loop: int, exited: np.ndarray, h: Tensor, adapters: TokenAdapters
+    ) -> None:
         """Write the rows of tokens that exit early to the loops they do not run, too.
 
         Args:
-            slots: [W], the slots to write.
-            tokens: [W], whose row goes there, as indices into the L tokens that exit.
-            positions: [L], their positions.
-            h: [N, L, hidden], their states after their last loop.
+            running: the A tokens that ran the loop.
+            exited: [L], those that exit after it.
+            h: [N, A, hidden], the states after it.
         """
-        for layer, state in zip(self.layers, h, strict=True):
-            attention = layer.self_attn
-            k, v = attention.project_rows(positions, state)
-            cache = attention.attn
-            k, v = (each.unflatten(-1, (cache.num_kv_heads, cache.head_size))[tokens] for each in (k, v))
-            cache.impl.do_kv_cache_update(cache, k, v, cache.kv_cache, slots)
+        (leaving,) = to_device(h.device, exited)
+        positions, slots = running.positions[leaving], running.slots_after(loop, leaving)
+        with adapters.selected(leaving):
+            for layer, state in zip(self.layers, h[:, leaving], strict=True):
+                attention = layer.self_attn
+                cache = attention.attn
+                rows = attention.project_rows(positions, state)
+                k, v = (row.unflatten(-1, (cache.num_kv_heads, cache.head_size)) for row in rows)
+                k, v = (row.repeat(len(slots), 1, 1) for row in (k, v))
+                cache.impl.do_kv_cache_update(cache, k, v, cache.kv_cache, slots.flatten())
 
 
 class MeltForCausalLM(LoopedForCausalLM):

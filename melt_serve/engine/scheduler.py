@@ -70,9 +70,17 @@ class ChunkGridScheduler(AsyncScheduler):
         self.cut.clear()
         self.turns.begin_step()
         output = super().schedule(throttle_prefills)
+        output.num_scheduled_tokens = self._deepest_first(output.num_scheduled_tokens)
         self.turns.end_step(output)
         self._count_step(output)
         return output
+
+    def _deepest_first(self, scheduled: dict[str, int]) -> dict[str, int]:
+        """Order a step's requests by their loops: vLLM's GPU runner keeps this order among a step's decodes.
+
+        Those that run another loop are then the first ones, and are not gathered.
+        """
+        return dict(sorted(scheduled.items(), key=lambda item: -depth_of(self.requests[item[0]].sampling_params).loops))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

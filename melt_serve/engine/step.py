@@ -1,125 +1,311 @@
-"""The plan of a step: which tokens run in each loop, and where their rows are."""
+"""The plan of a step: which tokens run in each loop, and where their rows are.
+
+The host knows how many loops each request runs, so it knows the step before it runs: requests are put in order of
+their loops, most first, and those that run on are always the first of them. Only tokens that exit early are news, of
+which the device tells once a loop. Positions, lengths, slots and tables are read on the device: where steps are
+scheduled ahead, the host has not seen them yet.
+"""
+
+from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.utils.platform_utils import is_pin_memory_available
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.engine.depth import Depth
 from melt_serve.engine.tables import LoopTables
 
+Selection: TypeAlias = slice | Tensor
+"""Some of a list: the first of it, which takes no copy, or indices on the device."""
 
-class StepRows:
-    """The tokens of a step that still run.
+
+@dataclass(frozen=True)
+class Sequences:
+    """What runs in a loop, as the attention kernel takes it: each sequence is adjacent tokens of one request.
 
     Attributes:
-        deepest: the most loops that a request of the step may run.
-        tokens: [A], the tokens that still run, as indices into the step's S.
-        requests: [A], the request of each, as an index into the step's R.
-        positions: [A], the position of each in its own sequence.
-        runs: [runs], the request of each run of adjacent tokens, once tokens have left; None before.
-        tables: where the rows of each loop are.
+        requests: [Q], the request of each, as an index into the step's R.
+        first: [Q], its first token, as an index into the step's S.
+        starts: [Q + 1], where each begins among the A tokens that run, and A.
+        ends: [Q], how many tokens its request has up to its last one, at most.
     """
 
-    def __init__(
-        self, final: Sequence[FinalRows], open_rows: OpenRows | None, positions: Tensor, depths: Sequence[Depth]
-    ):
-        """Begin a step, in which all tokens run.
+    requests: np.ndarray
+    first: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """A, the number of tokens."""
+        return int(self.starts[-1])
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The tokens, [A], as indices into the step's S."""
+        return np.arange(self.size, dtype=np.int32) + self.of_tokens(self.first - self.starts[:-1])
+
+    def of_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Repeat each sequence's value, [Q], for each of its tokens, [A]."""
+        return np.repeat(values, np.diff(self.starts))
+
+    def take_first(self, count: int) -> Sequences:
+        """Return the first `count` of them."""
+        return Sequences(self.requests[:count], self.first[:count], self.starts[: count + 1], self.ends[:count])
+
+    def take_tokens(self, index: np.ndarray) -> Sequences:
+        """Return what is left of some of the A tokens, `index` in ascending order.
+
+        Tokens of one request that stand next to each other are one sequence. Where one between them has left, they
+        are two, over the same blocks: each ends at its own last token, so attention is causal.
+        """
+        requests, tokens = self.of_tokens(self.requests)[index], self.tokens[index]
+        starts = np.flatnonzero((np.diff(requests, prepend=-1) != 0) | (np.diff(tokens, prepend=-1) != 1))
+        starts = np.append(starts, len(index)).astype(np.int32)
+        behind = self.of_tokens(self.starts[1:])[index] - 1 - index  # tokens of the sequence behind this one
+        ends = (self.of_tokens(self.ends)[index] - behind)[starts[1:] - 1].astype(np.int32)
+        return Sequences(requests[starts[:-1]], tokens[starts[:-1]], starts, ends)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the host knows of a step before it runs.
+
+    Attributes:
+        loops: [R], the most loops of each request, as the step's tokens are packed.
+        thresholds: [R], its exit threshold.
+        sequences: the requests, those with most loops first.
+        moved: they are in another order than the step's tokens.
+        ran: [S], the loops that each token runs; where tokens exit early it is right once the step has run.
+    """
+
+    loops: np.ndarray
+    thresholds: np.ndarray
+    sequences: Sequences
+    moved: bool
+    ran: np.ndarray
+
+    @classmethod
+    def of(cls, depths: Sequence[Depth], query_starts: np.ndarray, seq_lens: np.ndarray) -> StepPlan:
+        """Plan a step.
+
+        Args:
+            depths: one of each of the R requests.
+            query_starts: [R + 1], where the tokens of each begin among the step's S, and S.
+            seq_lens: [R], how many tokens each has at the end of the step, at most.
+        """
+        loops = np.array([depth.loops for depth in depths], dtype=np.int32)
+        order = np.argsort(-loops, kind="stable").astype(np.int32)
+        lengths = np.diff(query_starts)
+        starts = np.append(0, np.cumsum(lengths[order])).astype(np.int32)
+        return cls(
+            loops,
+            np.array([depth.exit_threshold for depth in depths], dtype=np.float32),
+            Sequences(order, query_starts[order], starts, seq_lens[order]),
+            bool((np.diff(loops) > 0).any()),
+            np.repeat(loops, lengths),
+        )
+
+    @property
+    def deepest(self) -> int:
+        """The most loops that a token of the step may run."""
+        return int(self.loops.max())
+
+    def waits_for_exits(self, loop: int, sequences: Sequences) -> bool:
+        """Return whether a token of these may exit early after this loop."""
+        requests = sequences.requests
+        return bool(((self.thresholds[requests] < 1) & (self.loops[requests] > loop)).any())
+
+    def running_after(self, loop: int, sequences: Sequences) -> int:
+        """Return how many of these sequences, the first ones, may run another loop."""
+        return int(np.count_nonzero(self.loops[sequences.requests] > loop))
+
+    def tokens_after(self, loop: int, sequences: Sequences) -> int:
+        """Return how many of their tokens, the first ones, may run another loop."""
+        return int(sequences.starts[self.running_after(loop, sequences)])
+
+
+class StepRows:
+    """Where the rows of a step's S tokens are, in each loop."""
+
+    def __init__(self, final: Sequence[FinalRows], open_rows: OpenRows | None, plan: StepPlan, positions: Tensor):
+        """Take what vLLM states about the step.
 
         Args:
             final: the final rows of all layers.
             open_rows: those of one layer; None in `token` mode.
-            positions: [S].
-            depths: one of each of the R requests.
+            plan: of the step.
+            positions: [S], the position of each token in its request.
         """
         record = final[0].step
         self.names = [layer.layer_name for layer in final]
         self.builder = record.builder
-        self.common = record.common
-        self.deepest = max(depth.loops for depth in depths)
-        self.tokens = torch.arange(len(positions), device=positions.device)
-        ends = self.common.query_start_loc[1 : len(depths) + 1]
-        self.requests = torch.searchsorted(ends, self.tokens.to(ends.dtype), right=True).clamp(max=len(depths) - 1)
-        self.positions = positions
-        self.metadata = get_forward_context().attn_metadata[self.names[0]]
-        self.runs: Tensor | None = None
-        padding = [1] * (self.common.num_reqs - len(depths))
-        loops = torch.tensor([depth.loops for depth in depths] + padding, device=positions.device)
-        open_record = None if open_rows is None else open_rows.step
-        self.tables = LoopTables(record, open_record, loops, self.deepest, self.requests, positions)
+        self.deepest = plan.deepest
+        self.tables = LoopTables(record)
+        if open_rows is not None and plan.deepest > 1:
+            padding = record.common.num_reqs - len(plan.loops)
+            (loops,) = to_device(positions.device, np.pad(plan.loops, (0, padding), constant_values=1))
+            self.tables.lay_over(open_rows.step, loops, plan.deepest, positions)
+
+
+@dataclass(frozen=True)
+class Running:
+    """The tokens that run in a loop.
+
+    Attributes:
+        rows: where the rows of the whole step are.
+        sequences: the tokens, as the host knows them.
+        tokens: [A], the same on the device, as indices into the step's S.
+        requests: [Q], the request of each sequence, as an index into the step's R.
+        positions: [A], the position of each token in its request.
+        metadata: the kernel's, with the tables of final rows.
+    """
+
+    rows: StepRows
+    sequences: Sequences
+    tokens: Selection
+    requests: Selection
+    positions: Tensor
+    metadata: Any
+
+    @classmethod
+    def all_of(cls, plan: StepPlan, rows: StepRows, positions: Tensor) -> tuple[Running, Selection]:
+        """Begin a step: return all its tokens in the plan's order, and which token comes where, [S]."""
+        sequences, metadata = plan.sequences, get_forward_context().attn_metadata[rows.names[0]]
+        everything = slice(sequences.size)
+        requests = slice(len(sequences.requests))
+        running = cls(rows, sequences, everything, requests, positions[everything], metadata)
+        return running._gather(sequences, sequences.tokens) if plan.moved else (running, everything)
 
     @contextmanager
     def select_loop(self, loop: int) -> Iterator[None]:
-        """Give attention layers that are called inside this loop's tables, for the tokens that still run."""
-        if self.runs is None and not self.tables.open_loops:
+        """Give attention layers that are called inside this loop's tables, for the tokens that run."""
+        context, metadata = get_forward_context(), self.metadata
+        tables = self.rows.tables
+        if loop <= tables.open_loops:
+            metadata = copy.copy(metadata)
+            metadata.block_table = tables.blocks(loop)[self.requests]
+            metadata.slot_mapping = tables.slots(loop)[self.tokens]
+        elif metadata is context.attn_metadata[self.rows.names[0]]:
             yield  # as vLLM has set it up
             return
-        blocks, slots = self.tables.blocks(loop), self.tables.slots(loop)
-        metadata = copy.copy(self.metadata)
-        metadata.block_table = blocks if self.runs is None else blocks[self.runs]
-        metadata.slot_mapping = slots if self.runs is None else slots[self.tokens]
-        context = get_forward_context()
+        names = self.rows.names
         changed = replace(
             context,
-            attn_metadata={**context.attn_metadata, **dict.fromkeys(self.names, metadata)},
-            slot_mapping={**context.slot_mapping, **dict.fromkeys(self.names, metadata.slot_mapping)},
+            attn_metadata={**context.attn_metadata, **dict.fromkeys(names, metadata)},
+            slot_mapping={**context.slot_mapping, **dict.fromkeys(names, metadata.slot_mapping)},
         )
         with override_forward_context(changed):
             yield
 
-    def compact(self, staying: Tensor) -> None:
-        """Drop the tokens that have left the step.
+    def after(self, loop: int, plan: StepPlan, exited: np.ndarray) -> tuple[Running | None, Selection]:
+        """Return what runs the next loop, None if nothing does, and which of the A tokens that is.
 
-        Tokens of one request that stand next to each other are one sequence to the kernel. Where one between
-        them has left, they are two, over the same blocks: each ends at its own last token, so attention is causal.
+        Where all leave together, or nobody exits early, those that stay are the first ones, and nothing is copied.
 
         Args:
-            staying: [A], true for each token that runs another loop, at least one.
+            exited: [those that may run another loop], true for those that exit early, which the plan records.
         """
-        self.tokens = self.tokens[staying]
-        self.requests = self.requests[staying]
-        self.positions = self.positions[staying]
-        begins = torch.ones_like(self.tokens, dtype=torch.bool)
-        begins[1:] = (self.requests.diff() != 0) | (self.positions.diff() != 1)
-        starts = begins.nonzero().squeeze(1)
-        bounds = torch.cat((starts, starts.new_tensor([len(self.tokens)]))).to(self.common.query_start_loc.dtype)
-        ends = (self.positions[bounds[1:].long() - 1] + 1).to(self.common.seq_lens.dtype)
-        self.runs = self.requests[starts]
-        bounds_cpu, ends_cpu = bounds.cpu(), ends.cpu()
-        self.metadata = self.builder.rebuild(
-            CommonAttentionMetadata(
-                query_start_loc=bounds,
-                query_start_loc_cpu=bounds_cpu,
-                seq_lens=ends,
-                seq_lens_cpu_upper_bound=ends_cpu,
-                num_reqs=len(starts),
-                num_actual_tokens=len(self.tokens),
-                max_query_len=int(bounds_cpu.diff().max()),
-                max_seq_len=int(ends_cpu.max()),
-                block_table_tensor=self.tables.final_blocks[self.runs],
-                slot_mapping=self.tables.final_slots[self.tokens],
-                causal=True,
-                positions=self.positions,
-            )
-        )
+        count = plan.running_after(loop, self.sequences)
+        if not exited.any():
+            if count == len(self.sequences.requests):
+                return self, slice(len(exited))
+            return self._take_first(count) if count else (None, slice(0))
+        plan.ran[self.sequences.tokens[: len(exited)][exited]] = loop
+        index = np.flatnonzero(~exited)
+        return self._gather(self.sequences.take_tokens(index), index) if len(index) else (None, slice(0))
 
-    def slots_after(self, loop: int, leaving: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the slots in later loops' tables of tokens that leave after this loop, where they are other slots.
+    def _take_first(self, count: int) -> tuple[Running, Selection]:
+        """Return the tokens of the first `count` sequences."""
+        sequences = self.sequences.take_first(count)
+        first = slice(sequences.size)
+        return self._rebuild(
+            sequences,
+            first if isinstance(self.tokens, slice) else self.tokens[first],
+            slice(count) if isinstance(self.requests, slice) else self.requests[:count],
+            self.positions[first],
+            query_start_loc=self.metadata.query_start_loc[: count + 1],
+            seq_lens=self.metadata.seq_lens[:count],
+            block_table_tensor=self.metadata.block_table[:count],
+            slot_mapping=self.metadata.slot_mapping[first],
+        ), first
+
+    def _gather(self, sequences: Sequences, index: np.ndarray) -> tuple[Running, Selection]:
+        """Return `sequences`, whose tokens are those of the A at `index`, and the indices on the device."""
+        gathered, requests, starts = to_device(self.positions.device, index, sequences.requests, sequences.starts)
+        tokens, positions = compose(self.tokens, gathered), self.positions[gathered]
+        return self._rebuild(
+            sequences,
+            tokens,
+            requests,
+            positions,
+            query_start_loc=starts,
+            seq_lens=(positions[starts[1:] - 1] + 1).to(starts.dtype),
+            block_table_tensor=self.rows.tables.final_blocks[requests],
+            slot_mapping=self.rows.tables.final_slots[tokens],
+        ), gathered
+
+    def slots_after(self, loop: int, leaving: Tensor) -> Tensor:
+        """Return the slots in later loops' tables of tokens that leave after this loop.
 
         Args:
-            leaving: [A], true for the L tokens that leave.
+            leaving: [L], the tokens that leave, as indices into the A.
 
         Returns:
-            slots: [W], to be written; tokens: [W], whose row goes there, as indices into the L.
+            [loops left, L]; `PAD_SLOT_ID`, where nothing is written, for the slot that the token has written already.
         """
-        tokens = self.tokens[leaving]
-        written = self.tables.slots(loop)[tokens]
-        later = torch.stack([self.tables.slots(other)[tokens] for other in range(loop + 1, self.deepest + 1)])
-        missing = later != written
-        return later[missing], missing.nonzero()[:, 1]
+        tokens = compose(self.tokens, leaving)
+        written = self.rows.tables.slots(loop)[tokens]
+        later = [self.rows.tables.slots(other)[tokens] for other in range(loop + 1, self.rows.deepest + 1)]
+        return torch.stack([torch.where(slots == written, PAD_SLOT_ID, slots) for slots in later])
+
+    def _rebuild(
+        self, sequences: Sequences, tokens: Selection, requests: Selection, positions: Tensor, **tensors: Tensor
+    ) -> Running:
+        common = CommonAttentionMetadata(
+            query_start_loc_cpu=torch.from_numpy(sequences.starts),
+            seq_lens_cpu_upper_bound=torch.from_numpy(sequences.ends),
+            num_reqs=len(sequences.requests),
+            num_actual_tokens=sequences.size,
+            max_query_len=int(np.diff(sequences.starts).max()),
+            max_seq_len=int(sequences.ends.max()),
+            causal=True,
+            positions=positions,
+            **tensors,
+        )
+        return Running(self.rows, sequences, tokens, requests, positions, self.rows.builder.rebuild(common))
+
+
+def compose(outer: Selection, inner: Tensor) -> Tensor:
+    """Return which of a list are the `inner` ones of its `outer` ones."""
+    return inner if isinstance(outer, slice) else outer[inner]
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """Copy whole numbers to the device, all in one copy that nobody waits for; return them as int32."""
+    packed = async_tensor_h2d(np.concatenate(arrays).astype(np.int32, copy=False), device=device)
+    return packed.split([len(array) for array in arrays])
+
+
+def to_host(values: Tensor) -> np.ndarray:
+    """Return values of the device, which the host waits for."""
+    if values.device.type == "cpu":
+        return values.numpy()
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_pin_memory_available())
+    copied.copy_(values, non_blocking=True)
+    arrived = torch.Event(values.device)
+    arrived.record()
+    arrived.synchronize()
+    return copied.numpy()

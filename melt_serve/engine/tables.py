@@ -19,37 +19,31 @@ class LoopTables:
         open_loops: loops 1 to this one have tables of their own; later ones have those of the final rows.
     """
 
-    def __init__(
-        self,
-        final: StepRecord,
-        open_rows: StepRecord | None,
-        loops: Tensor,
-        deepest: int,
-        requests: Tensor,
-        positions: Tensor,
-    ):
-        """Lay out a step, in which a request runs tokens of one chunk.
-
-        Args:
-            final: the step and the tables of final rows.
-            open_rows: the same step and the tables of open rows; None in `token` mode.
-            loops: [R], the most loops that each request may run.
-            deepest: the largest of them.
-            requests: [S], the request of each token, as an index into the R.
-            positions: [S], the position of each token in its own sequence.
-        """
+    def __init__(self, final: StepRecord):
+        """Begin a step in which every loop has the tables of the final rows."""
+        self.common = final.common
         self.final_blocks = final.common.block_table_tensor
         self.final_slots = final.common.slot_mapping
-        self.open_loops = 0 if open_rows is None else deepest - 1
-        if open_rows is None or not self.open_loops:
-            return
+        self.open_loops = 0
+
+    def lay_over(self, open_rows: StepRecord, loops: Tensor, deepest: int, positions: Tensor) -> None:
+        """Give loops before a request's last the rows of its open chunk, unless a whole chunk runs.
+
+        Args:
+            open_rows: the same step and the tables of open rows.
+            loops: [R], the most loops that each request may run. Its tokens in this step are of one chunk.
+            deepest: the largest of them.
+            positions: [S], the position of each token in its own sequence.
+        """
+        self.open_loops = deepest - 1
+        positions = positions[: len(self.final_slots)]
         spec, split = open_rows.builder.kv_cache_spec, open_rows.builder.entries_per_block
         chunk_size, block_size = spec.chunk_size, spec.block_size  # of the kernel's blocks
         held = open_rows.common.block_table_tensor
-        lengths, later_loops = final.common.seq_lens, loops - 1
+        lengths, later_loops = self.common.seq_lens, loops - 1
         loop = torch.arange(self.open_loops, device=loops.device)  # counted from 0
         # A step that runs a whole chunk has all its rows at hand: it writes the final blocks at every loop.
-        whole = (final.common.query_start_loc.diff() == chunk_size) & (lengths % chunk_size == 0)
+        whole = (self.common.query_start_loc.diff() == chunk_size) & (lengths % chunk_size == 0)
         own = (loop[:, None] < later_loops) & ~whole
 
         def entry(block: Tensor, later_loops: Tensor, loop: Tensor) -> Tensor:
@@ -69,6 +63,9 @@ class LoopTables:
         self.composed_blocks = self.final_blocks.clone()
 
         block = positions % chunk_size // block_size
+        tokens = torch.arange(len(positions), device=loops.device, dtype=torch.int32)
+        ends = self.common.query_start_loc[1:]
+        requests = torch.searchsorted(ends, tokens, right=True).clamp(max=len(loops) - 1)
         slots = held[requests, entry(block, later_loops[requests], loop[:, None])].long() * block_size
         slots += positions % block_size
         # A negative slot is padding's, which belongs to no request.

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from melt_serve.engine.scheduler_stats import StepCounts
 from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
 from tests.engine.scenes import Ask, Scene, confined, play
+from tests.engine.waits import judge_waits, watched
 
 LENGTHS = (1, 31, 33, 64, 100)
 DEPTHS = (1, 8, 4, 2, 6)
@@ -39,6 +40,18 @@ def test_requests_of_mixed_depths_equal_the_reference(served, exits):
         for _ in range(2):  # the second time prefixes are found
             outputs = generate(llm, asked, DEPTHS, exits, max_tokens=10)
             assert distance(model, asked, outputs, DEPTHS, exits) <= RIGHT
+
+
+@MODES
+def test_a_step_waits_for_exits_alone(served):
+    judge_waits(served)
+
+
+@MODES
+def test_decodes_come_deepest_first_so_nothing_is_gathered(served):
+    with watched() as steps:
+        generate(served.llm, prompts(*LENGTHS), DEPTHS, max_tokens=5)
+    assert sum(not each.plan.moved and each.copies == 0 for each in steps) >= 4
 
 
 @MODES

@@ -42,19 +42,17 @@ def test_a_loop_has_rows_of_its_own_in_an_open_chunk_and_else_the_final_ones(roo
 
     tokens = [(request, position) for request, (start, end, _) in enumerate(steps) for position in range(start, end)]
     padding = 3
-    requests = torch.tensor([request for request, _ in tokens] + [len(steps) - 1] * padding)
     positions = torch.tensor([position for _, position in tokens] + [0] * padding)
     ends = torch.tensor([0, *(end - start for start, end, _ in steps)]).cumsum(0)
     common = {"query_start_loc": ends.int(), "seq_lens": torch.tensor([end for _, end, _ in steps]).int()}
     slots = torch.tensor([slot_of(*token, loop=MAX_LOOPS) for token in tokens] + [-1] * padding)
     spec = SimpleNamespace(chunk_size=CHUNK, block_size=kernel_block)
     builder = SimpleNamespace(kv_cache_spec=spec, entries_per_block=split)
-    tables = LoopTables(
-        StepRecord(builder, SimpleNamespace(**common, block_table_tensor=final, slot_mapping=slots)),
-        StepRecord(builder, SimpleNamespace(**common, block_table_tensor=held)),
-        loops=torch.tensor([loops for *_, loops in steps]),
+    tables = LoopTables(StepRecord(builder, SimpleNamespace(**common, block_table_tensor=final, slot_mapping=slots)))
+    tables.lay_over(
+        StepRecord(builder, SimpleNamespace(block_table_tensor=held)),
+        loops=torch.tensor([loops for *_, loops in steps], dtype=torch.int32),
         deepest=MAX_LOOPS,
-        requests=requests,
         positions=positions,
     )
     for loop in (1, 2, 3, 4, 1):
