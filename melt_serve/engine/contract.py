@@ -47,8 +47,7 @@ class MeltStartup(VerifyAndUpdateConfig):
 
         choose_block_size(vllm_config)
         record_kernels(vllm_config)
-        # A graph replays on the memory it was captured on; a loop's input is where the loop before left it.
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        choose_graphs(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         choose_cpu_worker(vllm_config)
 
@@ -60,6 +59,13 @@ class LoopLMStartup(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Choose the worker that keeps seeded requests alive on a CPU."""
         choose_cpu_worker(vllm_config)
+
+
+def choose_graphs(vllm_config: "VllmConfig") -> None:
+    """Have CUDA graphs captured for decodes (`graphs.py`), unless the user wants none. With adapters there are none."""
+    compilation = vllm_config.compilation_config
+    wanted = compilation.cudagraph_mode != CUDAGraphMode.NONE and vllm_config.lora_config is None
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if wanted else CUDAGraphMode.NONE
 
 
 def choose_cpu_worker(vllm_config: "VllmConfig") -> None:

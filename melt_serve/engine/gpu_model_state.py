@@ -7,12 +7,17 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
 
 from melt_serve.config import MeltConfig
+from melt_serve.engine import patches
 from melt_serve.engine.depth import Depth, default_depth, depth_of, resolve_depth
+from melt_serve.engine.graphs import LoopGraphs
 from melt_serve.engine.step import StepPlan
 
 
@@ -23,6 +28,8 @@ class MeltModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self.config: MeltConfig = self.model_config.hf_config
         self.depths: dict[str, Depth] = {}
+        self.graphs = LoopGraphs(self.model.model.run, self.vllm_config, self.device)
+        patches.capture_no_whole_step(type(self))
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Add a request that begins, or begins again after a preemption."""
@@ -41,4 +48,20 @@ class MeltModelState(DefaultModelState):
         unknown = default_depth(self.config)  # dummy batches: vLLM measures memory, captures graphs, or idles
         depths = [self.depths.get(request_id, unknown) for request_id in input_batch.req_ids]
         plan = StepPlan.of(depths, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
-        return {**super().prepare_inputs(input_batch, req_states), "plan": plan}
+        return {**super().prepare_inputs(input_batch, req_states), "plan": plan, "graphs": self.graphs}
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Drop graphs of another KV cache: vLLM captures once to measure memory, before it allocates the cache."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.graphs.clear()
+
+    def capture_inner_cudagraphs(
+        self,
+        input_buffers: InputBuffers,
+        block_tables: BlockTables,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        """Capture the graphs that the model's forward replays."""
+        (final,) = attn_groups[0]
+        self.graphs.capture(final, block_tables.input_block_tables[0].shape[1])

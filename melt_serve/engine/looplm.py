@@ -1,7 +1,7 @@
 """LoopLMs in vLLM: the same layers run T times, with KV rows of every loop. Laid beside modeling/looplm.py."""
 
 from collections.abc import Iterable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -19,7 +19,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
-from melt_serve.engine.step import StepPlan
 
 RowsT = TypeVar("RowsT", bound=Attention)
 MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
@@ -188,10 +187,10 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-        **plan: StepPlan,
+        **of_step: Any,
     ) -> Tensor:
-        """Return the normed state after the last loop, [tokens, hidden]; a MELT takes the step's `plan`."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **plan)
+        """Return the normed state after the last loop, [tokens, hidden]; a MELT takes the step's plan, too."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **of_step)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Map [tokens, hidden] to logits, [tokens, vocabulary]."""

@@ -15,6 +15,7 @@ from melt_serve.config import MeltConfig
 from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.engine.exits import StepExits
 from melt_serve.engine.gate import KVGate
+from melt_serve.engine.graphs import LoopGraphs
 from melt_serve.engine.looplm import (
     MLP_WEIGHTS,
     LoopedForCausalLM,
@@ -126,17 +127,19 @@ class MeltModel(LoopedModel):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
         plan: StepPlan | None = None,
+        graphs: LoopGraphs | None = None,
     ) -> Tensor:
         """Return the normed state after every token's last loop, [tokens, hidden], for tokens as vLLM packs them.
 
         Args:
             plan: of the step; there is none while vLLM warms up, or measures memory.
+            graphs: replayed where they fit.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if get_forward_context().attn_metadata is None:
             h = None
             for loop in range(1, self.loops + 1):
-                x, h = self.run(loop, positions, x, h)
+                x, h = self.run(positions.new_full((), loop), positions, x, h)
             return x
         assert plan is not None
         attention = [layer.self_attn for layer in self.layers]
@@ -150,8 +153,11 @@ class MeltModel(LoopedModel):
             if plan.moved:
                 adapters.keep(arranged)
             for loop in range(1, plan.deepest + 1):
-                with running.select_loop(loop):
-                    x, h = self.run(loop, running.positions, x, h)
+                if graphs is not None and graphs.fit(running):
+                    x, h = graphs.replay(loop, running, x, h)
+                else:
+                    with running.select_loop(loop):
+                        x, h = self.run(positions.new_full((), loop), running.positions, x, h)
                 exited = exits.decide(loop, running.sequences, x)
                 following, staying = running.after(loop, plan, exited)
                 if following is running:
@@ -167,15 +173,14 @@ class MeltModel(LoopedModel):
                 adapters.keep(staying)
                 exits.keep(staying)
                 running, x, h = following, x[staying], h[:, staying]
-                if not self.later_loop.do_not_compile:
-                    h = h.contiguous()  # as its graph expects it
         return finished
 
-    def run(self, loop: int, positions: Tensor, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run all layers once; h is None before loop 1."""
+    def run(self, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run all layers once, in the forward context's tables; h is None at loop 1."""
         if h is None:
             return self.first_loop(positions, x)
-        return self.later_loop(positions, x, h, positions.new_full((), loop))
+        # What is compiled takes h as it was when it was compiled.
+        return self.later_loop(positions, x, h if self.later_loop.do_not_compile else h.contiguous(), loop)
 
     def write_later_rows(
         self, running: Running, loop: int, exited: np.ndarray, h: Tensor, adapters: TokenAdapters

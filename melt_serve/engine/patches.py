@@ -101,6 +101,32 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+def capture_no_whole_step(model_state: type) -> None:
+    """Keep vLLM from capturing CUDA graphs of a MELT's whole step; graphs of one loop are captured right after.
+
+    It picks a whole step's graph by its number of tokens alone, and replays it without the model's forward: a request
+    would get the default depth, whatever it asks for. For the processes that run the model.
+
+    Args:
+        model_state: the class of the models that this concerns.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    def unless_melt(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def capture(self: Any, model: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(state, model_state):
+                original(self, model, state, *args, **kwargs)
+
+        capture.melt_serve = True  # type: ignore[attr-defined]
+        return capture
+
+    _replace(ModelCudaGraphManager, "capture", unless_melt)
+
+
 def resolve_depths_in_the_engine() -> None:
     """Resolve the depth of requests that come past `InputProcessor`, as from a front end without this plugin.
 

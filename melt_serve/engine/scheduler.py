@@ -80,7 +80,7 @@ class ChunkGridScheduler(AsyncScheduler):
 
         Those that run another loop are then the first ones, and are not gathered.
         """
-        return dict(sorted(scheduled.items(), key=lambda item: -depth_of(self.requests[item[0]].sampling_params).loops))
+        return dict(sorted(scheduled.items(), key=lambda item: -self.depths[item[0]].loops))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

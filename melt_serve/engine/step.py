@@ -137,6 +137,19 @@ class StepPlan:
         return int(sequences.starts[self.running_after(loop, sequences)])
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Where the rows of a loop's tokens are.
+
+    Attributes:
+        blocks: [Q, blocks], the block table of each sequence.
+        slots: [A], the slots that the tokens write.
+    """
+
+    blocks: Tensor
+    slots: Tensor
+
+
 class StepRows:
     """Where the rows of a step's S tokens are, in each loop."""
 
@@ -189,19 +202,24 @@ class Running:
         running = cls(rows, sequences, everything, requests, positions[everything], metadata)
         return running._gather(sequences, sequences.tokens) if plan.moved else (running, everything)
 
+    def tables(self, loop: int) -> Tables:
+        """Return where the rows of these tokens are in this loop."""
+        tables = self.rows.tables
+        if loop > tables.open_loops:
+            return Tables(self.metadata.block_table, self.metadata.slot_mapping)
+        return Tables(tables.blocks(loop)[self.requests], tables.slots(loop)[self.tokens])
+
     @contextmanager
     def select_loop(self, loop: int) -> Iterator[None]:
         """Give attention layers that are called inside this loop's tables, for the tokens that run."""
-        context, metadata = get_forward_context(), self.metadata
-        tables = self.rows.tables
-        if loop <= tables.open_loops:
+        context, names, tables = get_forward_context(), self.rows.names, self.tables(loop)
+        metadata = self.metadata
+        if tables.blocks is not metadata.block_table:
             metadata = copy.copy(metadata)
-            metadata.block_table = tables.blocks(loop)[self.requests]
-            metadata.slot_mapping = tables.slots(loop)[self.tokens]
-        elif metadata is context.attn_metadata[self.rows.names[0]]:
+            metadata.block_table, metadata.slot_mapping = tables.blocks, tables.slots
+        elif metadata is context.attn_metadata[names[0]]:
             yield  # as vLLM has set it up
             return
-        names = self.rows.names
         changed = replace(
             context,
             attn_metadata={**context.attn_metadata, **dict.fromkeys(names, metadata)},

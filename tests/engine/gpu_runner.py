@@ -3,17 +3,24 @@
 Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so tests make them.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
+from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from melt_serve.engine import graphs
 from melt_serve.engine.scheduler_stats import StepCounts
 from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
 from tests.engine.scenes import Ask, Scene, confined, play
@@ -155,3 +162,91 @@ def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
         (layer,) = runner_of(llm).model.model.layers
         assert issubclass(layer.self_attn.attn.attn_backend, TritonAttentionBackend)
         assert distance(model, asked, generate(llm, asked, depths, exits, max_tokens=3), depths, exits) <= RIGHT
+
+
+SIZES = [1, 2, 4, 8]
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """vLLM's capture as a GPU's start calls it, with a double of CUDA graphs: it runs what was captured once more.
+
+    The double sees nothing but the graphs' buffers: what was copied to them is NaN by then, and so are rows behind the
+    step's tokens; the runner's own positions, lengths, tables and slots say something else.
+
+    Returns a function of a runner, which captures, and lists what is replayed: the key, and the number of tokens.
+    """
+    monkeypatch.setattr(CpuPlatform, "get_global_graph_pool", lambda self: None)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
+    monkeypatch.setattr(model_runner, "lock_workspace", lambda: None)
+    monkeypatch.setattr(graphs, "graph_capture", lambda device: nullcontext())
+    copy = graphs.put
+
+    def move(values, buffer):
+        copy(values, buffer)
+        if values.data_ptr() != buffer.data_ptr():
+            values.fill_(torch.nan)
+
+    def capture(runner):
+        replayed, live = [], runner.model_state.graphs
+        inputs, tables = runner.input_buffers, runner.block_tables
+        outside = [inputs.positions, inputs.seq_lens, inputs.query_start_loc]
+        outside += [tables.slot_mappings, *tables.input_block_tables]
+
+        class Double:
+            def __init__(self, run):
+                self.run = run
+
+            def replay(self):
+                (key,) = (key for key, graph in live.graphs.items() if graph is self)
+                tokens = int(live.query_starts[key[1]])
+                assert (live.slots[tokens : key[1]] == PAD_SLOT_ID).all() and not live.seq_lens[tokens : key[1]].any()
+                replayed.append((key, tokens))
+                live.x[tokens:] = torch.nan
+                live.h[:, tokens:] = torch.nan
+                before = [each.clone() for each in outside]
+                for each in outside:
+                    each.fill_(1)
+                self.run()
+                for each, values in zip(outside, before, strict=True):
+                    each.copy_(values)
+
+        monkeypatch.setattr(graphs, "put", move)
+        monkeypatch.setattr(graphs, "record", lambda run, config: Double(run))
+        mode, config = CUDAGraphMode.FULL_DECODE_ONLY, runner.compilation_config
+        config.cudagraph_mode, config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = (
+            mode,
+            SIZES,
+            SIZES[-1],
+        )
+        live.sizes = SIZES
+        runner.cudagraph_manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, 1)
+        assert runner.needs_cudagraph_capture()
+        runner.capture_model()
+        assert not runner.cudagraph_manager.graphs, "a whole step's graph replays the default depth for all"
+        assert set(live.graphs) == {(first, size) for first in (True, False) for size in SIZES}
+        return replayed
+
+    return capture
+
+
+@pytest.mark.usefixtures("triton_attention")
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode):
+    """Depths that change between steps, tokens that leave, exits, sizes between two captured ones."""
+    model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
+    asked, loops, exits = prompts(40, 5, 33, 20, 7), [3, 1, 6, 3, 2], [1.0, 1.0, 0.5, 0.6, 1.0]
+    with engine(tmp_path, block_size=32) as llm:
+        replayed = capturing(runner_of(llm))
+        for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
+            outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
+            assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
+        assert {key for key, _ in replayed} >= {(True, 8), (False, 8), (False, 4), (False, 1)}
+        assert any(tokens < size for (_, size), tokens in replayed)
+        count = len(replayed)
+        outputs = generate(llm, asked[:1], max_tokens=1)  # a prompt
+        assert len(replayed) == count
+        runner_of(llm).model_state.initialize_kv_cache(runner_of(llm).kv_cache_config, runner_of(llm).block_tables)
+        generate(llm, asked[:1], max_tokens=2)
+        assert len(replayed) == count, "graphs of another KV cache are gone"

@@ -152,6 +152,26 @@ def test_an_unset_budget_holds_a_chunk_and_every_running_request(checkpoint):
     assert configure(checkpoint, max_num_seqs=7).scheduler_config.max_num_batched_tokens < 9007
 
 
+def test_on_a_gpu_decodes_get_graphs_unless_nobody_wants_them(checkpoint, monkeypatch):
+    """vLLM then asks for a capture; a graph of a whole step, its default, would be chosen for prompts, too."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setattr(CpuPlatform, "support_static_graph_mode", classmethod(lambda cls: True))
+    modes = [
+        configure(checkpoint, **options).compilation_config.cudagraph_mode
+        for options in (
+            {},
+            {"enforce_eager": True},
+            {"compilation_config": {"cudagraph_mode": "NONE"}},
+            {"compilation_config": {"cudagraph_mode": "FULL"}},
+            {"enable_lora": True},
+        )
+    ]
+    graphs, none = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE
+    assert modes == [graphs, none, none, graphs, none]
+
+
 def test_registering_and_patching_again_changes_nothing():
     plugin.register()
     patches.apply()
