@@ -1,6 +1,7 @@
 """The chunk grid: which tokens of a request may run in one step (README.md, rules 1 to 4)."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -86,16 +87,14 @@ class ChunkGridScheduler(AsyncScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Count the loops that the generated tokens ran, and update the requests as vLLM does."""
-        token_loops = getattr(model_runner_output, "token_loops", {})
+        token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
         ):
             depth = self.depths.get(request_id)
             if not generated or depth is None:
                 continue
-            loops = depth.loops if depth.exit_threshold == 1 else token_loops.get(request_id)
-            if loops is not None:  # vLLM's GPU runner does not report exits
-                self.loops_run[request_id][loops] += 1
+            self.loops_run[request_id][depth.loops if depth.exit_threshold == 1 else token_loops[request_id]] += 1
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
