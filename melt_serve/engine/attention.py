@@ -6,6 +6,7 @@ rows of closed chunks and its own loop's rows of the open chunk: two block table
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +57,23 @@ class FinalRows(Attention):
 
     Attributes:
         fused: one kernel of ours rotates queries and keys and writes the rows; otherwise two of vLLM's do.
+        when_loaded: is called once vLLM has brought the weights of all linear layers into their final form.
     """
 
     attn_backend: Any  # a class of vLLM's, AttentionBackend
     step: StepRecord
+    when_loaded: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_backend(self)
         self.fused = fuses_rows(self)
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Prepare as vLLM does, which comes to attention layers last, and call `when_loaded`."""
+        super().process_weights_after_loading(act_dtype)
+        self.when_loaded()
 
     def rotate_and_attend(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """Rotate q and k, write the rows, and return attention over all rows, this step's included.
