@@ -33,6 +33,8 @@ from melt_serve.kernels.rows import RowWrite, write_rows
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 """vLLM's backends whose block tables and slots are plain fields of a step's metadata."""
+PROVED_ROWS = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+"""`--kv-cache-dtype` of rows that are held against the reference."""
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
 FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
@@ -67,6 +69,7 @@ class FinalRows(Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_backend(self)
+        refuse_rows(self)
         self.fused = fuses_rows(self)
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
 
@@ -137,6 +140,19 @@ def refuse_backend(layer: Attention) -> None:
         raise ValueError(
             f"MELT: vLLM's attention backend {backend} cannot change block tables between loops; choose one that can: "
             f"--attention-backend {BACKENDS[0]}"
+        )
+
+
+def refuse_rows(layer: Attention) -> None:
+    """Refuse a dtype of rows whose right answers are not shown, such as scales of each token or four bits.
+
+    Raises:
+        ValueError: it is none of `PROVED_ROWS`; the message names them.
+    """
+    if layer.kv_cache_dtype not in PROVED_ROWS:
+        raise ValueError(
+            f"MELT: --kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows that every loop writes again; "
+            f"choose one of {', '.join(PROVED_ROWS)}"
         )
 
 
