@@ -12,7 +12,7 @@ from melt_serve.bench.accuracy import accuracy_by_depth, trained_loops
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.options import flag
 from melt_serve.bench.report import draw_spread, judged, set_loop_axis, spread, verdict
-from melt_serve.bench.shapes import BLOCK_SIZE, Checkpoint, scaled_shape
+from melt_serve.bench.shapes import BLOCK_SIZE, DTYPES, VALUE_BYTES, Checkpoint, Dtype, scaled_shape
 from melt_serve.bench.throughput import STEP_TOKENS, refuse
 from melt_serve.terminal import columns, loop_list, positive, two_depths, whole
 
@@ -69,6 +69,7 @@ class Options:
     prompt: int = flag(128, "tokens of a prompt", positive, "N")
     generated: int = flag(64, "tokens of an answer", positive, "N")
     rounds: int = flag(3, "how often each depth serves them", positive, "N")
+    dtype: Dtype = flag("bfloat16", "of weights and rows; many CPUs multiply float32 faster in batches", choices=DTYPES)
     questions: int = flag(
         0,
         "also ask the bundled checkpoint N held-out questions at each depth it runs; 200 tell depths apart, 0 is none",
@@ -278,13 +279,15 @@ def engine_arguments(options: Options) -> dict[str, object]:
     blocks = math.ceil(context / BLOCK_SIZE)
     if options.decode_mode == "chunk":
         blocks += (max(options.loops) - 1) * options.chunk_size // BLOCK_SIZE
+    block = BLOCK_SIZE * options.checkpoint.kv_bytes_per_token(VALUE_BYTES[options.dtype])
     return {
         # And one block more: vLLM never uses the first block of its pool.
-        "kv_cache_memory_bytes": (options.requests * blocks + 1) * BLOCK_SIZE * options.checkpoint.kv_bytes_per_token(),
+        "kv_cache_memory_bytes": (options.requests * blocks + 1) * block,
         "block_size": BLOCK_SIZE,
         "max_model_len": context,
         "max_num_batched_tokens": STEP_TOKENS,
         "max_num_seqs": options.requests,
+        "dtype": options.dtype,
         "enable_prefix_caching": False,  # the same prompts come again
         "disable_log_stats": False,  # their clock tells the latency
     }

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from melt_serve.config import DecodeMode, LoopLMConfig
 
 Model = Literal["melt", "looplm"]
+Dtype = Literal["bfloat16", "float32"]
+DTYPES: tuple[Dtype, Dtype] = get_args(Dtype)
+VALUE_BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 MODELS: tuple[Model, Model] = get_args(Model)
 
 BLOCK_SIZE = 32

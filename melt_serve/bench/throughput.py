@@ -12,7 +12,7 @@ from tqdm import tqdm
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.options import flag
 from melt_serve.bench.report import draw_spread, judged, spread
-from melt_serve.bench.shapes import BLOCK_SIZE, MODELS, Checkpoint, Model, scaled_shape
+from melt_serve.bench.shapes import BLOCK_SIZE, DTYPES, MODELS, VALUE_BYTES, Checkpoint, Dtype, Model, scaled_shape
 from melt_serve.terminal import columns, loop_list, positive, words_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ examples:
       8 layers, d=512, 32 requests of 128 + 128 tokens, at 4 and 8 loops; takes a quarter of an hour on 2 CPU cores
   melt-serve bench throughput --loops 4 --cache scarce --fit 2 --profile
       one setting, a scarcer cache, and where the time goes
+  melt-serve bench throughput --dtype float32 --cache scarce
+      on a CPU that multiplies no bfloat16
   melt-serve bench throughput --loops 2 --layers 2 --requests 8 --generated 32 --json
       smaller and quicker, and one line of JSON at the end"""
 
@@ -65,6 +67,7 @@ class Options:
     rounds: int = flag(3, "how often both serve all requests", positive, "N")
     fit: int = flag(6, "LoopLM requests that a scarce cache holds", positive, "N")
     profile: bool = flag(False, "show where the time of one more round goes")
+    dtype: Dtype = flag("bfloat16", "of weights and rows; many CPUs multiply float32 faster in batches", choices=DTYPES)
     gate_rank: int | None = flag(None, "rank of the MELT's gate, cut as by gate_rank (default: whole)", positive, "R")
 
     @property
@@ -168,6 +171,7 @@ def both_engines(options: Options, cache: Cache, loops: int) -> Iterator[dict[Mo
         "max_model_len": options.context,
         "max_num_batched_tokens": STEP_TOKENS,
         "max_num_seqs": options.requests,
+        "dtype": options.dtype,
     }
     with ExitStack() as stack:
         engines = {
@@ -192,7 +196,7 @@ def generate_arguments(options: Options, seed: int) -> dict[str, int]:
 def cache_bytes(options: Options, cache: Cache, loops: int) -> int:
     """Return the bytes of either engine's cache: for a few requests of the LoopLM, or for all of them."""
     requests = min(options.fit, options.requests) if cache == "scarce" else options.requests
-    block = BLOCK_SIZE * options.checkpoint("looplm", loops).kv_bytes_per_token()
+    block = BLOCK_SIZE * options.checkpoint("looplm", loops).kv_bytes_per_token(VALUE_BYTES[options.dtype])
     # And one block for every loop: vLLM never uses the first block of its pool.
     return (requests * math.ceil(options.context / BLOCK_SIZE) + 1) * block
 

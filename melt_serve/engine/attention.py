@@ -6,6 +6,7 @@ rows of closed chunks and its own loop's rows of the open chunk (`tables.py`).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from melt_serve.kernels.rows import RowWrite, write_rows
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 """vLLM's backends whose block tables and slots are plain fields of a step's metadata."""
+PROVED_ROWS = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+"""`--kv-cache-dtype` of rows that are held against the reference."""
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
 FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
@@ -56,16 +59,24 @@ class FinalRows(Attention):
 
     Attributes:
         fused: one kernel of ours rotates queries and keys and writes the rows; otherwise two of vLLM's do.
+        when_loaded: is called once vLLM has brought the weights of all linear layers into their final form.
     """
 
     attn_backend: Any  # a class of vLLM's, AttentionBackend
     step: StepRecord
+    when_loaded: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_backend(self)
+        refuse_rows(self)
         self.fused = fuses_rows(self)
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Prepare as vLLM does, which comes to attention layers last, and call `when_loaded`."""
+        super().process_weights_after_loading(act_dtype)
+        self.when_loaded()
 
     def rotate_and_attend(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Any) -> Tensor:
         """Rotate q and k, write the rows, and return attention over all rows, this step's included.
@@ -130,6 +141,19 @@ def refuse_backend(layer: Attention) -> None:
         raise ValueError(
             f"MELT: vLLM's attention backend {backend} cannot change block tables between loops; choose one that can: "
             f"--attention-backend {BACKENDS[0]}"
+        )
+
+
+def refuse_rows(layer: Attention) -> None:
+    """Refuse a dtype of rows whose right answers are not shown, such as scales of each token or four bits.
+
+    Raises:
+        ValueError: it is none of `PROVED_ROWS`; the message names them.
+    """
+    if layer.kv_cache_dtype not in PROVED_ROWS:
+        raise ValueError(
+            f"MELT: --kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows that every loop writes again; "
+            f"choose one of {', '.join(PROVED_ROWS)}"
         )
 
 

@@ -1,13 +1,16 @@
-"""vLLM's CPU worker, which tells the model the step's plan, and survives seeded requests of several steps."""
+"""vLLM's CPU worker, which tells the model the step's plan, survives seeded requests of several steps, and runs vLLM's
+own norm kernels."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from melt_serve.engine.cpu_norms import prefer_kernels
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.step import StepPlan
 
@@ -64,7 +67,11 @@ class MeltCPUModelRunner(CPUModelRunner):
 
 
 class MeltCPUWorker(CPUWorker):
-    """vLLM's CPU worker with our runner."""
+    """vLLM's CPU worker with our runner, and vLLM's own norm kernels."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        prefer_kernels(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
         """Set the device up as vLLM does, then take our runner, unless vLLM's newer one (V2) was chosen."""

@@ -27,13 +27,22 @@ class KVGate(nn.Module):
             self.input_down, self.input_proj = gate_projection(config, width, True, quant, f"{prefix}.input")
             self.state_down, self.state_proj = gate_projection(config, width, False, quant, f"{prefix}.state")
 
-    def forward(self, n: Tensor, h: Tensor | None, loop: Tensor) -> Tensor:
+    def forward(
+        self,
+        n: Tensor,
+        h: Tensor | None,
+        loop: Tensor,
+        from_input: Tensor | None = None,
+        from_state: Tensor | None = None,
+    ) -> Tensor:
         """Return the state h_t, [tokens, hidden]. A learned gate, outside of `torch.compile`, writes it over h.
 
         Args:
             n: [tokens, hidden], the normed input of the layer's attention.
             h: [tokens, hidden], h_{t-1}; None at loop 1.
             loop: t, counted from 1.
+            from_input: what `reads_input` makes of n, where that is computed already.
+            from_state: what `reads_state` makes of h, likewise.
         """
         if h is None:
             if self.initial_state == "input" or self.type == "last":
@@ -46,9 +55,24 @@ class KVGate(nn.Module):
                 return torch.lerp(n.float(), h.float(), (loop - 1) / loop).to(n.dtype)
             case "ema":
                 return torch.lerp(n, h, EMA_KEEP)
-        from_input, bias = self.input_proj(n if self.input_down is None else self.input_down(n)[0])
-        from_state, _ = self.state_proj(h if self.state_down is None else self.state_down(h)[0])
-        return gate_blend(from_input, from_state, bias, h, n, out=h if self.overwrites else None)
+        if from_input is None:
+            from_input, _ = self.reads_input(n)
+        if from_state is None:
+            from_state, _ = self.reads_state(h)
+        if self.input_down is not None:
+            from_input, _ = self.input_proj(from_input)
+            from_state, _ = self.state_proj(from_state)
+        return gate_blend(from_input, from_state, self.input_proj.bias, h, n, out=h if self.overwrites else None)
+
+    @property
+    def reads_input(self) -> ReplicatedLinear:
+        """W_z, or its factor that reads n."""
+        return self.input_down or self.input_proj
+
+    @property
+    def reads_state(self) -> ReplicatedLinear:
+        """U_z, or its factor that reads h."""
+        return self.state_down or self.state_proj
 
     @property
     def overwrites(self) -> bool:

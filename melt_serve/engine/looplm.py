@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine.weights import WeightChecks
+from melt_serve.kernels import norms
 
 RowsT = TypeVar("RowsT", bound=Attention)
 MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
@@ -64,7 +65,7 @@ class OuroAttention(nn.Module):
 
 
 class LoopedDecoderLayer(nn.Module):
-    """A layer with sandwich norms; the residual stream travels beside x, as vLLM's fused norms need it."""
+    """A layer with sandwich norms: one closes each block, and the one that opens the next follows at once."""
 
     def __init__(
         self,
@@ -89,16 +90,33 @@ class LoopedDecoderLayer(nn.Module):
         self.post_attention_layernorm_2 = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, positions: Tensor, x: Tensor, residual: Tensor | None, h: Tensor | None, loop: Tensor | int
+        self, positions: Tensor, n: Tensor, residual: Tensor, before: Any, loop: Tensor | int, following: RMSNorm
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x, residual and a MELT's h, all [tokens, hidden]; x + residual is the residual stream."""
-        if residual is None:
-            n, residual = self.input_layernorm(x), x
-        else:
-            n, residual = self.input_layernorm(x, residual)
-        attended, h = self.self_attn(positions, n, h, loop)
-        x, residual = self.post_attention_layernorm(self.input_layernorm_2(attended), residual)
-        return self.post_attention_layernorm_2(self.mlp(x)), residual, h
+        """Return the normed input of what follows the layer, the residual stream, and a MELT's new h.
+
+        Args:
+            n: [tokens, hidden], the normed input of the attention.
+            residual: [tokens, hidden], the residual stream; it is overwritten.
+            before: what the attention takes of the loop before.
+            loop: t, counted from 1.
+            following: the norm of the next layer's attention, or the one that closes the loop.
+        """
+        attended, h = self.self_attn(positions, n, before, loop)
+        x, residual = norm_add_norm(self.input_layernorm_2, self.post_attention_layernorm, attended, residual)
+        n, residual = norm_add_norm(self.post_attention_layernorm_2, following, self.mlp(x), residual)
+        return n, residual, h
+
+
+def norm_add_norm(closing: RMSNorm, opening: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Close a block and open the next: return opening(residual + closing(x)) and that sum, over x and residual.
+
+    One kernel of ours or, where that does not run, two of vLLM's.
+    """
+
+    def by_vllm(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return opening(closing(x), residual)
+
+    return norms.norm_add_norm(x, residual, closing.weight, opening.weight, closing.variance_epsilon, otherwise=by_vllm)
 
 
 class LoopedModel(nn.Module):
@@ -120,21 +138,23 @@ class LoopedModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def run_loop(
-        self, positions: Tensor, x: Tensor, h: Tensor | None, loop: Tensor | int
+        self, positions: Tensor, x: Tensor, before: Sequence[Any] | None, loop: Tensor | int
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Run all layers once; return the normed state, [tokens, hidden], and each layer's new h.
 
         Args:
-            h: [N, tokens, hidden], a MELT's states after the loop before; None at loop 1.
+            positions: [tokens].
+            x: [tokens, hidden]; it is overwritten.
+            before: what each layer's attention takes of the loop before; None at loop 1 and for a LoopLM.
             loop: t, counted from 1.
         """
-        residual = None
+        n, residual = self.layers[0].input_layernorm(x), x
+        openings = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
         states: list[Tensor | None] = []
-        for i, layer in enumerate(self.layers):
-            x, residual, state = layer(positions, x, residual, None if h is None else h[i], loop)
+        for i, (layer, following) in enumerate(zip(self.layers, openings, strict=True)):
+            n, residual, state = layer(positions, n, residual, before and before[i], loop, following)
             states.append(state)
-        x, _ = self.norm(x, residual)
-        return x, states
+        return n, states
 
 
 @support_torch_compile

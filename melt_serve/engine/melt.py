@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
@@ -26,7 +27,11 @@ from melt_serve.engine.looplm import (
     rotary_embedding,
 )
 from melt_serve.engine.lora import TokenAdapters
+from melt_serve.engine.merge import may_merge, merge
 from melt_serve.engine.step import Running, StepPlan, StepRows, to_device
+
+ALIGNED = 8
+"""Queries begin at multiples of so many values: 16 bytes, of two bytes each."""
 
 
 class MeltAttention(nn.Module):
@@ -52,6 +57,8 @@ class MeltAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
+        self.merged_input: Tensor | None
+        self.register_buffer("merged_input", None, persistent=False)
         self.rotary_emb = rotary_embedding(config)
         # Final rows first: their cache group and its tables come before those that are laid over them.
         self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
@@ -61,10 +68,25 @@ class MeltAttention(nn.Module):
             name = cache_name(config, prefix, layer, loop=1)  # no layer that there is
             self.open_rows = paged_attention(OpenRows, config, vllm_config, prefix=f"{name}.attn")
 
-    def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W_O attn(...) and the new state h, both [tokens, hidden]."""
-        h = self.kv_gate(n, h, loop)
-        q, _ = self.q_proj(n)
+    def forward(
+        self, positions: Tensor, n: Tensor, before: tuple[Tensor, Tensor | None] | None, loop: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return W_O attn(...) and the new state h, both [tokens, hidden].
+
+        Args:
+            positions: [tokens].
+            n: [tokens, hidden], the normed input.
+            before: h of the loop before, and what the gate's U_z makes of it if that is computed; None at loop 1.
+            loop: t, counted from 1.
+        """
+        h, from_state = before or (None, None)
+        if self.merged_input is None or h is None:
+            q, _ = self.q_proj(n)
+            h = self.kv_gate(n, h, loop, from_state=from_state)
+        else:
+            q_size = self.q_proj.output_size_per_partition
+            q, from_input = F.linear(n, self.merged_input).tensor_split([q_size], dim=-1)
+            h = self.kv_gate(n, h, loop, from_input, from_state)
         kv, _ = self.kv_proj(h)
         k, v = kv.split([self.kv_size, self.kv_size], dim=-1)
         output, _ = self.o_proj(self.attn.rotate_and_attend(positions, q, k, v, self.rotary_emb))
@@ -102,7 +124,7 @@ class LaterLoop(nn.Module):
 
     def forward(self, positions: Tensor, x: Tensor, h: Tensor, loop: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `FirstLoop` does, from the loop before; h may be overwritten."""
-        x, states = self.model[0].run_loop(positions, x, h, loop)
+        x, states = self.model[0].run_loop(positions, x, self.model[0].before_loop(h), loop)
         return x, h if self.model[0].layers[0].self_attn.kv_gate.overwrites else torch.stack(states)
 
 
@@ -115,6 +137,10 @@ class MeltModel(LoopedModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config: MeltConfig = vllm_config.model_config.hf_config
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.merged_state: Tensor | None
+        self.register_buffer("merged_state", None, persistent=False)
+        if may_merge(vllm_config):
+            self.layers[-1].self_attn.attn.when_loaded = self.merge_weights
         with set_model_tag("first_loop"):
             self.first_loop = FirstLoop(vllm_config=vllm_config, model=self)
         with set_model_tag("later_loop"):
@@ -174,6 +200,32 @@ class MeltModel(LoopedModel):
                 exits.keep(staying)
                 running, x, h = following, x[staying], h[:, staying]
         return finished
+
+    def merge_weights(self) -> None:
+        """Let one matmul do the work of several that wait for the same tensor, where weights lie as they were loaded.
+
+        W_Q and W_z of a layer both read n. U_z of all layers reads h of the loop before, which is whole when a loop
+        begins: one batched matmul a loop instead of one a layer. No weight is there twice.
+        """
+        attention = [layer.self_attn for layer in self.layers]
+        if not attention[0].kv_gate.learned or self.merged_state is not None:  # merged already, and loaded once more
+            return
+        for each in attention:
+            # One gate value beside a token's queries would leave them unaligned, which GPU kernels do not take.
+            if each.kv_gate.reads_input.output_size % ALIGNED == 0:
+                each.merged_input = merge(each.q_proj, each.kv_gate.reads_input)
+        merged = merge(*(each.kv_gate.reads_state for each in attention))
+        self.merged_state = None if merged is None else merged.unflatten(0, (len(attention), -1))
+
+    def before_loop(self, h: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what each layer takes of the loop before: its h, and what its U_z makes of that if it is merged.
+
+        Args:
+            h: [N, tokens, hidden].
+        """
+        if self.merged_state is None:
+            return [(state, None) for state in h]
+        return list(zip(h, torch.bmm(h, self.merged_state.mT), strict=True))
 
     def run(self, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run all layers once, in the forward context's tables; h is None at loop 1."""

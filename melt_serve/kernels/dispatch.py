@@ -43,7 +43,8 @@ def chosen() -> Kernels:
 def takes_triton(kernel: str, device: torch.device, refuse: Callable[[], str | None] = lambda: None) -> bool:
     """Decide whether the Triton version of `kernel` runs on tensors of this device.
 
-    Under `auto`, a warning says once why it does not run on a GPU.
+    Under `auto`, a warning says once why it does not run on a GPU, and a graph of `torch.compile` gets the formula: its
+    compiler fuses it with what stands beside it, and launches no kernel from Python.
 
     Args:
         refuse: called where Triton could run; returns why the kernel does not take these tensors, None if it does.
@@ -52,7 +53,7 @@ def takes_triton(kernel: str, device: torch.device, refuse: Callable[[], str | N
         KernelError: `MELT_KERNELS=triton`, and it cannot run.
     """
     choice = chosen()
-    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+    if choice == "reference" or (choice == "auto" and (device.type != "cuda" or torch.compiler.is_compiling())):
         return False
     if triton is None:
         refusal: str | None = "Triton is not installed"

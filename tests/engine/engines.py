@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers import utils as linear_layers
 from vllm.outputs import CompletionOutput
 
 from melt_serve.modeling import LoopLMConfig, MeltConfig, MeltForCausalLM, OuroForCausalLM
@@ -122,6 +123,15 @@ def engine(path: Path, **arguments: object) -> Iterator[LLM]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def keep_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights of linear layers as they are loaded, like on a GPU; a CPU packs them."""
+
+    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(linear_layers, "dispatch_cpu_unquantized_gemm", plain)
 
 
 def scheduler_of(llm: LLM) -> Any:

@@ -2,11 +2,13 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, EngineArgs, SamplingParams
+from vllm.config.cache import CacheDType
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
@@ -91,6 +93,19 @@ def test_attention_backends_that_plan_their_tables_before_the_step_are_refused(n
         attention.refuse_backend(layer(name))
     for backend in attention.BACKENDS:
         attention.refuse_backend(layer(backend))
+
+
+@pytest.mark.parametrize("dtype", sorted({*get_args(CacheDType)} - {"auto", "float16", "bfloat16", "fp8", "fp8_e4m3"}))
+def test_rows_of_a_dtype_that_is_not_proved_are_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=f"--kv-cache-dtype={dtype} is not proved .* choose one of auto, .*fp8"):
+        attention.refuse_rows(SimpleNamespace(kv_cache_dtype=dtype))
+    attention.refuse_rows(SimpleNamespace(kv_cache_dtype="fp8"))
+
+
+def test_every_layer_is_asked(checkpoint, monkeypatch):
+    """Rows of a dtype that vLLM's CPU attention takes."""
+    with pytest.raises(ValueError, match="fp8_e5m2 is not proved"), engine(checkpoint, kv_cache_dtype="fp8_e5m2"):
+        pass
 
 
 def test_graphs_compiled_with_other_kernels_are_other_graphs(checkpoint, monkeypatch):

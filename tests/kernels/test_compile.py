@@ -2,13 +2,14 @@
 
 import pytest
 
-from melt_serve.kernels import gate, rows
+from melt_serve.kernels import gate, norms, rows
 from melt_serve.kernels.dispatch import INTERPRETED, tl, triton
 
 pytestmark = pytest.mark.skipif(triton is None or INTERPRETED, reason="no Triton compiler")
 
 HOPPER = ("cuda", 90, 32)
-TENSORS = "gradient from_input from_state bias h n out of_logits of_h of_n q k v table k_cache v_cache".split()
+GATE = "gradient from_input from_state bias h n out of_logits of_h of_n"
+TENSORS = f"{GATE} x residual closing opening q k v table k_cache v_cache".split()
 
 
 def machine_code(kernel, constants, **types):
@@ -28,6 +29,11 @@ def test_the_gate_and_its_gradient(dtype, scalar):
     constants = {"SCALAR": scalar, "WIDE": tl.float64 if dtype == "fp64" else tl.float32, "BLOCK_SIZE": 1024}
     for kernel in (gate.forward_kernel, gate.backward_kernel):
         assert machine_code(kernel, constants, tensors=f"*{dtype}")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_norms(dtype):
+    assert machine_code(norms.kernel, {"BLOCK_SIZE": 2048}, tensors=f"*{dtype}", epsilon="fp32")
 
 
 @pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])

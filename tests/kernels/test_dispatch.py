@@ -79,3 +79,13 @@ def test_on_a_cpu_a_compiled_graph_holds_the_reference_for_its_compiler_to_fuse(
     compiled = torch.compile(gate_blend, fullgraph=True, backend="eager")
     arguments = (from_input, from_state, from_input[0], h, n)
     assert torch.equal(compiled(*arguments), gate_blend(*arguments))
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton")
+@pytest.mark.parametrize(("word", "takes"), [("auto", False), ("triton", True), ("reference", False)])
+def test_a_compiled_graph_for_a_gpu_gets_the_formula_unless_triton_is_asked_for(monkeypatch, word, takes):
+    monkeypatch.setenv("MELT_KERNELS", word)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + takes_triton("a kernel", GPU), fullgraph=True, backend="eager")
+    assert bool(compiled(torch.zeros(1))) is takes
+    assert takes_triton("a kernel", GPU) is (word != "reference")

@@ -18,7 +18,7 @@ INTERPRETER = {"TRITON_INTERPRET": "1", "MELT_KERNELS": "triton", "CUDA_VISIBLE_
 def test_the_grid_passes_in_tritons_interpreter(tmp_path):
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--durations=0", "--durations-min=5", f"--junitxml={report}"]
-    tests = [str(HERE / "test_gate.py"), str(HERE / "test_rows.py"), str(HERE / "test_student.py")]
+    tests = [str(HERE / f"test_{what}.py") for what in ("gate", "norms", "rows", "student")]
     run = subprocess.run([*command, *tests], env={**os.environ, **INTERPRETER}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     suite = ElementTree.parse(report).getroot().find("testsuite")
