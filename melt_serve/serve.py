@@ -1,5 +1,6 @@
 """`melt-serve serve`: vLLM's own OpenAI-compatible server, with good defaults and nothing in between."""
 
+import json
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from melt_serve.bundled import MELT
+from melt_serve.chat_template import END_THINK, THINK
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
@@ -141,10 +143,23 @@ def command(argv: Sequence[str]) -> list[str]:
         server += ["--model", model]
     elif "--model" in words[:-1]:
         check_path(words[words.index("--model") + 1])
+    if model is not None and thinks(Path(model)):
+        defaults["--reasoning-parser"] = "loops"
     for flag, value in defaults.items():
         if not names(words, flag):
             server += [flag] if value is None else [flag, value]
     return server + [with_vllms_name(word) for word in words]
+
+
+def thinks(checkpoint: Path) -> bool:
+    """Return whether a folder holds a looped model whose tokenizer has tags for reasoning, as Ouro's do."""
+    try:
+        looped = json.loads((checkpoint / "config.json").read_text())["model_type"] in ("melt", "ouro")
+        return looped and {THINK, END_THINK} <= {
+            token["content"] for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # vLLM will say what is wrong with it
+        return False
 
 
 def with_vllms_name(word: str) -> str:

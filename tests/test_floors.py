@@ -20,16 +20,17 @@ TOOLS = "tools"
 
 STANDS_ON = {
     "config": "",
-    "tools": "config",
+    "chat_template": "",
+    "tools": "config chat_template",
     "kernels": "",
     "modeling": "config",
-    "engine": "config kernels vllm",
-    "task": "config modeling tools",
-    "convert": "config modeling tools",
-    "serve": "tools",
+    "engine": "chat_template config kernels vllm",
+    "task": "chat_template config modeling tools",
+    "convert": "chat_template config modeling tools",
+    "serve": "chat_template tools",
     "demo": "config serve task tools",
     "commands": "config convert task tools",
-    "train": "config convert kernels modeling task tools",
+    "train": "chat_template config convert kernels modeling task tools",
     "api": "config engine vllm",
     "bench": "config engine kernels modeling task tools vllm",
     "bench.layers": "config engine kernels modeling task tools train vllm",  # measures a training step, too

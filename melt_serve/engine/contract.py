@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from melt_serve.config import MeltConfig, sharing_unit
+from melt_serve.config import LoopLMConfig, MeltConfig, sharing_unit
 from melt_serve.engine import patches
 from melt_serve.kernels import dispatch
 
@@ -32,6 +32,7 @@ class MeltStartup(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Apply our patches, before vLLM chooses its defaults for this model."""
         patches.apply()
+        patches.serve_as_published()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -54,11 +55,21 @@ class MeltStartup(VerifyAndUpdateConfig):
 
 
 class LoopLMStartup(VerifyAndUpdateConfig):
-    """The same hook for a LoopLM: nothing is refused, vLLM's own scheduler serves it."""
+    """The same hook for a LoopLM, which vLLM's own scheduler serves."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Let answers end where the checkpoint's chats do."""
+        patches.serve_as_published()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Choose the worker that keeps seeded requests alive on a CPU."""
+        """Refuse what the architecture cannot be, then choose the worker that keeps seeded requests alive on a CPU.
+
+        Raises:
+            ValueError: a setting of the checkpoint, or of `--hf-overrides`, that is not valid.
+        """
+        refuse_checkpoint(vllm_config.model_config.hf_config)
         choose_cpu_worker(vllm_config)
 
 
@@ -68,12 +79,12 @@ def choose_cpu_worker(vllm_config: "VllmConfig") -> None:
         vllm_config.parallel_config.worker_cls = CPU_WORKER
 
 
-def refuse_checkpoint(config: MeltConfig) -> None:
+def refuse_checkpoint(config: LoopLMConfig) -> None:
     """Refuse settings of the checkpoint, or of `--hf-overrides`, that are not valid."""
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
-        raise ValueError(f"MELT: {error.__cause__ or error}") from None
+        raise ValueError(f"{type(config).__name__}: {error.__cause__ or error}") from None
 
 
 def refuse_small_steps(vllm_config: "VllmConfig") -> None:
