@@ -204,7 +204,8 @@ def load_config(checkpoint: str | Path) -> LoopLMConfig:
         ConfigError: there is none, it is another model's, or it states what is not supported; the message says which.
     """
     path = Path(checkpoint)
-    if not path.exists() and (path.is_absolute() or str(checkpoint).count("/") != 1):  # no name on the hub either
+    named = str(checkpoint).count("/") == 1 and not str(checkpoint).startswith((".", "/", "~"))
+    if not path.exists() and not named:
         raise ConfigError(f"{checkpoint} does not exist: name a checkpoint's folder, or one on the hub as OWNER/NAME")
     try:
         config = AutoConfig.from_pretrained(checkpoint)

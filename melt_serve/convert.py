@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from melt_serve.chat_template import note_end_marks
+from melt_serve.answers import note_end_marks
 from melt_serve.checkpoint_files import (
     INDEX_FILE,
     CheckpointError,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from melt_serve.answers import END_THINK, THINK
 from melt_serve.bundled import MELT
-from melt_serve.chat_template import END_THINK, THINK
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]

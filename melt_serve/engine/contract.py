@@ -84,7 +84,7 @@ def refuse_checkpoint(config: LoopLMConfig) -> None:
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
-        raise ValueError(f"{type(config).__name__}: {error.__cause__ or error}") from None
+        raise ValueError(f"{config.model_type.upper()}: {error.__cause__ or error}") from None
 
 
 def refuse_small_steps(vllm_config: "VllmConfig") -> None:

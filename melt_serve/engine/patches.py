@@ -21,7 +21,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from melt_serve.chat_template import end_marks
+from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import usage
 from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth

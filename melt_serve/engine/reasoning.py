@@ -14,7 +14,7 @@ from vllm.parser.engine.events import SemanticEvent
 from vllm.parser.engine.parser_engine_config import ParserState, Transition
 from vllm.parser.qwen3 import CHATML_TURN_BOUNDARIES, Qwen3Parser, qwen3_config
 
-from melt_serve.chat_template import END_THINK, THINK, opens_thinking
+from melt_serve.answers import END_THINK, THINK, opens_thinking
 
 NAME = "loops"
 """As `plugin.py` registers it."""

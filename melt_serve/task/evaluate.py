@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from melt_serve.answers import END_THINK, end_marks
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.chat_template import END_THINK, end_marks
 from melt_serve.config import ConfigError, DecodeMode, MeltConfig, load_config
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import prompt_ids

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.chat_template import note_end_marks
+from melt_serve.answers import note_end_marks
 from melt_serve.checkpoint_files import copy_the_rest, licence_of
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
