@@ -4,10 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-
-from melt_serve.config import DECODE_MODES, LoopLMConfig, MeltConfig, kv_bytes_per_token, shape_facts, weight_shapes
+from melt_serve.config import (
+    DECODE_MODES,
+    ConfigError,
+    LoopLMConfig,
+    MeltConfig,
+    kv_bytes_per_token,
+    load_config,
+    shape_facts,
+    weight_shapes,
+)
 from melt_serve.terminal import columns
 
 GB = 10**9
@@ -125,13 +131,9 @@ def shape_of(model: str) -> LoopLMConfig:
     if model in SHAPES:
         return LoopLMConfig(**SHAPES[model])
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError):
-        shapes = ", ".join(SHAPES)
-        raise PlanError(f"{model} is no checkpoint or config.json that can be read, and none of {shapes}") from None
-    if not isinstance(config, LoopLMConfig):
-        raise PlanError(f"{model} is a {config.model_type!r} model; only 'melt' and 'ouro' can be planned")
-    return config
+        return load_config(model)
+    except ConfigError as error:
+        raise PlanError(f"{error}; published shapes are {', '.join(SHAPES)}") from None
 
 
 def table(plans: Sequence[Plan]) -> str:

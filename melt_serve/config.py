@@ -5,9 +5,11 @@ Imports nothing of ours: the reference model, the converter and the vLLM engine 
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -90,6 +92,9 @@ class LoopLMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)  # no heads are refused below
+        stated = {(self.rope_parameters or {}).get("rope_theta"), kwargs.get("rope_theta")} - {None}
+        if len(stated) > 1:
+            raise ValueError(f"rope_theta is stated twice, as {' and as '.join(map(str, sorted(stated)))}: keep one")  # type: ignore[type-var]
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -212,9 +217,36 @@ class MeltConfig(LoopLMConfig):
         return shares | (self.effort_loops or {})
 
 
+class ConfigError(ValueError):
+    """A checkpoint's config cannot be read, is no looped model's, or states what is not supported: one line."""
+
+
+def load_config(checkpoint: str | Path) -> LoopLMConfig:
+    """Read the config of a LoopLM or MELT: a folder's, a `config.json`, or one on the hub, by its name.
+
+    Raises:
+        ConfigError: there is none, it is another model's, or it states what is not supported; the message says which.
+    """
+    path = Path(checkpoint)
+    named = str(checkpoint).count("/") == 1 and not str(checkpoint).startswith((".", "/", "~"))
+    if not path.exists() and not named:
+        raise ConfigError(f"{checkpoint} does not exist: name a checkpoint's folder, or one on the hub as OWNER/NAME")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{checkpoint}: {error.__cause__ or error}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{checkpoint} has no config.json that can be read: {reason}") from error
+    if not isinstance(config, LoopLMConfig):
+        raise ConfigError(f"{checkpoint} is a {config.model_type!r} model, not a looped one ('ouro' or 'melt')")
+    return config
+
+
 def shape_facts(config: LoopLMConfig) -> dict[str, Any]:
-    """Return the fields of a config without its architecture's names, to make a config of the other class from."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    """Return the fields of a config that hold for a config of the other class, too: none that names an architecture."""
+    names = ("model_type", "architectures", "auto_map")
+    return {key: value for key, value in config.to_dict().items() if key not in names}
 
 
 def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | None = None) -> int:

@@ -19,7 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from melt_serve.answers import note_end_marks
 from melt_serve.checkpoint_files import (
     INDEX_FILE,
     CheckpointError,
@@ -36,6 +38,8 @@ from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD
 
 GATE_SHARD_BYTES = 256 << 20
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEEP_EFFORTS = ("high", "xhigh", "max")
+"""Values of `reasoning_effort` that ask for more loops than the default, where a checkpoint runs more."""
 VLLM_BLOCK_SIZE = 16  # vLLM's default, when the user names none
 
 
@@ -84,7 +88,10 @@ def convert(
         "max_loops": max_loops,
     }
     try:
-        shapes = dict(weight_shapes(LoopLMConfig(**fields)))
+        looplm = LoopLMConfig(**fields)
+        shapes = dict(weight_shapes(looplm))
+        if max_loops is not None and max_loops > looplm.total_ut_steps:  # how it answers beyond is not known
+            melt_fields["effort_loops"] = dict.fromkeys(DEEP_EFFORTS, looplm.total_ut_steps)
         melt = MeltConfig(**melt_fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConversionError(
@@ -99,6 +106,7 @@ def convert(
     total_bytes = source_bytes + sum(map(math.prod, gate.values())) * gate_dtype.itemsize
     check_space(target, total_bytes)
     warn_about_blocks(chunk_size)
+    tokenizer = tokenizer_of(source)
 
     bar = tqdm(total=source_bytes, desc="convert", unit="B", unit_scale=True, disable=not show_progress)
     with staged(target) as folder, bar:
@@ -117,6 +125,8 @@ def convert(
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
         write_json(folder / "config.json", {**melt_fields, "max_loops": melt.max_loops})
         copy_the_rest(source, folder)
+        if tokenizer is not None:
+            note_end_marks(folder, tokenizer)
         (folder / "README.md").write_text(card(source, melt, seed), encoding="utf-8")
         write_sums(folder)
 
@@ -188,6 +198,24 @@ def check_space(target: Path, needed: int) -> None:
             f"the target {target} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
             "free some, or choose another disk"
         )
+
+
+def tokenizer_of(source: Path) -> PreTrainedTokenizerBase | None:
+    """Return the checkpoint's tokenizer, or say that there is none: a server needs one.
+
+    Raises:
+        ConversionError: it has one that cannot be read.
+    """
+    if not any(source.glob("tokenizer*")):
+        print(
+            f"warning: {source} has no tokenizer; put the files of its tokenizer beside it before you serve the result",
+            file=sys.stderr,
+        )
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"the tokenizer in {source} cannot be read: {error}") from error
 
 
 def warn_about_blocks(chunk_size: int) -> None:

@@ -1,5 +1,6 @@
 """`melt-serve serve`: vLLM's own OpenAI-compatible server, with good defaults and nothing in between."""
 
+import json
 import os
 import shutil
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from melt_serve.answers import END_THINK, THINK
 from melt_serve.bundled import MELT
 from melt_serve.start_checks import check_start
 from melt_serve.start_failures import explain
@@ -168,10 +170,23 @@ def command(argv: Sequence[str]) -> list[str]:
         if names(words, "--kv-cache-memory-bytes"):
             raise ValueError(f"on a CPU {KV_SPACE} overrides --kv-cache-memory-bytes: unset the variable")
         defaults.pop("--kv-cache-memory-bytes", None)
+    if model is not None and thinks(Path(model)):
+        defaults["--reasoning-parser"] = "loops"
     for flag, value in defaults.items():
         if not names(words, flag):
             server += [flag] if value is None else [flag, value]
     return server + [with_vllms_name(word) for word in words]
+
+
+def thinks(checkpoint: Path) -> bool:
+    """Return whether a folder holds a looped model whose tokenizer has tags for reasoning, as Ouro's do."""
+    try:
+        looped = json.loads((checkpoint / "config.json").read_text())["model_type"] in ("melt", "ouro")
+        return looped and {THINK, END_THINK} <= {
+            token["content"] for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # vLLM will say what is wrong with it
+        return False
 
 
 def with_vllms_name(word: str) -> str:

@@ -59,7 +59,9 @@ def test_a_checkpoint_is_planned_by_its_own_config(capsys):
     assert planned["LoopLM"]["kv_per_token"] == 4 * 2 * 192 * 2
 
 
-@pytest.mark.parametrize(("model", "says"), [("./nowhere", "none of ouro-1.4b"), (None, "a 'llama' model")])
+@pytest.mark.parametrize(
+    ("model", "says"), [("./nowhere", "published shapes are ouro-1.4b"), (None, "a 'llama' model")]
+)
 def test_an_unknown_model_is_one_line(model, says, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert cli.main(["plan", model or str(tmp_path)]) == 1

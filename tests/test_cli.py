@@ -13,6 +13,7 @@ from melt_serve import cli
 from melt_serve.config import DecodeMode, GateType, InitialState
 from melt_serve.modeling import MeltForCausalLM
 from tests.cpu_seconds import least_cpu_seconds
+from tests.ouro_files import write_ouro
 from tests.tiny_models import tiny_looplm
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "melt-serve"
@@ -91,7 +92,7 @@ def test_convert_writes_a_checkpoint_and_says_what_is_next(run, tmp_path):
 
 
 def test_a_convertible_checkpoint_is_one_command_from_being_served(tmp_path):
-    tiny_looplm().save_pretrained(tmp_path / "ouro")
+    write_ouro(tmp_path / "ouro", {})
     words = [COMMAND, "convert", tmp_path / "ouro", tmp_path / "melt", "--quiet"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stdout.endswith(f"melt-serve serve {tmp_path / 'melt'}\n") and done.stderr == ""

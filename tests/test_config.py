@@ -7,13 +7,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from melt_serve import cli
 from melt_serve.config import (
     AT_LEAST_ONE,
+    ConfigError,
     LoopLMConfig,
     MeltConfig,
     chunk_end,
     chunk_start,
     kv_bytes_per_token,
+    load_config,
     on_grid,
     sharing_unit,
     weight_shapes,
@@ -99,6 +102,35 @@ def test_a_published_ouro_config_loads_as_it_is(tmp_path):
 def test_rope_base_comes_from_rope_parameters_too():
     assert LoopLMConfig(rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_base == 7.0
     assert LoopLMConfig().rope_base == 1_000_000.0
+
+
+def test_rope_stated_twice_is_refused():
+    with pytest.raises(ValueError, match=r"rope_theta is stated twice, as 10000\.0 and as 1000000\.0"):
+        LoopLMConfig(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "only 'default' rotary embeddings"),
+        ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+        ({"model_type": "llama"}, "is a 'llama' model, not a looped one"),
+    ],
+)
+def test_a_folder_whose_config_is_not_ours_is_one_line_everywhere(tmp_path, capsys, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED_OURO, **changes}))
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path)
+    data = ["train", "data", str(tmp_path / "config.json"), "--checkpoint", str(tmp_path)]
+    for words in (["plan", str(tmp_path)], ["eval", str(tmp_path), "--questions", "1"], data):
+        assert cli.main(words) != 0
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_a_name_that_can_be_no_name_on_the_hub_is_not_looked_for_there():
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        load_config("nowhere")
 
 
 def test_rope_base_changes_the_answer():

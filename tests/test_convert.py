@@ -20,6 +20,7 @@ from melt_serve.checkpoint_files import CheckpointError
 from melt_serve.config import LoopLMConfig, weight_shapes
 from melt_serve.convert import ConversionError, convert
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from tests.ouro_files import BASE_TEMPLATE, tokenizer_of, write_ouro
 from tests.signals import hear_ctrl_c
 from tests.tiny_models import tiny_looplm, tokens
 
@@ -33,9 +34,6 @@ OURO_FIELDS = {
     "sliding_window": None,
 }
 OTHER_FILES = {
-    "tokenizer.json": "{}",
-    "tokenizer_config.json": "{}",
-    "chat_template.jinja": "{{ messages }}",
     "LICENSE": "Apache",
     "README.md": "---\ntags: [a]\nlicense: apache-2.0\n---\nOuro's own card",
     "modeling_ouro.py": "raise SystemExit",
@@ -53,6 +51,7 @@ def save_ouro(folder: Path, max_shard_size: str = "50GB", dtype: torch.dtype = t
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"]
     (folder / "config.json").write_text(json.dumps({**config, **OURO_FIELDS}))
+    tokenizer_of(BASE_TEMPLATE).save_pretrained(folder)
     for name, content in OTHER_FILES.items():
         (folder / name).write_text(content)
     return folder
@@ -110,6 +109,20 @@ def test_the_gate_depends_on_the_seed_and_not_on_the_sharding(single, sharded, t
     assert not torch.equal(gate(single, seed=4), gate(single, seed=5))
 
 
+def test_answers_end_with_the_marks_of_the_tokenizer_and_of_the_chat_template(tmp_path):
+    convert(write_ouro(tmp_path / "ouro", {}), tmp_path / "melt", show_progress=False)
+    assert json.loads((tmp_path / "melt" / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    assert "auto_map" not in json.loads((tmp_path / "melt" / "config.json").read_text())
+
+
+def test_a_source_without_a_tokenizer_is_told(tmp_path, capsys):
+    source = write_ouro(tmp_path / "ouro", {})
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    convert(source, tmp_path / "melt", show_progress=False)
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gate_type", ["elementwise", "scalar", "mean", "ema", "last"])
 def test_every_gate_type_loads_whole(gate_type, single, tmp_path):
     convert(single, tmp_path / "melt", gate_type=gate_type, initial_state="zeros", show_progress=False)
@@ -138,13 +151,14 @@ def test_config_keeps_ouros_fields_and_names_melt(single, tmp_path):
         "chunk_size": 64,
         "decode_mode": "chunk",
         "max_loops": 8,
+        "effort_loops": {"high": 4, "xhigh": 4, "max": 4},  # how it answers beyond its own loops is not known
     }
     assert load(tmp_path / "melt").config.rope_base == 10000.0
 
 
 def test_files_of_the_source_are_carried_over_but_neither_its_code_nor_its_card(single, tmp_path):
     convert(single, tmp_path / "melt", seed=7, show_progress=False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
         assert (tmp_path / "melt" / name).read_bytes() == (single / name).read_bytes()
     assert not list((tmp_path / "melt").glob("*.py"))
     card = (tmp_path / "melt" / "README.md").read_text()
@@ -375,6 +389,7 @@ def large(tmp_path_factory) -> Path:
         vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8
     )
     config.save_pretrained(source)
+    tokenizer_of(BASE_TEMPLATE).save_pretrained(source)
     shards: list[dict[str, torch.Tensor]] = [{}]
     for key, shape in weight_shapes(config):
         if sum(tensor.nbytes for tensor in shards[-1].values()) > 25e6:

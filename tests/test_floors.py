@@ -20,16 +20,17 @@ TOOLS = "tools"
 
 STANDS_ON = {
     "config": "",
-    "tools": "config",
+    "answers": "",
+    "tools": "answers config",
     "kernels": "",
     "modeling": "config",
-    "engine": "config kernels vllm",
-    "task": "config modeling tools",
-    "convert": "config modeling tools",
-    "serve": "tools",
+    "engine": "answers config kernels vllm",
+    "task": "answers config modeling tools",
+    "convert": "answers config modeling tools",
+    "serve": "answers tools",
     "demo": "config serve task tools",
     "commands": "config convert task tools",
-    "train": "config convert kernels modeling task tools",
+    "train": "answers config convert kernels modeling task tools",
     "api": "config engine vllm",
     "bench": "config engine kernels modeling task tools vllm",
     "bench.layers": "config engine kernels modeling task tools train vllm",  # measures a training step, too

@@ -32,6 +32,7 @@ class MeltStartup(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
         """Apply our patches, before vLLM chooses its defaults for this model."""
         patches.apply()
+        patches.serve_as_published()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -55,6 +56,11 @@ class MeltStartup(VerifyAndUpdateConfig):
 
 class LoopLMStartup(VerifyAndUpdateConfig):
     """The same hook for a LoopLM: vLLM's own scheduler serves it, with any of its features."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Let answers end where the checkpoint's chats do."""
+        patches.serve_as_published()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:

@@ -1,6 +1,6 @@
 """LoopLMs in vLLM: the same layers run T times, with KV rows of every loop. Laid beside modeling/looplm.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn

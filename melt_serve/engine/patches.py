@@ -17,11 +17,14 @@ from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMClientError, VLLMError, VLLMValidationError
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
+from melt_serve.answers import end_marks
+from melt_serve.config import LoopLMConfig
 from melt_serve.engine import usage
 from melt_serve.engine.depth import EFFORT, resolve_depth
 from melt_serve.engine.lifeline import name_shared_memory
@@ -73,6 +76,54 @@ def apply() -> None:
     _replace(ServingTokens, "serve_tokens_stream_generator", usage.wrap_stream(results_at=1))
     _replace(BeamSearchOnlineMixin, "beam_search", _refuse_beam_search)
     _replace(BeamSearchOfflineMixin, "beam_search", _refuse_beam_search)
+
+
+def serve_as_published() -> None:
+    """Make answers end where a checkpoint's chat template ends them, and let an effort leave the prompt as it is.
+
+    For MELTs and LoopLMs: Ouro's files state an end mark that its chats do not use.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    _replace(ModelConfig, "try_get_generation_config", _add_end_marks)
+    for request in (ChatCompletionRequest, ResponsesRequest):
+        _replace(request, "build_chat_params", _keep_thinking_as_it_is)
+
+
+def _add_end_marks(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(original)
+    def try_get_generation_config(self: ModelConfig) -> dict[str, Any]:
+        fields = original(self)
+        if not isinstance(self.hf_config, LoopLMConfig) or self.skip_tokenizer_init:
+            return fields
+        if "eos_token_id" in self.override_generation_config:  # vLLM takes sampling parameters from there, and no marks
+            return {**fields, "eos_token_id": self.override_generation_config["eos_token_id"]}
+        stated = fields.get("eos_token_id", [])
+        marks = [stated] if isinstance(stated, int) else list(stated)
+        marks += [mark for mark in end_marks(cached_tokenizer_from_config(self)) if mark not in marks]
+        return {**fields, "eos_token_id": marks}
+
+    try_get_generation_config.melt_serve = True  # type: ignore[attr-defined]
+    return try_get_generation_config
+
+
+def _keep_thinking_as_it_is(original: Callable[..., Any]) -> Callable[..., Any]:
+    # vLLM takes any effort but `none` for the wish to think, and templates then open a <think>. Here it is loops.
+    @functools.wraps(original)
+    def build_chat_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        if "enable_thinking" not in (self.chat_template_kwargs or {}) and params.chat_template_kwargs.get(
+            "enable_thinking"
+        ):
+            params.chat_template_kwargs.pop("enable_thinking")
+        return params
+
+    build_chat_params.melt_serve = True  # type: ignore[attr-defined]
+    return build_chat_params
 
 
 def stop_quietly() -> None:

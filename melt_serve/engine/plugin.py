@@ -25,6 +25,7 @@ def register() -> None:
         lifeline.hold(multiprocessing.current_process().name)
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.reasoning import ReasoningParserManager
 
     from melt_serve.engine import patches
     from melt_serve.engine.contract import LoopLMStartup, MeltStartup
@@ -40,3 +41,4 @@ def register() -> None:
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, f"melt_serve.engine.{module}:{architecture}")
         MODELS_CONFIG_MAP[architecture] = startup
+    ReasoningParserManager.register_lazy_module("loops", "melt_serve.engine.reasoning", "LoopedReasoning")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from melt_serve.answers import END_THINK, end_marks
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
+from melt_serve.config import ConfigError, DecodeMode, MeltConfig, load_config
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import prompt_ids
 from melt_serve.task.who_is_where import NAMES, PLACES, SENTENCES, Question, questions
@@ -94,16 +95,18 @@ def evaluate_checkpoints(
         OSError: files that cannot be read.
     """
     paths = paths or (LOOPLM, MELT)
-    configs = [AutoConfig.from_pretrained(path) for path in paths]
+    try:
+        configs = [load_config(path) for path in paths]
+    except ConfigError as error:
+        raise EvaluationError(str(error)) from None
     for path, config in zip(paths, configs, strict=True):
-        if not isinstance(config, LoopLMConfig):
-            raise EvaluationError(f"{path} is a {config.model_type!r} model; only 'melt' and 'ouro' can be evaluated")
         if loops and isinstance(config, MeltConfig) and max(loops) > config.max_loops:  # type: ignore[operator]
             raise EvaluationError(f"{path} runs at most max_loops={config.max_loops} loops, not {max(loops)}")
     scores = []
     for path, config in zip(paths, configs, strict=True):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Ouro's files name none
         scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes, thresholds)
     return scores
 
@@ -159,20 +162,28 @@ def answers(
     """Ask the model one batch of questions; `depth` are `loops` and a MELT's `exit_threshold`."""
     prompts = tokenizer.pad({"input_ids": [prompt_ids(question, tokenizer) for question in asked]}, return_tensors="pt")
     prompt, lengths = prompts["input_ids"], prompts["attention_mask"].sum(-1)
-    output = model.generate(**prompts, **depth, max_new_tokens=longest_reply(tokenizer), do_sample=False)
+    marks = end_marks(tokenizer)
+    output = model.generate(
+        **prompts, **depth, max_new_tokens=longest_reply(tokenizer), do_sample=False, eos_token_id=marks
+    )
     reply = output[:, prompt.shape[1] :]
-    ended = (reply == tokenizer.eos_token_id).cumsum(-1) > 0
+    ended = torch.isin(reply, torch.tensor(marks)).cumsum(-1) > 0
     ran = torch.cat((prompts["attention_mask"], (~ended).long()), dim=-1)
     if depth.get("exit_threshold", 1.0) < 1:
         again = model(output, attention_mask=ran, prompt_lengths=lengths, **depth)  # generate does not tell depths
         loops = again.depths.sum(-1)
     else:
         loops = ran.sum(-1) * int(depth["loops"])
-    texts = tokenizer.batch_decode(reply, skip_special_tokens=True)
+    replies = [tokens[: int(length)] for tokens, length in zip(reply.tolist(), (~ended).sum(-1).tolist(), strict=True)]
     return [
-        Reply(text.partition("</think>")[2], *facts)
-        for text, *facts in zip(texts, ran.sum(-1).tolist(), loops.tolist(), strict=True)
+        Reply(answer_of(tokens, tokenizer), *facts)
+        for tokens, *facts in zip(replies, ran.sum(-1).tolist(), loops.tolist(), strict=True)
     ]
+
+
+def answer_of(reply: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Decode what a reply says after its reasoning; the tags may be special tokens, as Ouro's are, or text."""
+    return tokenizer.decode(reply, skip_special_tokens=False).partition(END_THINK)[2]
 
 
 def longest_reply(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -160,10 +160,11 @@ def say(text: str) -> None:
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message tells a user what to do. Their modules are imported only now."""
     from melt_serve.capacity import PlanError
+    from melt_serve.config import ConfigError
     from melt_serve.train.data.datasets import DataError
     from melt_serve.train.recipe_files import RecipeError
 
-    return (OSError, DataError, PlanError, RecipeError, StudyError, TrainingError)
+    return (OSError, ConfigError, DataError, PlanError, RecipeError, StudyError, TrainingError)
 
 
 def fail(error: Exception) -> int:

@@ -12,7 +12,7 @@ from vllm.config.cache import CacheDType
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
-from melt_serve.bundled import MELT
+from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.engine import attention, contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
 from melt_serve.task.evaluate import heldout
@@ -71,6 +71,18 @@ def configure(path, **arguments):
 def test_what_breaks_the_contract_is_refused_at_start(checkpoint, arguments, message):
     with pytest.raises(ValueError, match=message):
         configure(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"total_ut_steps": 0}, "total_ut_steps must be at least 1, not 0"),
+        ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+    ],
+)
+def test_a_looplms_overrides_are_checked_as_a_melts(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        configure(LOOPLM, hf_overrides=overrides)
 
 
 def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):

@@ -22,6 +22,7 @@ from melt_serve.task.evaluate import (
 )
 from melt_serve.task.tokenizer import build_tokenizer
 from melt_serve.task.who_is_where import SENTENCES, questions
+from tests.ouro_files import write_ouro
 
 
 def test_the_score_is_the_share_of_right_answers():
@@ -43,6 +44,19 @@ def test_the_bundled_checkpoints_are_scored_by_default_at_their_own_depth():
     assert (teacher.checkpoint, teacher.loops, teacher.decode_mode) == (LOOPLM.name, 4, None)
     assert (student.checkpoint, student.loops, student.decode_mode) == (MELT.name, 4, "token")
     assert teacher.accuracy >= 0.9 and student.accuracy >= 0.9
+
+
+def test_files_as_ouros_are_published_are_evaluated(tmp_path):
+    """They name no token for padding, end a turn with another mark than the tokenizer's, and their tags are special."""
+    folder = write_ouro(
+        tmp_path, {"\n": ["<think>"], "<think>": ["Hm"], "Hm": ["</think>"], "</think>": ["Yes"], "Yes": ["<|im_end|>"]}
+    )
+    (score,) = evaluate_checkpoints([folder], 3)
+    assert (score.questions, score.accuracy) == (3, 0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    (reply,) = answers(model, tokenizer, heldout(1), loops=4)
+    assert reply.answer.strip() == "Yes"
 
 
 def test_no_right_reply_is_cut_off():

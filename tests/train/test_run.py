@@ -65,6 +65,8 @@ def test_what_comes_out_is_a_plain_melt_checkpoint(unbroken):
     assert card.startswith("---\nlicense: mit\n") and "`teacher`" in card and "| transition | kd |" in card
     names = {path.name for path in (unbroken / "melt").iterdir()}
     assert {"generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    generation = json.loads((unbroken / "melt" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [tokenizer.eos_token_id]
 
 
 def test_the_student_starts_as_the_teacher_and_learns(unbroken):

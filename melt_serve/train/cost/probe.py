@@ -32,7 +32,7 @@ def reduced(teacher: LoopLMConfig, recipe: PostTraining, scale: int) -> tuple[Lo
     assert teacher.num_key_value_heads is not None
     heads = math.gcd(teacher.num_attention_heads, teacher.num_key_value_heads)
     fewer = math.gcd(heads, scale)
-    facts = shape_facts(teacher) | {
+    facts = {key: value for key, value in shape_facts(teacher).items() if key != "layer_types"} | {
         "vocab_size": min(teacher.vocab_size, 512),
         "hidden_size": max(8, teacher.hidden_size // scale),
         "intermediate_size": max(8, teacher.intermediate_size // scale),

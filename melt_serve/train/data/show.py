@@ -67,16 +67,17 @@ def show(arguments: argparse.Namespace) -> int:
     """Print counts, broken records and an example; return the exit code, 3 where records are broken.
 
     Raises:
+        ConfigError: there is no looped model's checkpoint to read the records for.
         DataError: there is nothing to learn, or no record to show.
         OSError: files that cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import melt_serve.modeling  # noqa: F401 (so that transformers knows the configs)
+    from melt_serve.config import load_config
     from melt_serve.train.data.datasets import Corpus
     from melt_serve.train.data.packing import Packing
 
-    config = AutoConfig.from_pretrained(arguments.checkpoint, local_files_only=True)
+    config = load_config(arguments.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, local_files_only=True)
     corpus = Corpus(arguments.files)
     packing = Packing(

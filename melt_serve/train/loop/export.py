@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
+from melt_serve.answers import note_end_marks
 from melt_serve.checkpoint_files import copy_the_rest, licence_of
 from melt_serve.checksums import write_sums
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
@@ -37,7 +38,6 @@ def export(
         OSError: the disk is full, or fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
         with replacing(target) as part:
@@ -45,6 +45,7 @@ def export(
             tokenizer.save_pretrained(part)
             if source is not None:
                 copy_the_rest(source, part)
+            note_end_marks(part, tokenizer)
             (part / "README.md").write_text(card, encoding="utf-8")
             for weights in part.glob("*.safetensors"):  # which safetensors keeps from all other users
                 shutil.copymode(part / "README.md", weights)

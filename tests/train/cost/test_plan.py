@@ -1,5 +1,7 @@
 """What a post-training takes: the arithmetic, held against what really is counted."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,9 +12,11 @@ from melt_serve.capacity import shape_of
 from melt_serve.modeling import LoopLMConfig
 from melt_serve.train.__main__ import main
 from melt_serve.train.cost.arithmetic import memory, sequence_flops
-from melt_serve.train.cost.probe import kept_bytes, kept_for_backward, random_step
+from melt_serve.train.cost.plan import to_be_planned
+from melt_serve.train.cost.probe import kept_bytes, kept_for_backward, random_step, reduced
 from melt_serve.train.distil.build import student_config
 from melt_serve.train.recipe_files import load_recipe
+from tests.ouro_files import CONFIG
 from tests.tiny_models import SHAPE
 
 OWN = ["teacher=ouro-1.4b", "data.files=-", "output=-", "dtype=float32"]
@@ -71,8 +75,18 @@ def test_cost_prints_steps_tokens_memory_and_time(capsys):
         assert part in said
 
 
+def test_a_teacher_as_ouros_are_published_is_planned(tmp_path):
+    """Its config names a type for each layer."""
+    facts = {**CONFIG, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    recipe, teacher = to_be_planned("melt-1.6b", [f"teacher={tmp_path}"])
+    for scale in (1, 2, 16):
+        smaller, _ = reduced(teacher, recipe, scale)
+        assert (smaller.num_hidden_layers, smaller.num_attention_heads) == (2, 2 // math.gcd(2, scale))
+
+
 def test_what_cannot_be_planned_is_one_line(capsys):
-    for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "is no checkpoint")):
+    for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "./none does not exist")):
         assert main(["cost", *words]) == 1
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1

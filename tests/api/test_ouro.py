@@ -1,0 +1,95 @@
+"""Files as Ouro's are published, served without a flag: answers end, and reasoning is apart from them."""
+
+import sys
+
+import pytest
+from openai import OpenAI
+
+from melt_serve.server_process import free_port, running
+from tests.ouro_files import END_THINK, THINK, THINKING_TEMPLATE, tokenizer_of, write_ouro
+
+# A chat ends with a line break. After it the model thinks; where it may not, it answers; where neither, it goes on.
+SAYS = {
+    "\n": (THINK, "well", "Hm"),
+    THINK: ("Hm",),
+    "Hm": ("so",),
+    "so": (END_THINK,),
+    END_THINK: ("Yes",),
+    "Yes": ("it",),
+    "well": ("it",),
+    "it": ("is",),
+    "is": ("<|im_end|>",),
+}
+IDS = tokenizer_of(THINKING_TEMPLATE).get_vocab()
+ANSWERS_AT_ONCE = {str(IDS[THINK]): -100}
+THINKS_ON = {**ANSWERS_AT_ONCE, str(IDS["well"]): -100}
+
+
+@pytest.fixture(scope="module")
+def ouro(tmp_path_factory):
+    folder = write_ouro(tmp_path_factory.mktemp("ouro") / "Ouro-tiny-Thinking", SAYS, THINKING_TEMPLATE)
+    port = free_port()
+    words = [sys.executable, "-m", "melt_serve.cli", "serve", str(folder), "--port", str(port), "--enforce-eager"]
+    words += ["--kv-cache-memory-bytes", str(16 << 20), "--max-model-len", "128", "--dtype", "float32"]
+    with running(words, port, folder.parent / "log.txt") as server:
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, stream, **options):
+    """Return reasoning, content, and how the answer ended."""
+    model = client.models.list().data[0].id
+    options = {"temperature": 0, "max_tokens": 40, **options}
+    messages = [{"role": "user", "content": "Why is it so"}]
+    answer = client.chat.completions.create(model=model, messages=messages, stream=stream, **options)
+    if not stream:
+        (choice,) = answer.choices
+        return choice.message.model_extra["reasoning"], choice.message.content, choice.finish_reason
+    events = [event.choices[0] for event in answer if event.choices]
+    reasoning = "".join(event.delta.model_extra.get("reasoning") or "" for event in events)
+    content = "".join(event.delta.content or "" for event in events)
+    return reasoning or None, content or None, events[-1].finish_reason
+
+
+def words(text):
+    return text.split() if text else text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+class TestAnswers:
+    def test_end_where_the_template_ends_a_turn(self, ouro, stream):
+        reasoning, content, ended = ask(ouro, stream)
+        assert (words(reasoning), words(content), ended) == (["Hm", "so"], ["Yes", "it", "is"], "stop")
+
+    def test_without_tags_are_all_content(self, ouro, stream):
+        reasoning, content, ended = ask(ouro, stream, logit_bias=ANSWERS_AT_ONCE)
+        assert (reasoning, words(content), ended) == (None, ["well", "it", "is"], "stop")
+
+    def test_whose_tag_the_prompt_opens_are_split(self, ouro, stream):
+        opened = {"chat_template_kwargs": {"enable_thinking": True}}
+        reasoning, content, ended = ask(ouro, stream, logit_bias=THINKS_ON, extra_body=opened)
+        assert (words(reasoning), words(content), ended) == (["Hm", "so"], ["Yes", "it", "is"], "stop")
+        reasoning, content, ended = ask(ouro, stream, logit_bias=THINKS_ON, extra_body=opened, max_tokens=2)
+        assert (words(reasoning), content, ended) == (["Hm", "so"], None, "length")
+
+    @pytest.mark.parametrize("effort", ["none", "low", "max"])
+    def test_are_split_whatever_the_effort(self, ouro, stream, effort):
+        reasoning, content, _ = ask(ouro, stream, reasoning_effort=effort)
+        assert (words(reasoning), words(content)) == (["Hm", "so"], ["Yes", "it", "is"])
+
+
+def test_an_effort_leaves_the_prompt_as_it_is(ouro):
+    model = ouro.models.list().data[0].id
+    messages = [{"role": "user", "content": "Why is it so"}]
+    lengths = {
+        effort: ouro.chat.completions.create(
+            model=model, messages=messages, max_tokens=1, **({"reasoning_effort": effort} if effort else {})
+        ).usage.prompt_tokens
+        for effort in (None, "none", "minimal", "high", "max")
+    }
+    assert len(set(lengths.values())) == 1
+
+
+def test_a_completion_ends_there_too(ouro):
+    model = ouro.models.list().data[0].id
+    (choice,) = ouro.completions.create(model=model, prompt="well", temperature=0, max_tokens=40).choices
+    assert (choice.text.split(), choice.finish_reason) == (["it", "is"], "stop")
