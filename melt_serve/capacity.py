@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from huggingface_hub.errors import StrictDataclassError
+
 from melt_serve.config import (
     DECODE_MODES,
     ConfigError,
