@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -45,13 +47,12 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
         words: of `melt-serve serve`.
         victim: a field of `Family`; of workers the last one.
         load: with answers being streamed.
-        folder: an empty one, for its log and temporary files.
+        folder: for its log.
 
     Raises:
         AssertionError: something was left, or the exit code says that all was well.
     """
-    temporary = folder / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own names are too long for sockets
     shared = {*SHARED_MEMORY.iterdir()}
     port = free_port()
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), *words]
@@ -71,6 +72,7 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
         del streams
     assert not own & {*SHARED_MEMORY.iterdir()} - left_to_the_next(temporary)
     assert victim == "supervisor" or not [*temporary.iterdir()]
+    shutil.rmtree(temporary)
 
 
 def left_to_the_next(temporary: Path) -> set[Path]:
