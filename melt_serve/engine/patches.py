@@ -77,17 +77,23 @@ def is_stopping(engine: Any) -> bool:
 def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def shutdown(self: Any, timeout: float | None = None) -> None:
-        self.melt_stopping = True
         resources = getattr(getattr(self, "engine_core", None), "resources", None)  # it may not have come to these
-        if (manager := getattr(resources, "engine_manager", None)) is not None:
-            manager.shutdown(timeout=timeout)
-        handler = getattr(self, "output_handler", None)
-        if handler is not None and not self.get_num_unfinished_requests():
-            cancel_task_threadsafe(handler)
+        manager = getattr(resources, "engine_manager", None)
+        if manager is not None and not is_stopping(self):
+            manager.shutdown = functools.partial(_end_engine, self, manager.shutdown)
+        self.melt_stopping = True
         original(self, timeout)
 
     shutdown.melt_serve = True  # type: ignore[attr-defined]
     return shutdown
+
+
+def _end_engine(engine: Any, end: Callable[..., None], timeout: float | None = None) -> None:
+    # Between the end of the engine's process, which its running requests put off, and that of what reads its answers.
+    end(timeout=timeout)
+    handler = getattr(engine, "output_handler", None)
+    if handler is not None and not engine.get_num_unfinished_requests():
+        cancel_task_threadsafe(handler)
 
 
 def sleep_while_waiting() -> None:
