@@ -21,9 +21,8 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from melt_serve.engine import usage
+from melt_serve.engine import lifeline, usage
 from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
-from melt_serve.engine.lifeline import name_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -136,7 +135,8 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
         if name is None and max_chunk_bytes * max_chunks > free:
             max_chunk_bytes = free // SHARE_OF_A_QUEUE // max_chunks
         original(self, n_reader, max_chunk_bytes, max_chunks, name)
-        name_shared_memory(self.shared_memory.name)
+        if name is None:
+            lifeline.own(self.shared_memory)
 
     init.melt_serve = True  # type: ignore[attr-defined]
     return init
