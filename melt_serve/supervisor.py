@@ -23,6 +23,8 @@ SHARED_MEMORY = Path("/dev/shm")
 RUN_FOLDER = "melt-serve-"
 SHARED_NAMES = ("psm_", "vllm_dist_")
 """How names of the shared memory begin that vLLM leaves in a run's folder (`engine/lifeline.py`)."""
+LONGEST_FOLDER = 107 - 37
+"""A socket's path has at most 107 bytes, and vLLM's have names of 36."""
 START_OUTPUT = 1 << 20
 """The most bytes of a start's output that are kept, to explain why it failed."""
 
@@ -108,6 +110,8 @@ class Supervisor:
     def variables(self) -> dict[str, str]:
         """Return what keeps the temporary files of this run in its folder, and the look of its output."""
         variables = {"TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"}
+        if len(str(self.folder)) > LONGEST_FOLDER and "VLLM_RPC_BASE_PATH" not in os.environ:
+            variables["VLLM_RPC_BASE_PATH"] = tempfile.gettempdir()  # where vLLM would have them
         kept = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"  # compiled code: worth keeping
         variables["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", kept)
         if sys.stdout.isatty():

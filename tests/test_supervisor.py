@@ -148,6 +148,15 @@ def test_a_start_that_fails_is_explained_and_a_server_never_ends_well_by_itself(
     assert output == ("why\n" if "why" in script else "")
 
 
+@pytest.mark.parametrize("letters", [0, 40])
+def test_sockets_are_where_their_names_fit(start, monkeypatch, letters):
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="m" * letters) as place:
+        monkeypatch.setenv("TMPDIR", place)
+        monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+        process, _ = start(script="import os; print(os.environ.get('VLLM_RPC_BASE_PATH'))")
+        assert process.communicate(timeout=30)[0].strip() == (place if letters else "None")
+
+
 def test_a_process_that_finds_no_supervisor_ends_at_once():
     script = "from melt_serve.engine import lifeline; lifeline.hold('late'); print('lives')"
     gone = {**os.environ, "MELT_LIFELINE": "/nowhere/lifeline"}

@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from multiprocessing import parent_process
+from multiprocessing.shared_memory import SharedMemory
 from multiprocessing.util import Finalize
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
 _held: list[socket.socket] = []
+_owned: list[SharedMemory] = []
 
 
 def hold(name: str) -> None:
@@ -43,6 +46,9 @@ def leave() -> None:
     """Leave a process of Python's `multiprocessing` that has done its work, unless it has failed."""
     error = sys.exception()
     if error is None or (isinstance(error, SystemExit) and not error.code):
+        for memory in _owned:
+            with suppress(FileNotFoundError):  # its queue has removed it
+                memory.unlink()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -54,7 +60,8 @@ def tell_ready(drain_seconds: float) -> None:
         line.sendall(f"{drain_seconds}\n".encode())
 
 
-def name_shared_memory(name: str) -> None:
-    """Note a file of shared memory in the run's folder, so that it is removed even if all processes are killed."""
+def own(memory: SharedMemory) -> None:
+    """Remove shared memory when this process leaves; its name in the run's folder says so even if all are killed."""
     if (path := os.environ.get("MELT_LIFELINE")) is not None:
-        Path(path).with_name(name.lstrip("/")).touch()
+        _owned.append(memory)
+        Path(path).with_name(memory.name.lstrip("/")).touch()

@@ -25,9 +25,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
-from melt_serve.engine import usage
+from melt_serve.engine import lifeline, usage
 from melt_serve.engine.depth import EFFORT, resolve_depth
-from melt_serve.engine.lifeline import name_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -145,17 +144,23 @@ def is_stopping(engine: Any) -> bool:
 def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def shutdown(self: Any, timeout: float | None = None) -> None:
-        self.melt_stopping = True
         resources = getattr(getattr(self, "engine_core", None), "resources", None)  # it may not have come to these
-        if (manager := getattr(resources, "engine_manager", None)) is not None:
-            manager.shutdown(timeout=timeout)
-        handler = getattr(self, "output_handler", None)
-        if handler is not None and not self.get_num_unfinished_requests():
-            cancel_task_threadsafe(handler)
+        manager = getattr(resources, "engine_manager", None)
+        if manager is not None and not is_stopping(self):
+            manager.shutdown = functools.partial(_end_engine, self, manager.shutdown)
+        self.melt_stopping = True
         original(self, timeout)
 
     shutdown.melt_serve = True  # type: ignore[attr-defined]
     return shutdown
+
+
+def _end_engine(engine: Any, end: Callable[..., None], timeout: float | None = None) -> None:
+    # Between the end of the engine's process, which its running requests put off, and that of what reads its answers.
+    end(timeout=timeout)
+    handler = getattr(engine, "output_handler", None)
+    if handler is not None and not engine.get_num_unfinished_requests():
+        cancel_task_threadsafe(handler)
 
 
 def sleep_while_waiting() -> None:
@@ -198,7 +203,8 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
         if name is None and max_chunk_bytes * max_chunks > free:
             max_chunk_bytes = free // SHARE_OF_A_QUEUE // max_chunks
         original(self, n_reader, max_chunk_bytes, max_chunks, name)
-        name_shared_memory(self.shared_memory.name)
+        if name is None:
+            lifeline.own(self.shared_memory)
 
     init.melt_serve = True  # type: ignore[attr-defined]
     return init
