@@ -91,6 +91,14 @@ def test_the_client_is_told_what_is_wrong(server, client):
     assert client.chat.completions.create(**question("Where is Ann?", max_tokens=3)).choices
 
 
+def test_an_answer_tells_what_the_prefix_cache_had_of_its_prompt(client):
+    asked = question(
+        "Find everybody. Ann is in Rome. Bob is with Ann. Cara is with Bob. Where is Cara?" * 3, max_tokens=2
+    )
+    client.chat.completions.create(**asked)
+    assert client.chat.completions.create(**asked).usage.prompt_tokens_details.cached_tokens >= 32
+
+
 def test_no_other_web_page_may_ask(server):
     request = urllib.request.Request(f"{server.url}/health", headers={"Origin": "https://elsewhere.example"})
     with urllib.request.urlopen(request) as answer:
