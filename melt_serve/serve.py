@@ -46,11 +46,12 @@ examples:
 """
 
 # vLLM listens on all addresses and aborts running requests when it is told to stop. The guard of ours writes a line for
-# each request, with its id.
+# each request, with its id. How many tokens of a prompt the prefix cache had is told.
 SAFE_DEFAULTS: dict[str, str | None] = {
     "--host": os.environ.get("MELT_HOST", "127.0.0.1"),  # in a container, that is nobody
     "--shutdown-timeout": "30",
     "--disable-uvicorn-access-log": None,
+    "--enable-prompt-tokens-details": None,
 }
 
 SKIP_CHECKS = "--skip-checks"

@@ -12,7 +12,14 @@ from melt_serve.serve import command, main, take_limits
 from tests.container import in_shared_memory_of, may_mount
 
 SERVER = [sys.executable, "-m", "melt_serve.api.server"]
-SAFE = ["--host", "127.0.0.1", "--shutdown-timeout", "30", "--disable-uvicorn-access-log"]
+SAFE = [
+    "--host",
+    "127.0.0.1",
+    "--shutdown-timeout",
+    "30",
+    "--disable-uvicorn-access-log",
+    "--enable-prompt-tokens-details",
+]
 
 
 def test_without_a_path_the_bundled_checkpoint_is_served():

@@ -107,6 +107,14 @@ def test_who_has_no_key_is_answered_and_logged_like_all(server):
     assert "GET '/v1/models' 401" in line and ", refused: This needs the server's API key" in line
 
 
+def test_an_answer_tells_what_the_prefix_cache_had_of_its_prompt(client):
+    asked = question(
+        "Find everybody. Ann is in Rome. Bob is with Ann. Cara is with Bob. Where is Cara?" * 3, max_tokens=2
+    )
+    client.chat.completions.create(**asked)
+    assert client.chat.completions.create(**asked).usage.prompt_tokens_details.cached_tokens >= 32
+
+
 def test_no_other_web_page_may_ask(server):
     request = urllib.request.Request(f"{server.url}/health", headers={"Origin": "https://elsewhere.example"})
     with urllib.request.urlopen(request) as answer:

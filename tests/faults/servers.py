@@ -33,7 +33,7 @@ def serving(mode: str, log: Path) -> Iterator["Attacked"]:
         "--host": "127.0.0.1",
         "--port": str(port),
         "--hf-overrides": json.dumps({"decode_mode": mode}),
-        "--kv-cache-memory-bytes": str(4 << 20),
+        "--kv-cache-memory-bytes": str(2 << 20),
         "--max-model-len": "768",
         "--reasoning-parser": "qwen3",
         "--tool-call-parser": "hermes",

@@ -37,7 +37,7 @@ def ask_as(attacked: Attacked, chance: random.Random) -> str:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": f"{chance.random()} {QUESTION * chance.randint(1, 3)}"}],
-        "max_tokens": chance.randint(50, 300),
+        "max_tokens": chance.randint(100, 400),
         "ignore_eos": True,
         "stream": kind != "wants all",
         "n": chance.choice((1, 1, 2)),
