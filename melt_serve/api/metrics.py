@@ -31,7 +31,9 @@ TRANSIENT = gauge(
     "melt_transient_state_bytes", "Bytes of the gate's states h, of all layers, in a step as large as steps may be."
 )
 FINAL_ROWS = gauge("melt_kv_final_rows_bytes", "Bytes of KV blocks that hold final rows of requests in the cache.")
-OPEN_ROWS = gauge("melt_kv_open_rows_bytes", "Bytes of KV blocks that hold an open chunk's rows of one loop.")
+OPEN_ROWS = gauge(
+    "melt_kv_open_rows_bytes", "Bytes of KV blocks that running requests hold for an open chunk's rows of single loops."
+)
 LOOPLM_ROWS = gauge(
     "melt_kv_looplm_bytes", "Bytes that a LoopLM's KV rows would take for the same tokens at the same loops."
 )

@@ -162,7 +162,7 @@ def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
     def counted(*arguments: Any) -> object:
         step = schedule(*arguments)
         held = [
-            sum(not block.is_null for rows in open_rows for block in rows.req_to_blocks.get(request.request_id, ()))
+            sum(len(rows.req_to_blocks.get(request.request_id, ())) for rows in open_rows)
             for request in scheduler.running
         ]
         given = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # nobody may have the null block

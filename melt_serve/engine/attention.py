@@ -2,7 +2,7 @@
 
 All loops of a layer call the same attention layer. Its metadata changes between them: fewer tokens run, as requests
 finish their loops, and in `chunk` mode other rows are meant. There, a loop before a request's last sees the final
-rows of closed chunks and its own loop's rows of the open chunk: two block tables laid over each other.
+rows of closed chunks and its own loop's rows of the open chunk (`tables.py`).
 """
 
 import functools
@@ -20,10 +20,9 @@ from vllm.utils.torch_utils import (
     _encode_layer_name,
     _resolve_layer_name,
     direct_register_custom_op,
-    is_quantized_kv_cache,
 )
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
@@ -95,25 +94,26 @@ class FinalRows(Attention):
 
 
 class OpenRows(Attention):
-    """Room for the open chunk's rows of one loop, `chunk` mode only.
+    """Room for the rows of loops before a request's last, while their chunk is open: `chunk` mode only.
 
-    It is never called. Its blocks lie in the memory of the layer's final rows, through which both are read and written.
+    It is never called. Its blocks lie in the memory of the layer's final rows, through which they are read and written.
     """
 
     attn_backend: Any
     step: StepRecord
 
-    def __init__(self, *args: Any, loop: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attn_backend = recording_backend(self.attn_backend)
-        self.loop = loop
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """Return the spec of one row a token of the open chunk."""
+        """Return the spec of a row for each loop before the last and each token of the open chunk."""
         spec = super().get_kv_cache_spec(vllm_config)
         assert type(spec) is FullAttentionSpec
+        config: MeltConfig = vllm_config.model_config.hf_config
+        assert config.max_loops is not None
         shared = {name: value for name, value in vars(spec).items() if name in OpenRowsSpec.__dataclass_fields__}
-        return OpenRowsSpec(**shared, chunk_size=vllm_config.model_config.hf_config.chunk_size, loop=self.loop)
+        return OpenRowsSpec(**shared, chunk_size=config.chunk_size, max_loops=config.max_loops)
 
 
 def refuse_backend(layer: Attention) -> None:
@@ -187,8 +187,8 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
         def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
             self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-            # The manager's blocks: a kernel's may be smaller, as `kv_cache_spec` has them here.
-            self.null_slots = vllm_config.cache_config.block_size
+            # A kernel's block may be smaller than the manager's: the tables it sees then have several entries for one.
+            self.entries_per_block = vllm_config.cache_config.block_size // kv_cache_spec.block_size
 
         def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **kwargs: Any) -> Any:
             self.layer.step = StepRecord(self, common_attn_metadata)

@@ -1,8 +1,8 @@
 """KV rows in vLLM's cache: which of a token's are kept, shared with other requests, and freed.
 
 Rules 2 and 3 of the serving contract (README.md in this folder). A block of the pool holds rows of one
-kind at a time: final rows, or an open chunk's rows of one loop. All kinds have the same size, so one
-allocation serves them all.
+kind at a time: final rows, or an open chunk's rows of one loop. All have the same size, so one allocation
+serves them all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager, FullAttentionManager
+from vllm.v1.kv_cache_interface import CircularBufferSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
-from melt_serve.config import DecodeMode, chunk_start, sharing_unit
-from melt_serve.engine.depth import depth_of
+from melt_serve.config import DecodeMode, sharing_unit
+from melt_serve.engine.depth import Depth
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -108,23 +107,22 @@ class FinalRowsSpec(FullAttentionSpec):
         return specs[0]
 
 
-class OpenRowsManager(SingleTypeKVCacheManager):
-    """Keeps the open chunk's rows of one loop before the last, and frees them when the chunk closes.
+class OpenRowsManager(CircularBufferManager):
+    """Keeps the rows that an open chunk needs of loops before a request's last.
 
-    The block list has an entry for every block of the request, as the final rows' list has, so that the
-    two can be laid over each other. It is the null block where no rows of this loop are kept: in closed
-    chunks, in a chunk that runs whole in one step, which can write its final blocks at every loop, and in
-    requests whose last loop is this one or an earlier one.
+    A request of d loops has d - 1 blocks for every block of its open chunk, of loops 1 to d - 1 in this order. They
+    are taken when a step first reaches that part of a chunk, and serve all its chunks, one after another, until the
+    request is finished or preempted: a worker's block table only grows. A chunk that runs whole in one step needs
+    none, because it can write its final blocks at every loop.
 
     Attributes:
-        requests: the scheduler's, by id, whose parameters state their loops.
+        depths: of the scheduler's requests, by id.
     """
 
     def __init__(self, kv_cache_spec: "OpenRowsSpec", **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.chunk_size = kv_cache_spec.chunk_size
-        self.loop = kv_cache_spec.loop
-        self.requests: Mapping[str, Request] = {}
+        self.depths: Mapping[str, Depth] = {}
 
     def get_num_blocks_to_allocate(
         self,
@@ -137,84 +135,64 @@ class OpenRowsManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Return how many blocks `num_tokens` tokens need from the pool for their rows of this loop."""
-        if apply_admission_cap and self._runs_later_loops(request_id):  # the most a request holds on its way there
-            return cdiv(min(num_tokens, self.chunk_size), self.block_size)
-        if not self._needs_blocks(request_id, num_tokens):
-            return 0
-        entries = max(len(self.req_to_blocks.get(request_id, ())), total_computed_tokens // self.block_size)
-        return max(0, cdiv(num_tokens, self.block_size) - entries)
+        """Return how many blocks the request's first `num_tokens` tokens need from the pool beside those it has."""
+        if apply_admission_cap:  # the most it needs on its way there: any of its chunks may be open after a step
+            return self.missing_blocks(request_id, min(num_tokens, self.chunk_size - 1))
+        return self.missing_blocks(request_id, num_tokens)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Append the entries of the step's tokens: blocks from the pool, or null blocks where no rows are kept."""
-        blocks = self.req_to_blocks[request_id]
-        missing = max(0, cdiv(num_tokens, self.block_size) - len(blocks))
-        if self._needs_blocks(request_id, num_tokens):
-            new_blocks = self.block_pool.get_new_blocks(missing)
-        else:
-            new_blocks = [self._null_block] * missing
-        blocks.extend(new_blocks)
+        """Take what `get_num_blocks_to_allocate` has said."""
+        missing = self.missing_blocks(request_id, num_tokens)
+        if not missing:
+            return []
+        new_blocks = self.block_pool.get_new_blocks(missing)
+        self.req_to_blocks[request_id].extend(new_blocks)
         return new_blocks
 
-    def num_blocks_in_use(self) -> int:
-        """Return how many blocks hold rows of this loop, over all requests."""
-        entries = cdiv(self.chunk_size, self.block_size)  # the open chunk's are a request's last
-        return sum(not block.is_null for blocks in self.req_to_blocks.values() for block in blocks[-entries:])
+    def missing_blocks(self, request_id: str, num_tokens: int) -> int:
+        """Return how many blocks a step that ends at `num_tokens` lacks.
 
-    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        """Return how many tokens lie in closed chunks: vLLM frees their blocks."""
-        return chunk_start(num_computed_tokens, self.chunk_size)
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Return no blocks: an open chunk's rows belong to one request."""
-        return tuple([] for _ in kv_cache_group_ids), 0
-
-    def _needs_blocks(self, request_id: str, num_tokens: int) -> bool:
-        """Return whether the step that ends at `num_tokens` keeps rows of this loop.
-
-        A request's last loop writes final rows; so does a step that runs a whole chunk, at every loop.
+        A request without blocks has run whole chunks only, so where the step ends a chunk it runs the whole of it.
         """
-        first = chunk_start(num_tokens - 1, self.chunk_size) // self.block_size
-        open_before = any(not block.is_null for block in self.req_to_blocks.get(request_id, ())[first:])
-        runs_whole_chunk = num_tokens % self.chunk_size == 0 and not open_before
-        return not runs_whole_chunk and self._runs_later_loops(request_id)
+        later_loops = self.depths[request_id].loops - 1
+        if not later_loops:
+            return 0
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if not held and num_tokens % self.chunk_size == 0:
+            return 0
+        last = (num_tokens - 1) % self.chunk_size  # token of the open chunk
+        return max(0, (last // self.block_size + 1) * later_loops - held)
 
-    def _runs_later_loops(self, request_id: str) -> bool:
-        return self.loop < depth_of(self.requests[request_id].sampling_params).loops
+    def num_blocks_in_use(self) -> int:
+        """Return how many blocks all requests hold."""
+        return sum(map(len, self.req_to_blocks.values()))
 
 
 @register_kv_cache_spec(manager_class=OpenRowsManager)
 @dataclass(frozen=True, kw_only=True)
-class OpenRowsSpec(AttentionSpec):
-    """Rows of one loop for the tokens of a request's open chunk, at most C: `chunk` mode only.
+class OpenRowsSpec(CircularBufferSpec):
+    """Rows of the loops before the last, for the tokens of a request's open chunk: `chunk` mode only.
 
     Attributes:
         chunk_size: C, a multiple of the block size.
-        loop: t, counted from 1, below T. Each loop is a cache group with block tables of its own.
+        max_loops: the most loops that a request may run.
     """
 
     chunk_size: int
-    loop: int
+    max_loops: int
 
     @property
-    def prefix_cacheable(self) -> bool:
-        """Whether blocks may be shared: an open chunk's never are."""
-        return False
+    def max_blocks(self) -> int:
+        """The most blocks that a request holds."""
+        return (self.max_loops - 1) * self.chunk_size // self.block_size
 
     def max_memory_usage_bytes(self, vllm_config: "VllmConfig") -> int:
-        """Return the most bytes a layer keeps of one request: one chunk for every step that may be in flight."""
-        chunks = vllm_config.max_concurrent_batches
-        tokens = min(chunks * self.chunk_size, vllm_config.model_config.max_model_len)
-        return cdiv(tokens, self.block_size) * self.page_size_bytes
+        """Return the most bytes a layer keeps of one request."""
+        return self.max_blocks * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: "VllmConfig", max_len: int) -> int:
+        """Return the length of a row of the worker's block table.
+
+        vLLM's older runner (V1) looks up a slot of every token here, too, as if blocks went by position.
+        """
+        return max(self.max_blocks, cdiv(max_len, self.block_size))

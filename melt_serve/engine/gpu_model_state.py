@@ -22,14 +22,23 @@ from melt_serve.engine.step import StepPlan
 
 
 class MeltModelState(DefaultModelState):
-    """Keeps the depth of every running request."""
+    """Keeps the depth of every running request, and the step that ran last.
+
+    Attributes:
+        plan: of that step.
+        last_tokens: in it, the last token of each request, by request id.
+    """
+
+    plan: StepPlan
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: MeltConfig = self.model_config.hf_config
         self.depths: dict[str, Depth] = {}
         self.graphs = LoopGraphs(self.model.model.run, self.vllm_config, self.device)
+        self.last_tokens: dict[str, int] = {}
         patches.capture_no_whole_step(type(self))
+        patches.report_loops_run(type(self))
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Add a request that begins, or begins again after a preemption."""
@@ -48,7 +57,13 @@ class MeltModelState(DefaultModelState):
         unknown = default_depth(self.config)  # dummy batches: vLLM measures memory, captures graphs, or idles
         depths = [self.depths.get(request_id, unknown) for request_id in input_batch.req_ids]
         plan = StepPlan.of(depths, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
+        self.plan = plan
+        self.last_tokens = dict(zip(input_batch.req_ids, input_batch.query_start_loc_np[1:] - 1, strict=False))
         return {**super().prepare_inputs(input_batch, req_states), "plan": plan, "graphs": self.graphs}
+
+    def token_loops(self) -> dict[str, int]:
+        """Return the loops that ran for each request's last token in the step that ran last, by request id."""
+        return {request_id: int(self.plan.ran[token]) for request_id, token in self.last_tokens.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Drop graphs of another KV cache: vLLM captures once to measure memory, before it allocates the cache."""

@@ -1,7 +1,7 @@
 """LoopLMs in vLLM: the same layers run T times, with KV rows of every loop. Laid beside modeling/looplm.py."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
 
+RowsT = TypeVar("RowsT", bound=Attention)
 MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
 """Where a checkpoint's gate and up projections lie in vLLM's stacked layer."""
 
@@ -244,10 +245,8 @@ def cache_name(config: LoopLMConfig, prefix: str, layer: int, loop: int) -> str:
     return prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
 
 
-def paged_attention(
-    kind: type[Attention], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, **of_kind: object
-) -> Attention:
-    """Make one set of KV rows under the name `prefix`, with the attention over them; `of_kind` goes to `kind`."""
+def paged_attention(kind: type[RowsT], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str) -> RowsT:
+    """Make one set of KV rows under the name `prefix`, with the attention over them."""
     assert config.head_dim is not None
     return kind(
         config.num_attention_heads // get_tensor_model_parallel_world_size(),
@@ -257,5 +256,4 @@ def paged_attention(
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
-        **of_kind,
     )

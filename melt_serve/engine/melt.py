@@ -56,12 +56,10 @@ class MeltAttention(nn.Module):
         # Final rows first: their cache group and its tables come before those that are laid over them.
         self.attn = paged_attention(FinalRows, config, vllm_config, prefix=f"{prefix}.attn")
         assert config.max_loops is not None
-        self.open_rows = nn.ModuleList(
-            paged_attention(
-                OpenRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn", loop=loop
-            )
-            for loop in (range(1, config.max_loops) if config.decode_mode == "chunk" else ())
-        )
+        self.open_rows: OpenRows | None = None
+        if config.decode_mode == "chunk" and config.max_loops > 1:
+            name = cache_name(config, prefix, layer, loop=1)  # no layer that there is
+            self.open_rows = paged_attention(OpenRows, config, vllm_config, prefix=f"{name}.attn")
 
     def forward(self, positions: Tensor, n: Tensor, h: Tensor | None, loop: Tensor) -> tuple[Tensor, Tensor]:
         """Return W_O attn(...) and the new state h, both [tokens, hidden]."""
@@ -146,7 +144,7 @@ class MeltModel(LoopedModel):
         assert plan is not None
         attention = [layer.self_attn for layer in self.layers]
         open_rows = attention[0].open_rows
-        rows = StepRows([each.attn for each in attention], open_rows, plan.deepest)
+        rows = StepRows([each.attn for each in attention], open_rows, plan, positions)
         running, arranged = Running.all_of(plan, rows, positions)
         exits = StepExits(plan, x.device, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
@@ -164,7 +162,7 @@ class MeltModel(LoopedModel):
                 following, staying = running.after(loop, plan, exited)
                 if following is running:
                     continue
-                if open_rows and exited.any():
+                if open_rows is not None and exited.any():
                     self.write_later_rows(running, loop, np.flatnonzero(exited), h, adapters)
                 if following is None and finished is None and isinstance(running.tokens, slice):
                     return x  # all tokens ran as many loops, in the order they came

@@ -127,6 +127,34 @@ def capture_no_whole_step(model_state: type) -> None:
     _replace(ModelCudaGraphManager, "capture", unless_melt)
 
 
+def report_loops_run(model_state: type[Any]) -> None:
+    """Let vLLM's GPU runner state, with each step's output, the loops that ran for every sampled token.
+
+    It has no hook between a step and its output. The numbers are the host's, and ride on the output of their own step:
+    the next one may be under way before it is read. For the processes that run the model.
+
+    Args:
+        model_state: the class of the models that this concerns; its `token_loops` is of the step that ran last.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            if output is not None and isinstance(self.model_state, model_state):
+                output.model_runner_output.token_loops = self.model_state.token_loops()
+            return output
+
+        sample_tokens.melt_serve = True  # type: ignore[attr-defined]
+        return sample_tokens
+
+    _replace(GPUModelRunner, "sample_tokens", reporting)
+
+
 def resolve_depths_in_the_engine() -> None:
     """Resolve the depth of requests that come past `InputProcessor`, as from a front end without this plugin.
 

@@ -1,6 +1,7 @@
 """The chunk grid: which tokens of a request may run in one step (README.md, rules 1 to 4)."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -14,7 +15,7 @@ from vllm.v1.request import Request
 from melt_serve.config import DecodeMode, MeltConfig, chunk_end
 from melt_serve.engine import patches
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
-from melt_serve.engine.depth import depth_of
+from melt_serve.engine.depth import Depth, depth_of
 from melt_serve.engine.scheduler_stats import StepCounts
 from melt_serve.engine.turns import PrefillTurns
 from melt_serve.engine.usage import LOOPS, LOOPS_RUN
@@ -27,6 +28,7 @@ class ChunkGridScheduler(AsyncScheduler):
     must end at certain positions; MELT is such a model.
 
     Attributes:
+        depths: of all requests that are not finished, by request id.
         loops_run: generated tokens of running requests, by request id and by the loops they ran.
         cut: requests whose part in this step ends with its chunk, though there is more to run.
         lost_hits: tokens that a waiting request cannot hit, by its id: they lie behind the last place where a hit
@@ -42,14 +44,16 @@ class ChunkGridScheduler(AsyncScheduler):
         self.decode_mode = config.decode_mode
         self.need_mamba_block_aligned_split = True
         self.turns = PrefillTurns(self, config.chunk_size)
-        final_rows, *managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.depths: dict[str, Depth] = {}
+        final_rows, *others = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(final_rows, FinalRowsManager)
         self.final_rows = final_rows
-        self.open_rows: list[OpenRowsManager] = []
-        for open_rows in managers:
+        self.open_rows: OpenRowsManager | None = None
+        if others:
+            (open_rows,) = others
             assert isinstance(open_rows, OpenRowsManager)
-            open_rows.requests = self.requests
-            self.open_rows.append(open_rows)
+            open_rows.depths = self.depths
+            self.open_rows = open_rows
         self.counts = StepCounts()
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.cut: set[str] = set()
@@ -58,9 +62,8 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """Enqueue a request, with its depth in its blocks' hashes: rows made at another depth are other rows."""
-        request.cache_salt = f"{depth_of(request.sampling_params)} {request.cache_salt or ''}"
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        depth = self.depths[request.request_id] = depth_of(request.sampling_params)
+        salt_with_depth(request, depth)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -78,23 +81,20 @@ class ChunkGridScheduler(AsyncScheduler):
 
         Those that run another loop are then the first ones, and are not gathered.
         """
-        return dict(sorted(scheduled.items(), key=lambda item: -depth_of(self.requests[item[0]].sampling_params).loops))
+        return dict(sorted(scheduled.items(), key=lambda item: -self.depths[item[0]].loops))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Count the loops that the generated tokens ran, and update the requests as vLLM does."""
-        token_loops = getattr(model_runner_output, "token_loops", {})
+        token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
         ):
-            request = self.requests.get(request_id)
-            if not generated or request is None:
+            depth = self.depths.get(request_id)
+            if not generated or depth is None:
                 continue
-            depth = depth_of(request.sampling_params)
-            loops = depth.loops if depth.exit_threshold == 1 else token_loops.get(request_id)
-            if loops is not None:  # vLLM's GPU runner does not report exits
-                self.loops_run[request_id][loops] += 1
+            self.loops_run[request_id][depth.loops if depth.exit_threshold == 1 else token_loops[request_id]] += 1
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -106,10 +106,10 @@ class ChunkGridScheduler(AsyncScheduler):
         self.counts = StepCounts()
         pool = self.kv_cache_manager.block_pool
         in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
-        counts.open_blocks = sum(manager.num_blocks_in_use() for manager in self.open_rows)
+        counts.open_blocks = 0 if self.open_rows is None else self.open_rows.num_blocks_in_use()
         counts.final_blocks = in_use - counts.open_blocks
         tokens = sum(request.num_computed_tokens for request in self.running)
-        looped = sum(request.num_computed_tokens * depth_of(request.sampling_params).loops for request in self.running)
+        looped = sum(request.num_computed_tokens * self.depths[request.request_id].loops for request in self.running)
         counts.looplm_blocks = round(counts.final_blocks * looped / tokens) if tokens else 0
         counts.put(stats)
         return stats
@@ -179,8 +179,9 @@ class ChunkGridScheduler(AsyncScheduler):
         params, encoder_params = super()._free_request(request, *args, **kwargs)
         self.lost_hits.pop(request.request_id, None)
         self.computed_before.pop(request.request_id, None)
+        depth = self.depths.pop(request.request_id)
         if run := self.loops_run.pop(request.request_id, None):
-            params = {**(params or {}), LOOPS: depth_of(request.sampling_params).loops, LOOPS_RUN: dict(run)}
+            params = {**(params or {}), LOOPS: depth.loops, LOOPS_RUN: dict(run)}
         return params, encoder_params
 
     def _count_step(self, output: SchedulerOutput) -> None:
@@ -199,6 +200,13 @@ class ChunkGridScheduler(AsyncScheduler):
         for request_id in self.computed_before.keys() & (begun | running).keys():
             counts.replays += 1
             counts.replayed_tokens += max(0, self.computed_before.pop(request_id) - (begun | running)[request_id])
+
+
+def salt_with_depth(request: Request, depth: Depth) -> None:
+    """Make the depth a part of the identity of a request's blocks."""
+    request.cache_salt = f"{depth} {request.cache_salt or ''}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def tokens_in_step(

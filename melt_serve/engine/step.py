@@ -23,9 +23,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from melt_serve.config import chunk_start
 from melt_serve.engine.attention import FinalRows, OpenRows
 from melt_serve.engine.depth import Depth
+from melt_serve.engine.tables import LoopTables
 
 Selection: TypeAlias = slice | Tensor
 """Some of a list: the first of it, which takes no copy, or indices on the device."""
@@ -139,11 +139,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Tables:
-    """Where a loop's rows are.
+    """Where the rows of a loop's tokens are.
 
     Attributes:
-        blocks: [R, blocks], the block table of each request.
-        slots: [S], the slots that the step's tokens write.
+        blocks: [Q, blocks], the block table of each sequence.
+        slots: [A], the slots that the tokens write.
     """
 
     blocks: Tensor
@@ -153,32 +153,24 @@ class Tables:
 class StepRows:
     """Where the rows of a step's S tokens are, in each loop."""
 
-    def __init__(self, final: Sequence[FinalRows], open_rows: Sequence[OpenRows], deepest: int):
+    def __init__(self, final: Sequence[FinalRows], open_rows: OpenRows | None, plan: StepPlan, positions: Tensor):
         """Take what vLLM states about the step.
 
         Args:
             final: the final rows of all layers.
-            open_rows: one layer's open rows of loop 1, 2, ...; none in `token` mode.
-            deepest: the most loops that a token of the step may run.
+            open_rows: those of one layer; None in `token` mode.
+            plan: of the step.
+            positions: [S], the position of each token in its request.
         """
         record = final[0].step
         self.names = [layer.layer_name for layer in final]
         self.builder = record.builder
-        self.final = Tables(record.common.block_table_tensor, record.common.slot_mapping)
-        self.deepest = deepest
-        self.open = [self._overlay(layer) for layer in open_rows[: deepest - 1]]
-
-    def tables(self, loop: int) -> Tables:
-        """Return where the rows of this loop are."""
-        return self.open[loop - 1] if loop <= len(self.open) else self.final
-
-    def _overlay(self, rows: OpenRows) -> Tables:
-        own, spec = rows.step.common, rows.step.builder.kv_cache_spec
-        null_slots = rows.step.builder.null_slots
-        blocks = overlay_blocks(
-            own.block_table_tensor, self.final.blocks, own.seq_lens, spec.chunk_size, spec.block_size, null_slots
-        )
-        return Tables(blocks, torch.where(own.slot_mapping < null_slots, self.final.slots, own.slot_mapping))
+        self.deepest = plan.deepest
+        self.tables = LoopTables(record)
+        if open_rows is not None and plan.deepest > 1:
+            padding = record.common.num_reqs - len(plan.loops)
+            (loops,) = to_device(positions.device, np.pad(plan.loops, (0, padding), constant_values=1))
+            self.tables.lay_over(open_rows.step, loops, plan.deepest, positions)
 
 
 @dataclass(frozen=True)
@@ -212,10 +204,10 @@ class Running:
 
     def tables(self, loop: int) -> Tables:
         """Return where the rows of these tokens are in this loop."""
-        if loop > len(self.rows.open):
+        tables = self.rows.tables
+        if loop > tables.open_loops:
             return Tables(self.metadata.block_table, self.metadata.slot_mapping)
-        tables = self.rows.tables(loop)
-        return Tables(tables.blocks[self.requests], tables.slots[self.tokens])
+        return Tables(tables.blocks(loop)[self.requests], tables.slots(loop)[self.tokens])
 
     @contextmanager
     def select_loop(self, loop: int) -> Iterator[None]:
@@ -279,8 +271,8 @@ class Running:
             positions,
             query_start_loc=starts,
             seq_lens=(positions[starts[1:] - 1] + 1).to(starts.dtype),
-            block_table_tensor=self.rows.final.blocks[requests],
-            slot_mapping=self.rows.final.slots[tokens],
+            block_table_tensor=self.rows.tables.final_blocks[requests],
+            slot_mapping=self.rows.tables.final_slots[tokens],
         ), gathered
 
     def slots_after(self, loop: int, leaving: Tensor) -> Tensor:
@@ -293,8 +285,8 @@ class Running:
             [loops left, L]; `PAD_SLOT_ID`, where nothing is written, for the slot that the token has written already.
         """
         tokens = compose(self.tokens, leaving)
-        written = self.rows.tables(loop).slots[tokens]
-        later = [self.rows.tables(other).slots[tokens] for other in range(loop + 1, self.rows.deepest + 1)]
+        written = self.rows.tables.slots(loop)[tokens]
+        later = [self.rows.tables.slots(other)[tokens] for other in range(loop + 1, self.rows.deepest + 1)]
         return torch.stack([torch.where(slots == written, PAD_SLOT_ID, slots) for slots in later])
 
     def _rebuild(
@@ -335,22 +327,3 @@ def to_host(values: Tensor) -> np.ndarray:
     arrived.record()
     arrived.synchronize()
     return copied.numpy()
-
-
-def overlay_blocks(
-    own: Tensor, final: Tensor, seq_lens: Tensor, chunk_size: int, block_size: int, null_slots: int
-) -> Tensor:
-    """Return the block table of a loop before the last: final blocks, and the open chunk's own where it has them.
-
-    Args:
-        own: [R, blocks], blocks of this loop; the null block where there is none, as in requests whose last
-            loop is this one or an earlier one; anything in closed chunks.
-        final: [R, blocks], blocks of final rows.
-        seq_lens: [R], tokens of each request up to the end of this step, which lies in the open chunk.
-        chunk_size: C, a multiple of `block_size`, the tokens in one entry of the tables.
-        null_slots: slots below this are in the null block.
-    """
-    open_block = chunk_start(seq_lens - 1, chunk_size) // block_size
-    columns = torch.arange(own.shape[1], device=own.device)
-    kept = (columns >= open_block[:, None]) & (own * block_size >= null_slots)
-    return torch.where(kept, own, final)

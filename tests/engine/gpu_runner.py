@@ -3,6 +3,7 @@
 Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so tests make them.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -23,7 +24,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from melt_serve.engine import graphs
 from melt_serve.engine.scheduler_stats import StepCounts
 from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
-from tests.engine.scenes import Ask, Scene, confined, play
+from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
+from tests.engine.test_depth import loops_run
 from tests.engine.waits import judge_waits, watched
 
 LENGTHS = (1, 31, 33, 64, 100)
@@ -135,10 +137,24 @@ def test_preempted_requests_and_steps_scheduled_ahead_change_no_answer(served, m
 
 
 @MODES
-def test_usage_tells_the_loops(served):
-    asked = TokensPrompt(prompt_token_ids=prompts(40)[0])
-    (output,) = served.llm.generate(asked, everything(5, extra_args={"loops": 3}), use_tqdm=False)
-    assert output.kv_transfer_params["melt_loops_run"] == {3: 5}
+@pytest.mark.parametrize("ahead", [False, True])
+def test_usage_tells_the_loops_that_ran(served, ahead):
+    """Also of tokens that exited early, and where the next step is scheduled before the numbers are read."""
+    llm, model = served
+    asked, outputs = prompts(*LENGTHS), {}
+    with scheduled_ahead(llm.llm_engine.engine_core.engine_core, ahead):
+        for number, (prompt, loops, threshold) in enumerate(zip(asked, DEPTHS, EXITS, strict=True)):
+            parameters = everything(12, extra_args={"loops": loops, "exit_threshold": threshold})
+            llm.llm_engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+        while llm.llm_engine.has_unfinished_requests():
+            outputs |= {int(output.request_id): output for output in llm.llm_engine.step()}
+    told = [outputs[number].kv_transfer_params["melt_loops_run"] for number in range(len(asked))]
+    ran = [
+        loops_run(model, prompt, outputs[number].outputs[0], loops, threshold)[len(prompt) - 1 :].tolist()
+        for number, (prompt, loops, threshold) in enumerate(zip(asked, DEPTHS, EXITS, strict=True))
+    ]
+    assert told == [dict(Counter(each)) for each in ran]
+    assert len({loops for each in ran for loops in each}) >= 3, "exits must come at many loops, or this shows little"
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ def play(llm: LLM, scene: Scene) -> Played:
     arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
     if not scene.warm:
         assert live.reset_prefix_cache()
-    blocks = None if scene.spare_blocks is None else blocks_of_longest(scheduler, scene.ahead) + scene.spare_blocks
+    blocks = None if scene.spare_blocks is None else blocks_of_longest(scheduler) + scene.spare_blocks
     with (
         confined(scheduler, scene.budget, blocks),
         counted(scheduler) as played.counts,
@@ -166,12 +166,11 @@ def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
     return everything(answer, temperature=temperature, seed=ask.seed, n=ask.n, extra_args=depth)
 
 
-def blocks_of_longest(scheduler: Any, ahead: bool) -> int:
+def blocks_of_longest(scheduler: Any) -> int:
     """Return how many blocks one request of full length may need: without them it would wait for ever."""
     config = scheduler.vllm_config
     specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
-    final, *rings = (-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
-    return final + sum(rings) * (2 if ahead else 1)
+    return sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
 
 
 @contextmanager

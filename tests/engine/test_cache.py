@@ -146,25 +146,25 @@ def test_in_chunk_mode_a_conversation_finds_its_own_answers_again(served):
 
 @on("chunk", "chunk, chunks of 64")
 @pytest.mark.parametrize("loops", [1, 2, 4, 8])
-def test_open_rows_are_held_while_their_chunk_is_open(served, loops):
+def test_open_rows_grow_with_the_first_open_chunk_and_are_kept_for_those_that_follow(served, loops):
     llm, chunk_size = served.llm, served.model.config.chunk_size
     scheduler = scheduler_of(llm)
-    _, *rings = scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert [ring.loop for ring in rings] == list(range(1, 8))  # one less than the checkpoint's max_loops
+    _, rows = scheduler.kv_cache_manager.coordinator.single_type_managers
     prompt = {"prompt_token_ids": prompts(2 * chunk_size + 5)[0]}
+    expected = 0
     with confined(scheduler, budget=chunk_size + 8):
         parameters = everything(max_tokens=2 * chunk_size, extra_args={"loops": loops})
         llm.llm_engine.add_request("0", prompt, parameters)
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
             for request in scheduler.running:
-                begun = request.num_computed_tokens
-                kept = begun % chunk_size or (chunk_size if begun > 2 * chunk_size else 0)
-                for ring in rings:
-                    blocks = [block for block in ring.req_to_blocks[request.request_id] if not block.is_null]
-                    expected = -(-kept // 32) if ring.loop < loops else 0
-                    assert len(blocks) == expected, f"after {begun} tokens, loop {ring.loop}"
+                begun = request.num_computed_tokens - 2 * chunk_size  # two chunks of the prompt run whole
+                expected = max(expected, (loops - 1) * -(-min(begun, chunk_size) // 32))
+                blocks = rows.req_to_blocks.get(request.request_id, [])
+                assert len({block.block_id for block in blocks}) == len(blocks) == expected, f"after {begun} tokens"
+                assert not any(block.is_null for block in blocks)
     assert scheduler.kv_cache_manager.usage == 0
+    assert expected == (loops - 1) * chunk_size // 32
 
 
 @pytest.mark.parametrize(("mode", "max_loops"), [("token", 1), ("token", 8), ("chunk", 1), ("chunk", 4)])
@@ -177,11 +177,10 @@ def test_the_engine_counts_what_is_allocated(tmp_path, mode, max_loops):
         groups = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
         row = kv_bytes_per_token(model.config, bytes_per_value=4)
         assert sum(storage.nbytes() for storage in storages.values()) == config.num_gpu_blocks * config.block_size * row
-        blocks_of_a_request = 512 // config.block_size + len(groups) - 1
+        open_blocks = (max_loops - 1) * model.config.chunk_size // config.block_size if mode == "chunk" else 0
+        blocks_of_a_request = 512 // config.block_size + open_blocks
         assert config.kv_cache_size_tokens == config.num_gpu_blocks * 512 // blocks_of_a_request
-    assert [type(spec) for spec in groups] == [FinalRowsSpec] + [OpenRowsSpec] * (
-        max_loops - 1 if mode == "chunk" else 0
-    )
+    assert [type(spec) for spec in groups] == [FinalRowsSpec, OpenRowsSpec][: 2 if open_blocks else 1]
 
 
 def test_other_models_are_served_beside_the_plugin(tmp_path):
@@ -199,16 +198,3 @@ def test_other_models_are_served_beside_the_plugin(tmp_path):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *output.token_ids]])).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(engine_logprobs(output), logits.log_softmax(-1), atol=RIGHT, rtol=0)
-
-
-@on("chunk")
-def test_the_null_block_is_the_managers_where_a_kernel_splits_blocks(served):
-    """Slots below its end belong to nobody; a kernel's smaller block would leave some of them to a loop."""
-    llm, _ = served
-    generate(llm, prompts(5))
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    layer = runner.model.model.layers[0].self_attn.open_rows[0]
-    builder = layer.step.builder
-    halves = builder.kv_cache_spec.copy_with_new_block_size(16)
-    split = type(builder)(halves, [layer.layer_name], llm.llm_engine.vllm_config, torch.device("cpu"))
-    assert (split.kv_cache_spec.block_size, split.null_slots) == (16, 32)

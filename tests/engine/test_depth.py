@@ -5,7 +5,7 @@ import torch
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
 
-from melt_serve.engine.scheduler import ChunkGridScheduler
+from melt_serve.engine import scheduler
 from tests.engine.engines import (
     DEPTHS,
     EXITS,
@@ -90,7 +90,7 @@ def test_the_prefix_cache_knows_depth(served, monkeypatch):
         assert distance(model, asked, outputs, loops, threshold) <= RIGHT
         assert counts["hit"] == found
     assert llm.reset_prefix_cache()
-    monkeypatch.setattr(ChunkGridScheduler, "add_request", ChunkGridScheduler.__base__.add_request)
+    monkeypatch.setattr(scheduler, "salt_with_depth", lambda request, depth: None)
     generate(llm, asked, loops=2)
     assert distance(model, asked, generate(llm, asked, loops=4), loops=4) > WRONG
 

@@ -1,0 +1,82 @@
+"""Where the rows of each loop of a step are: block tables and slots, made of device tensors without waiting for them.
+
+In `token` mode every loop writes the same slots again, those of the final rows. In `chunk` mode the loops before a
+request's last have rows of their own while their chunk is open (`OpenRowsManager` in cache.py): such a loop's block
+table is the final one with the columns of the open chunk replaced.
+"""
+
+import torch
+from torch import Tensor
+
+from melt_serve.config import chunk_start
+from melt_serve.engine.attention import StepRecord
+
+
+class LoopTables:
+    """The block tables and slots of a step's loops, for its R requests and S tokens.
+
+    Attributes:
+        open_loops: loops 1 to this one have tables of their own; later ones have those of the final rows.
+    """
+
+    def __init__(self, final: StepRecord):
+        """Begin a step in which every loop has the tables of the final rows."""
+        self.common = final.common
+        self.final_blocks = final.common.block_table_tensor
+        self.final_slots = final.common.slot_mapping
+        self.open_loops = 0
+
+    def lay_over(self, open_rows: StepRecord, loops: Tensor, deepest: int, positions: Tensor) -> None:
+        """Give loops before a request's last the rows of its open chunk, unless a whole chunk runs.
+
+        Args:
+            open_rows: the same step and the tables of open rows.
+            loops: [R], the most loops that each request may run. Its tokens in this step are of one chunk.
+            deepest: the largest of them.
+            positions: [S], the position of each token in its own sequence.
+        """
+        self.open_loops = deepest - 1
+        positions = positions[: len(self.final_slots)]
+        spec, split = open_rows.builder.kv_cache_spec, open_rows.builder.entries_per_block
+        chunk_size, block_size = spec.chunk_size, spec.block_size  # of the kernel's blocks
+        held = open_rows.common.block_table_tensor
+        lengths, later_loops = self.common.seq_lens, loops - 1
+        loop = torch.arange(self.open_loops, device=loops.device)  # counted from 0
+        # A step that runs a whole chunk has all its rows at hand: it writes the final blocks at every loop.
+        whole = (self.common.query_start_loc.diff() == chunk_size) & (lengths % chunk_size == 0)
+        own = (loop[:, None] < later_loops) & ~whole
+
+        def entry(block: Tensor, later_loops: Tensor, loop: Tensor) -> Tensor:
+            """Return where `held` has a block of a chunk, counted in it from 0: `split` entries in a row for a loop."""
+            return (block // split * later_loops + loop) * split + block % split
+
+        first = chunk_start((lengths - 1).clamp(min=0), chunk_size) // block_size
+        width = min(chunk_size // block_size, self.final_blocks.shape[1])
+        # The table may end inside the chunk: its columns are then the last ones, and some lie before the chunk.
+        begin = first.clamp(max=self.final_blocks.shape[1] - width)
+        self.columns = begin[:, None] + torch.arange(width, device=loops.device)
+        block = self.columns - first[:, None]
+        rows = torch.arange(len(loops), device=loops.device)[:, None]
+        blocks = held[rows, entry(block.clamp(min=0), later_loops[:, None], loop[:, None, None])]
+        final_blocks = self.final_blocks.gather(1, self.columns)
+        self.open_blocks = torch.where(own[:, :, None] & (block >= 0), blocks, final_blocks)
+        self.composed_blocks = self.final_blocks.clone()
+
+        block = positions % chunk_size // block_size
+        tokens = torch.arange(len(positions), device=loops.device, dtype=torch.int32)
+        ends = self.common.query_start_loc[1:]
+        requests = torch.searchsorted(ends, tokens, right=True).clamp(max=len(loops) - 1)
+        slots = held[requests, entry(block, later_loops[requests], loop[:, None])].long() * block_size
+        slots += positions % block_size
+        # A negative slot is padding's, which belongs to no request.
+        self.open_slots = torch.where(own[:, requests] & (self.final_slots >= 0), slots, self.final_slots)
+
+    def blocks(self, loop: int) -> Tensor:
+        """Return a loop's block table, [R, blocks]. That of another loop is overwritten."""
+        if loop > self.open_loops:
+            return self.final_blocks
+        return self.composed_blocks.scatter_(1, self.columns, self.open_blocks[loop - 1])
+
+    def slots(self, loop: int) -> Tensor:
+        """Return the slots that the step's tokens write in a loop, [S]."""
+        return self.final_slots if loop > self.open_loops else self.open_slots[loop - 1]
