@@ -21,10 +21,9 @@ from vllm.utils.torch_utils import (
     _encode_layer_name,
     _resolve_layer_name,
     direct_register_custom_op,
-    is_quantized_kv_cache,
 )
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, is_quantized_kv_cache
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec

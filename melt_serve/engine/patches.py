@@ -106,7 +106,6 @@ def _add_end_marks(original: Callable[..., dict[str, Any]]) -> Callable[..., dic
         marks += [mark for mark in end_marks(cached_tokenizer_from_config(self)) if mark not in marks]
         return {**fields, "eos_token_id": marks}
 
-    try_get_generation_config.melt_serve = True  # type: ignore[attr-defined]
     return try_get_generation_config
 
 
@@ -121,7 +120,6 @@ def _keep_thinking_as_it_is(original: Callable[..., Any]) -> Callable[..., Any]:
             params.chat_template_kwargs.pop("enable_thinking")
         return params
 
-    build_chat_params.melt_serve = True  # type: ignore[attr-defined]
     return build_chat_params
 
 
@@ -151,7 +149,6 @@ def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
         self.melt_stopping = True
         original(self, timeout)
 
-    shutdown.melt_serve = True  # type: ignore[attr-defined]
     return shutdown
 
 
@@ -206,7 +203,6 @@ def _fitting_queue(original: Callable[..., None]) -> Callable[..., None]:
         if name is None:
             lifeline.own(self.shared_memory)
 
-    init.melt_serve = True  # type: ignore[attr-defined]
     return init
 
 
@@ -230,7 +226,6 @@ def capture_no_whole_step(model_state: type) -> None:
             if not isinstance(state, model_state):
                 original(self, model, state, *args, **kwargs)
 
-        capture.melt_serve = True  # type: ignore[attr-defined]
         return capture
 
     _replace(ModelCudaGraphManager, "capture", unless_melt)
@@ -258,7 +253,6 @@ def report_loops_run(model_state: type[Any]) -> None:
                 output.model_runner_output.token_loops = self.model_state.token_loops()
             return output
 
-        sample_tokens.melt_serve = True  # type: ignore[attr-defined]
         return sample_tokens
 
     _replace(GPUModelRunner, "sample_tokens", reporting)
@@ -286,7 +280,6 @@ def _resolve_late(original: Callable[..., Any]) -> Callable[..., Any]:
             request.sampling_params = resolve_depth(request.sampling_params, model_config.hf_config)
         return original(self, request)
 
-    preprocess_add_request.melt_serve = True  # type: ignore[attr-defined]
     return preprocess_add_request
 
 
@@ -310,7 +303,6 @@ def _one_slot_more(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_layer(layer: Any, max_loras: int, *args: Any, **kwargs: Any) -> Any:
         return original(layer, max_loras + 1, *args, **kwargs)
 
-    from_layer.melt_serve = True  # type: ignore[attr-defined]
     return from_layer
 
 
@@ -319,7 +311,9 @@ def _replace(owner: type | ModuleType, name: str, wrap: Callable[[Any], Any]) ->
     if original is None:
         raise RuntimeError(f"melt-serve cannot patch {owner.__name__}.{name}: this vLLM does not have it")
     if not getattr(original, "melt_serve", False):
-        setattr(owner, name, wrap(original))
+        replacement = wrap(original)
+        replacement.melt_serve = True
+        setattr(owner, name, replacement)
 
 
 def _is_melt(model_config: ModelConfig) -> bool:
@@ -337,7 +331,6 @@ def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
             floor = model_config.hf_config.chunk_size + self.max_num_seqs
             self.max_num_batched_tokens = max(self.max_num_batched_tokens, floor)
 
-    set_defaults.melt_serve = True  # type: ignore[attr-defined]
     return set_defaults
 
 
@@ -371,7 +364,6 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
         except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
             raise VLLMValidationError(f"vLLM does not take this request: {error or type(error).__name__}") from error
 
-    process_inputs.melt_serve = True  # type: ignore[attr-defined]
     return process_inputs
 
 
@@ -385,7 +377,6 @@ def _refuse_early(original: Callable[..., AsyncGenerator]) -> Callable[..., Asyn
         _check(self, prompt, sampling_params, request_id, **kwargs)
         return original(self, prompt, sampling_params, request_id, **kwargs)
 
-    generate.melt_serve = True  # type: ignore[attr-defined]
     return generate
 
 
@@ -398,7 +389,6 @@ def _refuse_responses_early(original: Callable[..., AsyncGenerator]) -> Callable
         _check(self.engine_client, engine_input, sampling_params, request_id, **kwargs)
         return original(self, request_id, engine_input, sampling_params, **kwargs)
 
-    generate_with_tools.melt_serve = True  # type: ignore[attr-defined]
     return generate_with_tools
 
 
@@ -418,7 +408,6 @@ def _answer_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
         except (VLLMClientError, TypeError, ValueError) as error:
             return error_response.create_error_response(error)
 
-    create_messages.melt_serve = True  # type: ignore[attr-defined]
     return create_messages
 
 
@@ -431,7 +420,6 @@ def _cut_message(original: Callable[[str], str]) -> Callable[[str], str]:
     def sanitize(message: str) -> str:
         return original(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
 
-    sanitize.melt_serve = True  # type: ignore[attr-defined]
     return sanitize
 
 
@@ -445,7 +433,6 @@ def _count_accepted(original: Callable[..., None]) -> Callable[..., None]:
         if index == 0:
             usage.count_accepted(request.sampling_params)
 
-    add_request.melt_serve = True  # type: ignore[attr-defined]
     return add_request
 
 
@@ -455,7 +442,6 @@ def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
         usage.record_finished(outputs, self.request_states)
         return original(self, outputs, *args, **kwargs)
 
-    process_outputs.melt_serve = True  # type: ignore[attr-defined]
     return process_outputs
 
 
@@ -469,7 +455,6 @@ def _forward_effort(original: Callable[..., SamplingParams]) -> Callable[..., Sa
             params.extra_args = {**(params.extra_args or {}), EFFORT: effort}
         return params
 
-    to_sampling_params.melt_serve = True  # type: ignore[attr-defined]
     return to_sampling_params
 
 
@@ -480,7 +465,6 @@ def _read_gateway_effort(original: Callable[..., Any]) -> Callable[..., Any]:
         self.reasoning_effort = _effort_of(self)
         return original(self, *args, **kwargs)
 
-    build_chat_params.melt_serve = True  # type: ignore[attr-defined]
     return build_chat_params
 
 
@@ -516,5 +500,4 @@ def _refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
             raise VLLMValidationError(BEAM_SEARCH_REFUSED, parameter="use_beam_search", value=True)
         return original(self, *args, **kwargs)
 
-    beam_search.melt_serve = True  # type: ignore[attr-defined]
     return beam_search

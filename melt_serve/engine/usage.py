@@ -100,7 +100,6 @@ def wrap_response(original: Callable[..., Any]) -> Callable[..., Any]:
         response = await original(self, request, loops.watch(results), *args, **kwargs)
         return add_usage(response, loops)
 
-    respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
@@ -115,7 +114,6 @@ def wrap_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         watched = [loops.watch(each, prompt) for prompt, each in enumerate(results)]
         return add_usage(await original(self, request, watched, *args, **kwargs), loops)
 
-    respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
@@ -143,7 +141,6 @@ def wrap_message(original: Callable[..., Any]) -> Callable[..., Any]:
         usage = MessageUsage(**dict(answer.usage), loops=loops)
         return Message.model_construct(**{**dict(answer), "usage": usage})
 
-    convert.melt_serve = True  # type: ignore[attr-defined]
     return convert
 
 
@@ -164,7 +161,6 @@ def wrap_message_stream(original: Callable[..., AsyncIterator[str]]) -> Callable
         async for event in original(self, watch()):
             yield add_to_event(event, loops) if loops else event
 
-    convert.melt_serve = True  # type: ignore[attr-defined]
     return convert
 
 
@@ -178,7 +174,6 @@ def wrap_completions(original: Callable[..., Any]) -> Callable[..., Any]:
             loops.add(output, prompt)
         return add_usage(original(self, outputs, *args, **kwargs), loops)
 
-    respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
@@ -193,7 +188,6 @@ def wrap_responses(original: Callable[..., Any]) -> Callable[..., Any]:
             loops.add(response)
         return add_usage(response, loops)
 
-    respond.melt_serve = True  # type: ignore[attr-defined]
     return respond
 
 
@@ -230,7 +224,6 @@ def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[...,
             async for event in original(self, *arguments, **kwargs):
                 yield add_to_event(event, loops.summary) if loops.summary else event
 
-        stream.melt_serve = True  # type: ignore[attr-defined]
         return stream
 
     return wrap
