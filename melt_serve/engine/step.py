@@ -167,9 +167,14 @@ class StepRows:
         self.builder = record.builder
         self.deepest = plan.deepest
         self.tables = LoopTables(record)
+        # What the device has to know of the plan, in one copy: the order, if it is another, and everybody's loops.
+        arrays = [plan.sequences.tokens, plan.sequences.requests, plan.sequences.starts] if plan.moved else []
         if open_rows is not None and plan.deepest > 1:
             padding = record.common.num_reqs - len(plan.loops)
-            (loops,) = to_device(positions.device, np.pad(plan.loops, (0, padding), constant_values=1))
+            arrays.append(np.pad(plan.loops, (0, padding), constant_values=1))
+        self.order = to_device(positions.device, *arrays) if arrays else ()
+        if open_rows is not None and plan.deepest > 1:
+            *_, loops = self.order
             self.tables.lay_over(open_rows.step, loops, plan.deepest, positions)
 
 
@@ -200,7 +205,7 @@ class Running:
         everything = slice(sequences.size)
         requests = slice(len(sequences.requests))
         running = cls(rows, sequences, everything, requests, positions[everything], metadata)
-        return running._gather(sequences, sequences.tokens) if plan.moved else (running, everything)
+        return running._gather(sequences, *rows.order[:3]) if plan.moved else (running, everything)
 
     def tables(self, loop: int) -> Tables:
         """Return where the rows of these tokens are in this loop."""
@@ -243,7 +248,10 @@ class Running:
             return self._take_first(count) if count else (None, slice(0))
         plan.ran[self.sequences.tokens[: len(exited)][exited]] = loop
         index = np.flatnonzero(~exited)
-        return self._gather(self.sequences.take_tokens(index), index) if len(index) else (None, slice(0))
+        if not len(index):
+            return None, slice(0)
+        left = self.sequences.take_tokens(index)
+        return self._gather(left, *to_device(self.positions.device, index, left.requests, left.starts))
 
     def _take_first(self, count: int) -> tuple[Running, Selection]:
         """Return the tokens of the first `count` sequences."""
@@ -260,9 +268,10 @@ class Running:
             slot_mapping=self.metadata.slot_mapping[first],
         ), first
 
-    def _gather(self, sequences: Sequences, index: np.ndarray) -> tuple[Running, Selection]:
-        """Return `sequences`, whose tokens are those of the A at `index`, and the indices on the device."""
-        gathered, requests, starts = to_device(self.positions.device, index, sequences.requests, sequences.starts)
+    def _gather(
+        self, sequences: Sequences, gathered: Tensor, requests: Tensor, starts: Tensor
+    ) -> tuple[Running, Selection]:
+        """Return `sequences`, whose tokens are those of the A at `gathered`, and these indices; all on the device."""
         tokens, positions = compose(self.tokens, gathered), self.positions[gathered]
         return self._rebuild(
             sequences,
