@@ -89,7 +89,7 @@ def test_every_position_of_a_prompt_equals_the_reference(served):
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(tmp_path):
     # Calmer weights than elsewhere: over eight loops the others turn rounding into other clear answers, also in the
     # reference.
-    model, asked = save_melt(tmp_path, initializer_range=0.07), prompts(*AROUND_CUTS)
+    model, asked = save_melt(tmp_path, initializer_range=0.07), prompts(*AROUND_CUTS, *AROUND_CUTS)
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     with engine(tmp_path, dtype="bfloat16") as llm:
         for loops in (1, 2, 4, 8):
