@@ -45,6 +45,8 @@ GOAL = 1.3
 CHUNK_SIZE = 64
 PROMPT = 40
 BLOCKS = 65536
+LEAST_BLOCK = 16
+"""Tokens of a KV block, at least."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,14 @@ def measure(options: Options) -> list[Result]:
     """
     if options.loops > min(options.max_loops):
         raise BenchError(f"--loops={options.loops} is above the least of --max-loops, {min(options.max_loops)}")
+    tokens = PROMPT + 2 + options.rounds * options.steps
+    if (most := options.requests * (tokens + options.loops * CHUNK_SIZE) // LEAST_BLOCK) > BLOCKS:
+        raise BenchError(
+            f"these requests need up to {most:,} KV blocks, and there are {BLOCKS:,}: ask for fewer, or steps"
+        )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     kinds: list[tuple[DecodeMode, int]] = [("token", max(options.max_loops))]
     kinds += [("chunk", loops) for loops in sorted(options.max_loops)]
-    tokens = PROMPT + 2 + options.rounds * options.steps
     schedulers = [
         start_scheduler(Checkpoint(shape("demo"), "melt", loops, CHUNK_SIZE, mode).config, options.requests, tokens)  # type: ignore[arg-type]
         for mode, loops in kinds
@@ -143,7 +149,7 @@ def start_scheduler(config: "MeltConfig", requests: int, tokens: int) -> "ChunkG
             block_size=BLOCK_SIZE,
             max_model_len=tokens,
             max_num_seqs=requests,
-            max_num_batched_tokens=requests * PROMPT,  # all prompts in one step
+            max_num_batched_tokens=max(requests * PROMPT, CHUNK_SIZE),  # all prompts in one step
             enforce_eager=True,
         ).create_engine_config()
     rows = {

@@ -212,6 +212,7 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
             self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             # A kernel's block may be smaller than the manager's: the tables it sees then have several entries for one.
+            self.most_requests = vllm_config.scheduler_config.max_num_seqs
             self.entries_per_block = vllm_config.cache_config.block_size // kv_cache_spec.block_size
 
         def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **kwargs: Any) -> Any:
@@ -219,8 +220,12 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
             return super().build(common_prefix_len, common_attn_metadata, **kwargs)
 
         def rebuild(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-            """Build metadata for some of the recorded step's tokens."""
-            return super().build(0, common_attn_metadata)
+            """Build metadata for some of the recorded step's tokens.
+
+            FlashAttention schedules ahead in a buffer for `max_num_seqs` sequences; exits may cut a prompt into more.
+            """
+            many = common_attn_metadata.num_reqs > self.most_requests
+            return super().build(0, common_attn_metadata, fast_build=many)
 
     recording = subclass_attention_backend("Recording", backend, RecordingBuilder)
     if writes_rows:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 from vllm.config import CUDAGraphMode
+from vllm.config.vllm import OptimizationLevel
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -77,7 +78,10 @@ class LoopLMStartup(VerifyAndUpdateConfig):
 def choose_graphs(vllm_config: "VllmConfig") -> None:
     """Have CUDA graphs captured for decodes (`graphs.py`), unless the user wants none. With adapters there are none."""
     compilation = vllm_config.compilation_config
-    wanted = compilation.cudagraph_mode != CUDAGraphMode.NONE and vllm_config.lora_config is None
+    # An optimization level's own choice is made after this.
+    unset, plain = compilation.cudagraph_mode is None, vllm_config.optimization_level == OptimizationLevel.O0
+    unwanted = compilation.cudagraph_mode == CUDAGraphMode.NONE or (unset and plain)
+    wanted = not unwanted and vllm_config.lora_config is None
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if wanted else CUDAGraphMode.NONE
 
 

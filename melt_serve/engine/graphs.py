@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from melt_serve.engine.step import Running
 
+BUFFERS = ("x", "h", "loop", "positions", "slots", "blocks", "seq_lens", "counting", "query_starts")
 RunLoop = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Runs all layers once: of loop, positions, x and h (None at loop 1) makes x and h."""
 
@@ -74,8 +75,10 @@ class LoopGraphs:
         return self.x[:tokens], self.h[:, :tokens]
 
     def clear(self) -> None:
-        """Drop all graphs: they hold addresses of a KV cache that is about to go."""
+        """Drop all graphs and buffers: they hold memory, and addresses of a KV cache that is about to go."""
         self.graphs.clear()
+        for name in BUFFERS:
+            self.__dict__.pop(name, None)
 
     @torch.inference_mode()
     def capture(self, final: AttentionGroup, blocks: int) -> None:

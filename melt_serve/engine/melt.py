@@ -208,7 +208,8 @@ class MeltModel(LoopedModel):
         begins: one batched matmul a loop instead of one a layer. No weight is there twice.
         """
         attention = [layer.self_attn for layer in self.layers]
-        if not attention[0].kv_gate.learned or self.merged_state is not None:  # merged already, and loaded once more
+        merged_already = self.merged_state is not None or any(each.merged_input is not None for each in attention)
+        if not attention[0].kv_gate.learned or merged_already:  # they are loaded once more, to where they were
             return
         for each in attention:
             # One gate value beside a token's queries would leave them unaligned, which GPU kernels do not take.

@@ -91,8 +91,10 @@ class ChunkGridScheduler(AsyncScheduler):
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
         ):
-            depth = self.depths.get(request_id)
-            if not generated or depth is None:
+            depth, request = self.depths.get(request_id), self.requests.get(request_id)
+            if not generated or depth is None or request is None:
+                continue
+            if request.drop_stale_output and request.num_stale_output_tokens > 0:  # vLLM throws these tokens away
                 continue
             self.loops_run[request_id][depth.loops if depth.exit_threshold == 1 else token_loops[request_id]] += 1
         return super().update_from_output(scheduler_output, model_runner_output)

@@ -192,11 +192,12 @@ def test_on_a_gpu_decodes_get_graphs_unless_nobody_wants_them(checkpoint, monkey
             {"enforce_eager": True},
             {"compilation_config": {"cudagraph_mode": "NONE"}},
             {"compilation_config": {"cudagraph_mode": "FULL"}},
+            {"optimization_level": 0},
             {"enable_lora": True},
         )
     ]
     graphs, none = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE
-    assert modes == [graphs, none, none, graphs, none]
+    assert modes == [graphs, none, none, graphs, none, none]
 
 
 def test_registering_and_patching_again_changes_nothing():

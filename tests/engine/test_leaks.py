@@ -84,7 +84,7 @@ def play_and_cancel(llm: Any, number: int) -> dict[str, int]:
         live.step()
     assert all(40 < request.num_tokens < 64 for request in scheduler.running), "the chunk of tokens 32 to 63 is open"
     done["decode, inside a chunk"] = cancel(llm)
-    with confined(scheduler, blocks=blocks_of_longest(scheduler, ahead=False)):
+    with confined(scheduler, blocks=blocks_of_longest(scheduler)):
         ask(4, 120, seed=1, temperature=1.0)
         for _ in range(80):
             live.step()

@@ -60,7 +60,7 @@ def test_four_bits_equal_the_weights_they_stand_for(tmp_path, save, ignore):
     model = save(tmp_path, initializer_range=0.07)
     before = copy.deepcopy(model)
     quantize(tmp_path, model, (*ignore, "early_exit_gate", "lm_head"))
-    rounded, asked = copy.deepcopy(model).bfloat16(), prompts(1, 33, 70, 100)
+    rounded, asked = copy.deepcopy(model).bfloat16(), prompts(1, 33, 70, 100, 90, 80, 60, 50)
     with engine(tmp_path, dtype="bfloat16") as llm:
         outputs = generate(llm, asked)
 
