@@ -1,5 +1,6 @@
 """What a tokenizer's chat template says about answers: how they end, and whether they begin by thinking."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def end_marks(tokenizer: Any) -> list[int]:
         said = tokenizer.apply_chat_template(
             [{"role": "user", "content": "A question."}, {"role": "assistant", "content": REPLY}], tokenize=False
         )
-    except (TemplateError, TypeError, ValueError):  # there is no template, or it does not take such a chat
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return marks  # there is no template, or it does not take such a chat
+    if REPLY not in said:
         return marks
     after = said.rpartition(REPLY)[2].strip()
     for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -36,12 +39,18 @@ def end_marks(tokenizer: Any) -> list[int]:
 
 
 def note_end_marks(folder: Path, tokenizer: Any) -> None:
-    """Write into a checkpoint's `generation_config.json` which tokens end an answer; what it states already stays."""
-    path = folder / "generation_config.json"
+    """Write into a checkpoint's `generation_config.json` which tokens end an answer; what is stated already stays.
+
+    Where there is no such file, `config.json` states it.
+    """
+    path, config = folder / "generation_config.json", folder / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stated = fields.get("eos_token_id", [])
-    marks = [stated] if isinstance(stated, int) else list(stated)
+    other = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stated = fields.get("eos_token_id", other.get("eos_token_id"))
+    marks = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
     marks += [mark for mark in end_marks(tokenizer) if mark not in marks]
+    if not marks:
+        return
     path.write_text(json.dumps({**fields, "eos_token_id": marks}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -54,9 +63,11 @@ def opens_thinking(tokenizer: Any, **options: object) -> bool:
     from jinja2 import TemplateError
 
     question = [{"role": "user", "content": "A question."}]
-    options = {key: value for key, value in options.items() if key not in ("tokenize", "add_generation_prompt")}
+    # Names of the method's own arguments, a template among them, are not for clients.
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    options = {name: value for name, value in options.items() if name not in own}
     try:
         prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **options)
-    except (TemplateError, TypeError, ValueError):
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
         return False
     return prompt.rstrip().endswith(THINK)

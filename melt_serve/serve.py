@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -95,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(HELP, end="")
         return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until the supervisor has its own; a container's first process
+        if signal.getsignal(number) is signal.SIG_DFL:  # has none to end it
+            signal.signal(number, lambda signum, _: sys.exit(128 + signum))
     try:
         check_shared_memory()
         limits, words = take_limits(argv)

@@ -20,7 +20,9 @@ GRACE_SECONDS = 5
 """How long vLLM may take to tell its clients that one of its processes died, or that their time is over."""
 
 SHARED_MEMORY = Path("/dev/shm")
-RUN_FOLDER = "melt-serve-"
+RUN_FOLDER = "melt-serve-run-"
+LIFELINE = "lifeline"
+"""The name of a run's socket in its folder."""
 SHARED_NAMES = ("psm_", "vllm_dist_")
 """How names of the shared memory begin that vLLM leaves in a run's folder (`engine/lifeline.py`)."""
 LONGEST_FOLDER = 107 - 37
@@ -81,7 +83,7 @@ class Supervisor:
         for number in ENDING_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self.loop.add_signal_handler(number, self.stop, number)
-        lifeline = self.folder / "lifeline"
+        lifeline = self.folder / LIFELINE
         async with await asyncio.start_unix_server(self.watch, lifeline):
             (our_out, its_out), (our_err, its_err) = os.pipe(), os.pipe()
             self.process = await asyncio.create_subprocess_exec(
@@ -234,8 +236,8 @@ def sweep() -> None:
     """Remove what runs left whose supervisor was killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{RUN_FOLDER}*"):
         with suppress(OSError):  # in use, another user's, or gone
-            if folder.stat().st_uid != os.getuid():
-                continue
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / LIFELINE).is_socket():
+                continue  # no run's, or one that begins just now
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -78,7 +78,7 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
 
 def left_to_the_next(temporary: Path) -> set[Path]:
     """Return the shared memory that is named in folders of servers whose supervisor was killed."""
-    names = [entry.name for folder in temporary.glob("melt-serve-*") for entry in folder.iterdir()]
+    names = [entry.name for folder in temporary.glob("melt-serve-run-*") for entry in folder.iterdir()]
     return {memory for name in names for memory in SHARED_MEMORY.glob(f"{name}*")}
 
 
@@ -130,7 +130,9 @@ def test_several_api_servers_count_together_and_stop_together(tmp_path):
             assert sum(now["requests_by_loops"].values()) == 6 and sum(now["tokens_by_loops"].values()) == 18
             metrics = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
             assert sum(float(each) for each in re.findall(r"^melt_requests_total\{.*\} (.*)", metrics, re.M)) == 6
+        answers = [stream(server.url, tokens=200) for _ in range(4)]  # both servers have some
         server.process.terminate()
+        assert all("length" in answer.read().decode() for answer in answers)
         assert server.process.wait(20) == 0
     text = log.read_text()
     assert not re.search("ERROR|Traceback|leaked", text[text.index("shutdown triggered") :])

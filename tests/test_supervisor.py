@@ -51,7 +51,7 @@ def start(monkeypatch, tmp_path):
         process = subprocess.Popen(words, **pipes, preexec_fn=hear_ctrl_c)
         started.append(process)
         if script is SERVER:
-            assert process.stdout.readline().startswith(f"started {tmp_path}/melt-serve-")
+            assert process.stdout.readline().startswith(f"started {tmp_path}/melt-serve-run-")
         return process, psutil.Process(process.pid).children(recursive=True)
 
     yield run
@@ -71,7 +71,7 @@ def ended(process, family, seconds=9):
 def test_a_signal_ends_a_server_that_starts_at_once(start, number, tmp_path):
     process, family = start("starting", "600")
     process.send_signal(number)
-    code, output, errors = ended(process, family, seconds=3)
+    code, output, errors = ended(process, family)
     assert (code, output, errors) == (128 + number, "", "") and not [*tmp_path.iterdir()]
 
 
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_ends_it_at_once_but_a_second_sigterm_does_not(start):
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert ended(process, family, seconds=3)[0] == 128 + signal.SIGTERM
+    assert ended(process, family)[0] == 128 + signal.SIGTERM
 
 
 def test_a_server_that_does_not_stop_in_time_is_killed(start):
@@ -116,7 +116,7 @@ def test_whichever_is_killed_ends_all(start, victim, stopped, tmp_path):
 
 def test_what_a_killed_supervisor_left_is_removed_by_the_next_one(start, tmp_path):
     process, family = start("30", "600")
-    (folder,) = tmp_path.glob("melt-serve-*")
+    (folder,) = tmp_path.glob("melt-serve-run-*")
     memory = Path(tempfile.mkstemp(prefix="psm_", dir=supervisor.SHARED_MEMORY)[1])
     (folder / memory.name).touch()
     running, others = start("30", "0")

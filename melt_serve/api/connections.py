@@ -122,7 +122,7 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close the connection if it is idle; if not, its answer has a second to end by itself."""
         super().shutdown()
-        self.loop.call_later(LAST_SECOND, self.end)
+        self.loop.call_later(LAST_SECOND, self.end if self.answering else self.transport.abort)
 
     def end(self) -> None:
         """Let the answer be cut."""
@@ -132,7 +132,7 @@ class Connection(HttpToolsProtocol):
     async def drained(self) -> None:
         """Wait until the client has taken all that was sent; uvicorn is content with all but 64 KiB."""
         if not self.lost.done():
-            self.transport.set_write_buffer_limits(high=0)
+            self.transport.set_write_buffer_limits(high=1, low=0)  # at 0, TLS would wait for what is not there
             await self.flow.drain()
         if not self.lost.done():
             self.transport.set_write_buffer_limits()

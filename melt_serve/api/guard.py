@@ -31,6 +31,9 @@ itself leaves open (`/invocations`, `/tokenize`, ...)."""
 POLLED = frozenset({"/health", "/ping", "/metrics", "/melt/info", "/melt/ready"})
 """Paths that are polled every few seconds, and so are logged only if something is wrong."""
 
+AT_ONCE = 1 << 16
+"""Bytes of a body that is looked through at once."""
+
 SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 LONGEST_PATH = 200
@@ -140,8 +143,12 @@ class Guard:
             late = f"The request's body did not arrive within {self.limits.body_timeout:g} s."
             raise Refusal(HTTPStatus.REQUEST_TIMEOUT, late, end="timed out") from None
         whole: Message = {"type": "http.request", "body": b"".join(parts)}
-        if (mistake := find_mistake(scope, whole["body"])) is not None:
-            raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
+        if message["type"] == "http.request":  # else the client has left
+            # A large body takes seconds, in which all other clients would wait.
+            check = asyncio.to_thread(find_mistake, scope, whole["body"]) if size > AT_ONCE else None
+            mistake = find_mistake(scope, whole["body"]) if check is None else await check
+            if mistake is not None:
+                raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
         first = [whole if message["type"] == "http.request" else message]
 
         async def replay() -> Message:

@@ -32,12 +32,14 @@ class Readiness:
         step_timeout: seconds without a step, while there are requests, after which it counts as stuck.
         steps: of all engines, when it was last asked.
         since: when they were last seen to change, or nobody waited.
+        waited: there were requests when it was last asked.
     """
 
     engine: AsyncLLM
     step_timeout: float
     steps: float = -1
     since: float = field(default_factory=time.monotonic)
+    waited: bool = False
 
     def refusal(self) -> str | None:
         """Return why a new request would not be answered; None if it would."""
@@ -46,8 +48,10 @@ class Readiness:
         if is_stopping(self.engine):
             return "The server is stopping."
         steps, now = steps_ended(), time.monotonic()
-        if steps != self.steps or not self.engine.get_num_unfinished_requests():
+        waiting = self.engine.get_num_unfinished_requests() > 0
+        if steps != self.steps or not (waiting and self.waited):
             self.steps, self.since = steps, now
+        self.waited = waiting
         if now - self.since > self.step_timeout:
             return f"No step has ended for {now - self.since:.0f} s, and requests wait."
         return None

@@ -141,7 +141,7 @@ def read_metrics(info: Info) -> Now:
         kv_open_bytes=int(totals["melt_kv_open_rows_bytes"]),
         kv_looplm_bytes=int(totals["melt_kv_looplm_bytes"]) if info.decode_mode else in_use,
         requests_by_loops=dict(sorted(requests.items())),
-        tokens_by_loops={int(edge): count for edge, count in tokens.items() if count},
+        tokens_by_loops={int(min(edge, info.max_loops)): count for edge, count in tokens.items() if count},
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -215,7 +216,8 @@ def test_a_stream_past_its_time_ends_with_an_error_and_without_an_end(stage, lin
     assert b'"code": 504' in said.rpartition(b"data: ")[2] and not said.endswith(b"0\r\n\r\n")
     until(lambda: stage.ended)
     until(lambda: lines())
-    assert "GET '/stream' 200 in 2." in lines()[0] and ", cut: The answer took longer than 2 s" in lines()[0]
+    assert 2 <= float(re.search(r"GET '/stream' 200 in ([\d.]+)", lines()[0])[1]) < 6
+    assert ", cut: The answer took longer than 2 s" in lines()[0]
 
 
 @pytest.mark.parametrize("path", ["/stream?size=100000&pause=0", "/large"])
@@ -224,7 +226,7 @@ def test_an_answer_that_nobody_reads_is_given_up_a_second_after_its_time(stage, 
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
         until(lambda: stage.server.server_state.connections)
-        assert until(lambda: not stage.server.server_state.connections) < 6
+        assert until(lambda: not stage.server.server_state.connections) < 12
         until(lambda: lines())
         assert ", cut: " in lines()[0]
 

@@ -1,9 +1,9 @@
 """`melt-serve serve` with tight limits: what becomes of requests whose time is over, in the engine, too."""
 
 import json
+import re
 import signal
 import sys
-import threading
 import time
 import urllib.request
 
@@ -35,7 +35,7 @@ def requests_running(server):
 
 
 def rows_are_freed(server):
-    end = time.monotonic() + 1.5
+    end = time.monotonic() + 8  # what they ask for takes twice as long
     while requests_running(server):
         assert time.monotonic() < end, "requests run on when nobody waits for them"
         time.sleep(0.1)
@@ -51,7 +51,7 @@ def line_of(server, request_id):
     raise AssertionError(f"no line for {request_id}")
 
 
-def cut_stream(server, request_id):
+def cut_stream(server, request_id, begun=lambda: None):
     """What a stream says until it breaks off, without an end: nobody takes it for whole."""
     ask = {**LONG, "stream": True}
     headers = {"X-Request-Id": request_id}
@@ -61,6 +61,8 @@ def cut_stream(server, request_id):
         pytest.raises(httpx.RemoteProtocolError),
     ):
         for part in stream.iter_bytes():
+            if not said:
+                begun()
             said += part
     return said
 
@@ -80,7 +82,8 @@ def test_a_stream_past_its_time_ends_with_an_error_and_frees_its_rows(server):
     said = cut_stream(server, "cut-1")
     assert json.loads(said.strip().rpartition(b"data: ")[2])["error"]["code"] == 504
     rows_are_freed(server)
-    assert " 200 in 4." in (line := line_of(server, "cut-1")) and ", cut: " in line
+    line = line_of(server, "cut-1")
+    assert ", cut: " in line and 4 <= float(re.search(r" 200 in ([\d.]+)", line)[1]) < 9
 
 
 def test_the_log_says_how_each_request_ended(server):
@@ -107,8 +110,7 @@ def test_so_many_answers_to_a_prompt_are_refused(server):
 
 def test_open_answers_end_with_an_error_when_the_server_stops(server):
     """This one comes last: it stops the server."""
-    threading.Timer(0.5, server.process.send_signal, [signal.SIGTERM]).start()
-    said = cut_stream(server, "cut-2")
+    said = cut_stream(server, "cut-2", begun=lambda: server.process.send_signal(signal.SIGTERM))
     assert "stopping" in json.loads(said.strip().rpartition(b"data: ")[2])["error"]["message"]
     started = time.monotonic()
     server.process.wait(30)

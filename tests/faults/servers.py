@@ -19,13 +19,13 @@ from melt_serve.server_process import Server, free_port, running
 MODES = ("token", "chunk")
 MODEL = "melt-demo"
 QUESTION = "Find everybody. Ann is in Rome. Bob is with Ann. Where is Bob?"
-PATIENCE = 30
+PATIENCE = 120
 """Seconds that a client waits for an answer before it leaves."""
 
 
 @contextmanager
 def serving(mode: str, log: Path) -> Iterator["Attacked"]:
-    """Start vLLM's own server on the bundled checkpoint, with our routes and all that vLLM has for clients."""
+    """Start a server on the bundled checkpoint, with all routes that vLLM has for clients."""
     port = free_port()
     flags = {
         "--model": str(MELT),
@@ -40,8 +40,8 @@ def serving(mode: str, log: Path) -> Iterator["Attacked"]:
     }
     words = [word for flag in flags.items() for word in flag]
     switches = ["--enable-auto-tool-choice", "--enable-scale-out", "--enforce-eager"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *switches]
-    environment = {"VLLM_PLUGINS": "melt_serve", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", *words, *switches]
+    environment = {"OMP_NUM_THREADS": "1"}
     with running(command, port, log, environment=environment, start_new_session=True) as server:
         yield Attacked(server)
 
@@ -89,7 +89,8 @@ class Attacked:
 
     def memory(self) -> int:
         """Return the bytes that the API process has in memory."""
-        return psutil.Process(self.server.process.pid).memory_info().rss
+        (server,) = psutil.Process(self.server.process.pid).children()  # of the supervisor
+        return server.memory_info().rss
 
     def tracebacks(self) -> int:
         """Return how many tracebacks the log has."""

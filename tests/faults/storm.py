@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
+from http.client import HTTPException
 
 from tests.faults.servers import MODEL, QUESTION, Attacked
 
@@ -63,7 +64,7 @@ def ask_as(attacked: Attacked, chance: random.Random) -> str:
         else:
             answer.read()
         return kind if answer.status == 200 else f"{kind}: {answer.status}"
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         return f"{kind}: {type(error).__name__}"
     finally:
         connection.close()
