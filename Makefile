@@ -15,7 +15,8 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
 # Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
 SERVERS := tests/api tests/bench tests/faults tests/verify tests/test_demo.py tests/test_start_failures.py
 # Judge memory, rates and times, or take both cores.
-ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py tests/test_processes.py
+ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py tests/test_processes.py \
+    tests/test_supervisor.py
 test: .venv/.installed programs
 	$(PYTEST) -n 2 --dist worksteal $(addprefix --ignore=,$(SERVERS) $(ALONE))
 	$(PYTEST) -n 2 --dist loadfile $(SERVERS)

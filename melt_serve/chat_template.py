@@ -44,7 +44,7 @@ def try_template(path: Path, template: str) -> None:
     """
     child = os.fork()
     if child == 0:
-        code = BROKEN
+        code = 0  # if it could not be tried
         try:
             limit_this_process()
             code = rendered(template)
@@ -67,12 +67,20 @@ def try_template(path: Path, template: str) -> None:
 def limit_this_process() -> None:
     """Let this process end when it uses more time or memory than a template may."""
     used = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + EXTRA_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    lower(resource.RLIMIT_CPU, used + SECONDS, used + SECONDS + 1)
+    lower(resource.RLIMIT_CORE, 0, 0)
+    if (pages := Path("/proc/self/statm")).is_file():
+        memory = int(pages.read_text().split()[0]) * resource.getpagesize() + EXTRA_BYTES
+        lower(resource.RLIMIT_AS, memory, memory)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+
+
+def lower(which: int, soft: int, hard: int) -> None:
+    """Set a limit of this process, or leave it where it is lower already."""
+    _, most = resource.getrlimit(which)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(which, (soft, hard))
 
 
 def rendered(template: str) -> int:

@@ -70,7 +70,7 @@ def check_checkpoint(
         return None
     config = config_of(path, fields)
     shapes = dict(weight_shapes(config))
-    quantized = fields.get("quantization_config") is not None
+    quantized = fields.get("quantization_config") is not None or (folder / "hf_quant_config.json").is_file()
     if quantized:
         check_quantized(folder, shapes)
     shards = [] if quantized else read_headers(folder, shapes)

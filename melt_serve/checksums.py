@@ -1,10 +1,12 @@
 """Checksums of the files of a folder, in the file that `sha256sum` writes and reads: `sha256sum -c SHA256SUMS`."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 EDITED = ("README.md",)
 """Files that people go on writing, and that no model reads."""
 
@@ -33,8 +35,11 @@ def verify_sums(folder: Path, of: Callable[[str], bool] = lambda name: True) -> 
         return None
     compared = 0
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
-        expected, gap, name = line.partition("  ")
-        if not gap or len(expected) != 64 or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line)
+        expected, name = (match[1].lower(), match[2]) if match else ("", "/")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ChecksumError(f"{folder / SUMS} is damaged at {line[:80]!r}; copy the folder again from its source")
         if not of(name):
             continue

@@ -94,7 +94,7 @@ class LoopLMConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)  # no heads are refused below
         stated = {(self.rope_parameters or {}).get("rope_theta"), kwargs.get("rope_theta")} - {None}
         if len(stated) > 1:
-            raise ValueError(f"rope_theta is stated twice, as {' and as '.join(map(str, sorted(stated)))}: keep one")  # type: ignore[type-var]
+            raise ValueError(f"rope_theta is stated twice, as {' and as '.join(sorted(map(str, stated)))}: keep one")  # type: ignore[type-var]
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

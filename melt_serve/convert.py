@@ -216,7 +216,8 @@ def tokenizer_of(source: Path) -> PreTrainedTokenizerBase | None:
     except Exception as error:  # tokenizers has errors of no other class
         reason = " ".join(str(error).split())[:200]
         print(
-            f"warning: the tokenizer in {source} cannot be read, its end marks are not noted: {reason}", file=sys.stderr
+            f"warning: {source}: the tokenizer cannot be read, so its end marks are not noted: {reason}",
+            file=sys.stderr,
         )
         return None
 

@@ -24,7 +24,7 @@ LEAST_MEMORY = 1 << 30
 """Bytes that vLLM's processes take at least beside the weights."""
 NUMBERS = ("VLLM_PORT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 """Variables of vLLM's that hold whole numbers, and that it reads late."""
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LEVELS = ("NOTSET", "DEBUG", "INFO", "WARN", "WARNING", "ERROR", "FATAL", "CRITICAL")
 OTHER_CHECKPOINT = ("--hf-overrides", "--hf-config-path", "--config", "--load-format", "--quantization", "-q")
 """Flags with which the folder's files do not say what is served."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -146,18 +146,23 @@ def check_port(host: str | None, port: str) -> None:
 
 
 def check_memory(model: Path, limit: Path | None) -> None:
-    """Refuse a control group (a container) that is smaller than the weights and vLLM's processes.
+    """Refuse a control group (a container) that is smaller than vLLM's processes; warn of one without room for weights.
+
+    How much of their files' size the weights take depends on `--dtype`, and on a GPU they are not in this memory.
 
     Raises:
-        StartError: it is.
+        StartError: it is smaller.
     """
     stated = limit.read_text().strip() if limit is not None else "max"
     needed = sum(path.stat().st_size for path in model.glob("*.safetensors")) + LEAST_MEMORY
     if stated.isdecimal() and int(stated) < needed:
-        raise StartError(
-            f"this control group may use {int(stated) / 1e9:.1f} GB of memory ({limit}), and {model} needs more than "
+        says = (
+            f"this control group may use {int(stated) / 1e9:.1f} GB of memory ({limit}), and {model} needs up to "
             f"{needed / 1e9:.1f} GB: give it more (docker run --memory, resources.limits.memory, MemoryMax=)"
         )
+        if int(stated) < LEAST_MEMORY:
+            raise StartError(says)
+        print(f"melt-serve: warning: {says}", file=sys.stderr)
 
 
 def check_model(model: Path, words: Sequence[str]) -> None:

@@ -94,9 +94,7 @@ def measure(options: Options) -> list[Result]:
         raise BenchError(f"--loops={options.loops} is above the least of --max-loops, {min(options.max_loops)}")
     tokens = PROMPT + 2 + options.rounds * options.steps
     if (most := options.requests * (tokens + options.loops * CHUNK_SIZE) // LEAST_BLOCK) > BLOCKS:
-        raise BenchError(f"this needs up to {most:,} KV blocks, and there are {BLOCKS:,}: ask for fewer requests or steps")
-            f"these requests need up to {most:,} KV blocks, and there are {BLOCKS:,}: ask for fewer, or steps"
-        )
+        raise BenchError(f"this needs {most:,} KV blocks, and there are {BLOCKS:,}: ask for fewer requests or steps")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
     kinds: list[tuple[DecodeMode, int]] = [("token", max(options.max_loops))]
     kinds += [("chunk", loops) for loops in sorted(options.max_loops)]

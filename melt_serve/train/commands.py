@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from melt_serve import terminal
+from melt_serve.train.processes import launched
 from melt_serve.train.session import Paused, Session, StudyError, TrainingError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -105,6 +106,8 @@ def run_session(
         work(session)
     except Paused:
         say(paused)
+        if launched() and not speaks():
+            return 0  # the launcher ends all where one fails, and the first process may be saving still
         return 3 if session.signal is None else 128 + session.signal
     except KeyboardInterrupt:
         say(f"\n{stopped}")

@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Sequence
 
+PATIENCE = 24 * 3600
+
 
 def launched() -> bool:
     """Whether this process is one of several that torchrun, or `launch`, started."""
@@ -21,7 +23,9 @@ def launch(words: Sequence[str], processes: int) -> int:
 
     logging.disable(logging.CRITICAL)  # of the launcher: the first process speaks for all
     try:
-        run(parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "melt_serve.train", *words]))
+        # It ends all others so many seconds after one has ended: the first may have a state to write.
+        patience = f"--shutdown-timeout={PATIENCE}"
+        run(parse_args(["--standalone", patience, f"--nproc-per-node={processes}", "-m", "melt_serve.train", *words]))
     except SignalException as ended:
         return 128 + ended.sigval
     except ChildFailedError as failed:

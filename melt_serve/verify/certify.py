@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from openai import OpenAIError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
+from melt_serve.config import ConfigError, DecodeMode, LoopLMConfig, MeltConfig, load_config
 from melt_serve.server_process import ServerError, tail
 from melt_serve.task.evaluate import heldout
 from melt_serve.verify.contract import check_contract, check_flat_memory, check_no_waits, check_wrong_depths
@@ -81,12 +81,9 @@ def config_of(folder: Path) -> LoopLMConfig:
     if not (folder / "config.json").is_file():
         raise VerifyError(f"{folder} has no config.json: name the folder of a MELT or LoopLM checkpoint")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"{folder}/config.json: {error}") from None
-    if not isinstance(config, LoopLMConfig):
-        raise VerifyError(f"{folder} is a {config.model_type!r} model: only 'melt' and 'ouro' can be verified")
-    return config
+        return load_config(folder)
+    except ConfigError as error:
+        raise VerifyError(str(error)) from None
 
 
 def target(options: Options, folder: Path, config: LoopLMConfig, mode: DecodeMode | None) -> Target:
@@ -140,7 +137,7 @@ def checks_of_server(target: Target, reference: Path, progress: Callable[[float]
             except (OpenAIError, OSError) as error:
                 last = tail(server.log, lines=3)
                 yield Check.judge("answers", False, one_line(f"{error}; its last lines: {last}"), "an answer")
-    except ServerError as error:
+    except (ServerError, OpenAIError, OSError) as error:
         yield Check.judge("start", False, one_line(str(error)), "ready")
 
 
