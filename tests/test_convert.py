@@ -115,6 +115,21 @@ def test_answers_end_with_the_marks_of_the_tokenizer_and_of_the_chat_template(tm
     assert "auto_map" not in json.loads((tmp_path / "melt" / "config.json").read_text())
 
 
+def test_marks_that_config_json_states_stay(tmp_path):
+    source = write_ouro(tmp_path / "ouro", {})
+    edit_json(source / "config.json", eos_token_id=[7, 9])
+    convert(source, tmp_path / "melt", show_progress=False)
+    assert json.loads((tmp_path / "melt" / "generation_config.json").read_text())["eos_token_id"] == [7, 9, 0, 2]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_and_carried_over(tmp_path, capsys):
+    source = write_ouro(tmp_path / "ouro", {})
+    (source / "tokenizer.json").write_text('{"model": {"type": "of tomorrow"}}')
+    convert(source, tmp_path / "melt", show_progress=False)
+    assert "cannot be read, so its end marks" in capsys.readouterr().err
+    assert (tmp_path / "melt" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+
+
 def test_a_source_without_a_tokenizer_is_told(tmp_path, capsys):
     source = write_ouro(tmp_path / "ouro", {})
     for path in source.glob("tokenizer*"):

@@ -102,13 +102,17 @@ def test_what_kubernetes_says_of_a_service_named_vllm_is_left_out(capsys):
     assert environment == {"VLLM_LOGGING_LEVEL": "debug"} and "left out" in capsys.readouterr().err
 
 
-def test_a_container_that_is_too_small_is_named(tmp_path):
+def test_a_container_that_is_too_small_is_named(tmp_path, capsys):
     limit = tmp_path / "memory.max"
     for stated in ("max", str(4 << 30)):
         limit.write_text(stated)
         check_memory(MELT, limit)
+    assert capsys.readouterr().err == ""
     limit.write_text(str(1 << 30))
-    with pytest.raises(StartError, match=r"may use 1\.1 GB of memory .* needs more than 1\.1 GB: give it more"):
+    check_memory(MELT, limit)
+    assert "warning: this control group may use 1.1 GB of memory" in capsys.readouterr().err
+    limit.write_text(str(1 << 29))
+    with pytest.raises(StartError, match=r"may use 0\.5 GB of memory .* needs up to 1\.1 GB: give it more"):
         check_memory(MELT, limit)
 
 

@@ -162,3 +162,12 @@ def test_a_process_that_finds_no_supervisor_ends_at_once():
     gone = {**os.environ, "MELT_LIFELINE": "/nowhere/lifeline"}
     late = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=gone)
     assert late.returncode == 1 and not late.stdout
+
+
+def test_only_folders_of_runs_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor.tempfile, "gettempdir", lambda: str(tmp_path))
+    work = tmp_path / f"{supervisor.RUN_FOLDER}mine" / "work.py"
+    work.parent.mkdir()
+    work.write_text("of somebody's own")
+    supervisor.sweep()
+    assert work.is_file()

@@ -5,6 +5,7 @@ import sys
 import pytest
 from openai import OpenAI
 
+from melt_serve.answers import opens_thinking
 from melt_serve.server_process import free_port, running
 from tests.ouro_files import END_THINK, THINK, THINKING_TEMPLATE, tokenizer_of, write_ouro
 
@@ -93,3 +94,10 @@ def test_a_completion_ends_there_too(ouro):
     model = ouro.models.list().data[0].id
     (choice,) = ouro.completions.create(model=model, prompt="well", temperature=0, max_tokens=40).choices
     assert (choice.text.split(), choice.finish_reason) == (["it", "is"], "stop")
+
+
+def test_a_clients_own_template_is_not_rendered():
+    """It would run in the server's own process."""
+    tokenizer = tokenizer_of(THINKING_TEMPLATE)
+    assert opens_thinking(tokenizer, enable_thinking=True)
+    assert not opens_thinking(tokenizer, chat_template="{{ 'Hm <think>' }}")
