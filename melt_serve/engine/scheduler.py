@@ -133,9 +133,12 @@ class ChunkGridScheduler(AsyncScheduler):
             self.counts.deferred += 1
         return tokens
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        # vLLM 0.33 hands over the most tokens that may be hit, where it has a limit of its own: ours is beside it.
         # A resumed request looks its generated tokens up, too: in token mode those rows are not on the grid.
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         limit = self.final_rows.cacheable_tokens(request)
         if hit > limit:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, limit)

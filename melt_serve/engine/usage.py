@@ -145,16 +145,18 @@ def wrap_message(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_message_stream(original: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
-    """Wrap what makes a stream of Anthropic's API from a chat's, (self, events) -> events."""
+    """Wrap what makes a stream of Anthropic's API from a chat's, (self, events or chunks) -> events."""
 
     @functools.wraps(original)
-    async def convert(self: Any, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def convert(self: Any, events: AsyncIterator[Any]) -> AsyncIterator[str]:
         loops = None
 
-        async def watch() -> AsyncIterator[str]:
+        async def watch() -> AsyncIterator[Any]:
             nonlocal loops
             async for event in events:
-                if '"loops": {' in event:
+                if not isinstance(event, str):
+                    loops = getattr(getattr(event, "usage", None), "loops", loops)
+                elif '"loops": {' in event:
                     loops = json.loads(event.removeprefix("data: "))["usage"]["loops"]
                 yield event
 
@@ -198,8 +200,12 @@ def add_usage(response: Any, loops: LoopUsage) -> Any:
     return response
 
 
-def add_to_event(event: str, loops: dict[str, float]) -> str:
-    """Set `usage.loops` in a server-sent event that has a usage, and return the event."""
+def add_to_event(event: Any, loops: dict[str, float]) -> Any:
+    """Set `usage.loops` in a part of a stream that has a usage, a server-sent event or vLLM's chunk, and return it."""
+    if not isinstance(event, str):
+        if getattr(event, "usage", None) is not None:
+            event.usage.loops = loops
+        return event
     if '"usage":{' not in event:
         return event
     head, _, data = event.partition("data: ")
@@ -209,7 +215,7 @@ def add_to_event(event: str, loops: dict[str, float]) -> str:
 
 
 def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper of vLLM's streams of server-sent events, which adds the loops to the event with the usage.
+    """Return a wrapper of vLLM's streams, of server-sent events or chunks, which adds the loops to what has the usage.
 
     Args:
         results_at: the index, among the arguments after self, of the results.
@@ -217,7 +223,7 @@ def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[...,
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             loops = LoopUsage()
             arguments = list(args)
             arguments[results_at] = loops.watch(arguments[results_at])
