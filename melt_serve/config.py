@@ -244,8 +244,8 @@ def load_config(checkpoint: str | Path) -> LoopLMConfig:
 
 
 def shape_facts(config: LoopLMConfig) -> dict[str, Any]:
-    """Return the fields of a config that hold for a config of the other class, too: none that names an architecture."""
-    names = ("model_type", "architectures", "auto_map")
+    """Return the fields that hold for a config of the other class, and at other loops: no architecture, no efforts."""
+    names = ("model_type", "architectures", "auto_map", "effort_loops")
     return {key: value for key, value in config.to_dict().items() if key not in names}
 
 

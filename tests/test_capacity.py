@@ -74,3 +74,9 @@ def test_a_load_that_no_melt_can_have_is_one_line(flag, field, capsys):
     assert cli.main(["plan", flag, "1000000"]) == 1
     error = capsys.readouterr().err
     assert f"{field} must be at most" in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_with_loops_for_efforts_is_planned_at_fewer(capsys):
+    """Those of the bundled one are more than one loop."""
+    assert cli.main(["plan", str(MELT), "--loops", "1"]) == 0
+    assert "MELT, chunk mode" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def shape(name: str) -> dict[str, object]:
         return scaled_shape(layers=2, hidden=256)
     if name == "melt-1.6b":
         return dict(SHAPES["ouro-1.4b"])
-    own = ("chunk_size", "decode_mode", *DEPENDS_ON_THE_ENGINE)
+    own = ("chunk_size", "decode_mode", "effort_loops", *DEPENDS_ON_THE_ENGINE)
     return {key: value for key, value in MeltConfig.from_pretrained(MELT).to_diff_dict().items() if key not in own}
 
 

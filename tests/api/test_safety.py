@@ -63,7 +63,8 @@ def test_it_runs_in_as_little_shared_memory_as_docker_gives(server, client):
 
 
 def test_it_listens_on_this_machine_only(server):
-    sockets = psutil.Process(server.process.pid).net_connections("inet")
+    (api,) = psutil.Process(server.process.pid).children()  # of the supervisor
+    sockets = api.net_connections("inet")
     port = int(server.url.rpartition(":")[2])
     assert {each.laddr.ip for each in sockets if each.laddr.port == port} == {"127.0.0.1"}
 
