@@ -61,10 +61,11 @@ def opens_thinking(tokenizer: Any, **options: object) -> bool:
         options: the request's `chat_template_kwargs`.
     """
     from jinja2 import TemplateError
+    from transformers import PreTrainedTokenizerBase
 
     question = [{"role": "user", "content": "A question."}]
-    # Names of the method's own arguments, a template among them, are not for clients.
-    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    # Names of the method's own arguments, a template among them, are not for clients. (vLLM's tokenizers hide theirs.)
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     options = {name: value for name, value in options.items() if name not in own}
     try:
         prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **options)

@@ -24,6 +24,9 @@ from tests.signals import still_running
 TIMEOUTS = ["--step-timeout", "2", "--shutdown-timeout", "60"]
 
 
+LOGS = {"VLLM_LOGGING_LEVEL": "INFO"}  # whatever another test has set
+
+
 class Family(NamedTuple):
     """A server's processes, by what they are."""
 
@@ -37,7 +40,9 @@ class Family(NamedTuple):
         supervisor = psutil.Process(pid)
         (api,) = supervisor.children()
         (engine,) = (each for each in api.children() if "EngineCore" in each.cmdline()[0])
-        return cls(supervisor, api, engine, [each for each in engine.children() if "Worker" in each.cmdline()[0]])
+        workers = [each for each in engine.children() if "resource_tracker" not in " ".join(each.cmdline())]
+        assert workers, engine.children()
+        return cls(supervisor, api, engine, workers)
 
 
 def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
@@ -56,7 +61,9 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
     shared = {*SHARED_MEMORY.iterdir()}
     port = free_port()
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), *words]
-    with running(command, port, folder / "log", ready="/melt/ready", environment={"TMPDIR": str(temporary)}) as server:
+    with running(
+        command, port, folder / "log", ready="/melt/ready", environment={**LOGS, "TMPDIR": str(temporary)}
+    ) as server:
         family = Family.of(server.process.pid)
         everyone = psutil.Process(server.process.pid).children(recursive=True)
         own = {Path(mapped.path) for each in everyone for mapped in each.memory_maps() if "/dev/shm/" in mapped.path}
@@ -120,7 +127,7 @@ def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load,
 def test_several_api_servers_count_together_and_stop_together(tmp_path):
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), "--api-server-count", "2"]
-    with running(command, port, log, ready="/melt/ready") as server:
+    with running(command, port, log, ready="/melt/ready", environment=LOGS) as server:
         (parent,) = psutil.Process(server.process.pid).children()
         assert sum("APIServer" in each.cmdline()[0] for each in parent.children()) == 2
         for _ in range(6):
@@ -141,7 +148,7 @@ def test_several_api_servers_count_together_and_stop_together(tmp_path):
 def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tmp_path):
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), *TIMEOUTS]
-    with running(command, port, log, ready="/melt/ready", start_new_session=True) as server:
+    with running(command, port, log, ready="/melt/ready", environment=LOGS, start_new_session=True) as server:
         ready, family = f"{server.url}/melt/ready", Family.of(server.process.pid)
         for stuck in (family.engine, *family.workers):
             answer = stream(server.url)

@@ -317,9 +317,10 @@ def _replace(owner: type | ModuleType, name: str, wrap: Callable[[Any], Any]) ->
     original = owner.__dict__.get(name)
     if original is None:
         raise RuntimeError(f"melt-serve cannot patch {owner.__name__}.{name}: this vLLM does not have it")
-    if not getattr(original, "melt_serve", False):
+    done = getattr(original, "melt_serve", ())
+    if (patch := wrap.__qualname__) not in done:
         replacement = wrap(original)
-        replacement.melt_serve = True
+        replacement.melt_serve = (*done, patch)
         setattr(owner, name, replacement)
 
 

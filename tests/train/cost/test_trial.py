@@ -88,7 +88,7 @@ def test_steps_that_all_warmed_up_measure_nothing(tmp_path, capsys):
         (["nothing"], "there is no recipe nothing"),
         (["chunk_size=many"], "chunk_size='many'"),
         (["melt-1.6b", "batch_tokens=100"], "batch_tokens=100 is not a multiple"),
-        (["melt-1.6b", "teacher=./none"], "is no checkpoint"),
+        (["melt-1.6b", "teacher=./none"], "does not exist"),
     ],
 )
 def test_what_cannot_be_tried_is_one_line(words, says, tmp_path, capsys):
