@@ -30,7 +30,7 @@ THINKING_TEMPLATE = BASE_TEMPLATE.replace(
     "{{ '<|im_start|>assistant\n' }}",
     "{{ '<|im_start|>assistant\n' }}{% if enable_thinking %}{{ '<think>\n' }}{% endif %}",
 )
-CONFIG = {
+PUBLISHED_OURO = {
     "architectures": ["OuroForCausalLM"],
     "attention_dropout": 0.0,
     "auto_map": {
@@ -39,31 +39,48 @@ CONFIG = {
     },
     "bos_token_id": 0,
     "eos_token_id": 0,
-    "head_dim": 32,
+    "head_dim": 128,
     "hidden_act": "silu",
-    "hidden_size": 64,
+    "hidden_size": 2048,
     "initializer_range": 0.02,
-    "intermediate_size": 64,
-    "layer_types": ["full_attention"],
-    "max_position_embeddings": 512,
-    "max_window_layers": 1,
+    "intermediate_size": 5632,
+    "layer_types": ["full_attention"] * 24,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 24,
     "model_type": "ouro",
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
-    "rope_theta": 1000000.0,
+    "rope_theta": 500000.0,
     "sliding_window": None,
     "tie_word_embeddings": False,
-    "torch_dtype": "float32",
+    "torch_dtype": "bfloat16",
     "total_ut_steps": 4,
     "early_exit_threshold": 1.0,
     "transformers_version": "4.55.0",
     "use_cache": True,
     "use_sliding_window": False,
+    "vocab_size": 49152,
+}
+"""Ouro-1.4B's `config.json`, as ByteDance publishes it."""
+
+CONFIG = {
+    **PUBLISHED_OURO,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "layer_types": ["full_attention"],
+    "max_position_embeddings": 512,
+    "max_window_layers": 1,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "torch_dtype": "float32",
     "vocab_size": VOCABULARY,
 }
+"""The same of the checkpoint written here."""
 
 
 def write_ouro(folder: Path, says: Mapping[str, Sequence[str]], template: str = BASE_TEMPLATE) -> Path:

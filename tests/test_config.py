@@ -22,45 +22,11 @@ from melt_serve.config import (
     weight_shapes,
 )
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from tests.ouro_files import PUBLISHED_OURO
 from tests.tiny_models import SHAPE, tiny_looplm, tiny_melt, tokens
 
 GATES = [(kind, None) for kind in ("elementwise", "scalar", "mean", "ema", "last")] + [("elementwise", 3)]
 """Types, each with a rank."""
-
-PUBLISHED_OURO = {
-    "architectures": ["OuroForCausalLM"],
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_ouro.OuroConfig",
-        "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM",
-    },
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 5632,
-    "layer_types": ["full_attention"] * 24,
-    "max_position_embeddings": 65536,
-    "max_window_layers": 24,
-    "model_type": "ouro",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "total_ut_steps": 4,
-    "early_exit_threshold": 1.0,
-    "transformers_version": "4.55.0",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 49152,
-}
 
 
 @pytest.mark.parametrize("config", [LoopLMConfig(), MeltConfig()], ids=["LoopLM", "MELT"])
