@@ -24,7 +24,7 @@ from tests.signals import still_running
 TIMEOUTS = ["--step-timeout", "2", "--shutdown-timeout", "60"]
 
 
-LOGS = {"VLLM_LOGGING_LEVEL": "INFO"}  # whatever another test has set
+AS_USERS = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # other tests set other values
 
 
 class Family(NamedTuple):
@@ -62,7 +62,7 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), *words]
     with running(
-        command, port, folder / "log", ready="/melt/ready", environment={**LOGS, "TMPDIR": str(temporary)}
+        command, port, folder / "log", ready="/melt/ready", environment={**AS_USERS, "TMPDIR": str(temporary)}
     ) as server:
         family = Family.of(server.process.pid)
         everyone = psutil.Process(server.process.pid).children(recursive=True)
@@ -127,7 +127,7 @@ def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load,
 def test_several_api_servers_count_together_and_stop_together(tmp_path):
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), "--api-server-count", "2"]
-    with running(command, port, log, ready="/melt/ready", environment=LOGS) as server:
+    with running(command, port, log, ready="/melt/ready", environment=AS_USERS) as server:
         (parent,) = psutil.Process(server.process.pid).children()
         assert sum("APIServer" in each.cmdline()[0] for each in parent.children()) == 2
         for _ in range(6):
@@ -148,7 +148,7 @@ def test_several_api_servers_count_together_and_stop_together(tmp_path):
 def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tmp_path):
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), *TIMEOUTS]
-    with running(command, port, log, ready="/melt/ready", environment=LOGS, start_new_session=True) as server:
+    with running(command, port, log, ready="/melt/ready", environment=AS_USERS, start_new_session=True) as server:
         ready, family = f"{server.url}/melt/ready", Family.of(server.process.pid)
         for stuck in (family.engine, *family.workers):
             answer = stream(server.url)
