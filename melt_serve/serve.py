@@ -78,6 +78,10 @@ LIMITS: dict[str, tuple[str, type[int] | type[float] | type[str]]] = {
 DEFAULT_MAX_N = "128"
 """OpenAI's own; vLLM's is 16,384, which holds the server for half a minute."""
 
+KEEP_ALIVE = "20"
+"""Seconds that an idle connection is kept. vLLM's 5 are also those after which many clients give theirs up: such a one
+could use a connection at the moment in which it is closed."""
+
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
 # JSON may hold any white space, it likes to write nothing else.
 BUNDLED_DEFAULTS: dict[str, str | None] = {
@@ -111,8 +115,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from melt_serve.supervisor import supervise  # needs what comes with vLLM
 
-    plugged = os.environ.get("VLLM_PLUGINS", ",".join(plugins()))
-    return supervise(words, {"VLLM_PLUGINS": plugged, "VLLM_MAX_N_SEQUENCES": DEFAULT_MAX_N, **limits}, explain)
+    defaults = {
+        "VLLM_PLUGINS": ",".join(plugins()),
+        "VLLM_MAX_N_SEQUENCES": DEFAULT_MAX_N,
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": KEEP_ALIVE,
+    }
+    chosen = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return supervise(words, {**chosen, **limits}, explain)
 
 
 def plugins() -> list[str]:

@@ -7,6 +7,7 @@ others ours. A patch that no longer fits raises: better no server than one that 
 import functools
 import shutil
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
@@ -160,11 +161,19 @@ def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _end_engine(engine: Any, end: Callable[..., None], timeout: float | None = None) -> None:
-    # Between the end of the engine's process, which its running requests put off, and that of what reads its answers.
+    # The engine's process ends when its requests have, or is killed at its time. What reads its answers must not take
+    # either for an error: requests that are cut then would be told of a broken engine, not of a server that stops.
+    def stop_reading() -> None:
+        if (handler := getattr(engine, "output_handler", None)) is not None:
+            cancel_task_threadsafe(handler)
+
+    late = threading.Timer(max(0.0, (timeout or 0) - 0.2), stop_reading)
+    late.daemon = True
+    late.start()
     end(timeout=timeout)
-    handler = getattr(engine, "output_handler", None)
-    if handler is not None and not engine.get_num_unfinished_requests():
-        cancel_task_threadsafe(handler)
+    late.cancel()
+    if not engine.get_num_unfinished_requests():
+        stop_reading()
 
 
 def sleep_while_waiting() -> None:

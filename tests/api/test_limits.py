@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 import urllib.request
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -101,6 +103,17 @@ def test_the_log_says_how_each_request_ended(server):
     assert ", client gone, " in line_of(server, "left")
     rows_are_freed(server)
     assert max(map(len, server.log.read_text().splitlines())) < 5000
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_use_it(server):
+    """httpx and Node give one up after 5 seconds, when vLLM would close it: whoever is last meets a closed one."""
+    connection = HTTPConnection(urlsplit(server.url).netloc, timeout=10)
+    for pause in (0, 6):
+        time.sleep(pause)
+        connection.request("GET", "/version")  # http.client would open another one only after an error
+        first = connection.sock
+        assert connection.getresponse().read()
+        assert connection.sock is first
 
 
 def test_so_many_answers_to_a_prompt_are_refused(server):
