@@ -167,9 +167,11 @@ def _end_engine(engine: Any, end: Callable[..., None], timeout: float | None = N
         if (handler := getattr(engine, "output_handler", None)) is not None:
             cancel_task_threadsafe(handler)
 
+    # (vLLM also calls this without a timeout, when the process has ended: its last answers may still be on their way.)
     late = threading.Timer(max(0.0, (timeout or 0) - 0.2), stop_reading)
     late.daemon = True
-    late.start()
+    if timeout is not None:
+        late.start()
     end(timeout=timeout)
     late.cancel()
     if not engine.get_num_unfinished_requests():
