@@ -151,10 +151,10 @@ def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
         self.melt_stopping = True
         until = time.monotonic() + (timeout or 0) - 1
         # One of several API servers has no engine to wait for; their parent gives each this long.
-        while manager is None and hasattr(self, "output_processor") and time.monotonic() < until:
-            if not self.get_num_unfinished_requests():
-                break
-            time.sleep(0.1)
+        if manager is None and hasattr(self, "output_processor"):
+            while self.get_num_unfinished_requests() and time.monotonic() < until:
+                time.sleep(0.1)
+            _stop_reading(self)
         original(self, timeout)
 
     return shutdown
@@ -163,19 +163,21 @@ def _stop_quietly(original: Callable[..., None]) -> Callable[..., None]:
 def _end_engine(engine: Any, end: Callable[..., None], timeout: float | None = None) -> None:
     # The engine's process ends when its requests have, or is killed at its time. What reads its answers must not take
     # either for an error: requests that are cut then would be told of a broken engine, not of a server that stops.
-    def stop_reading() -> None:
-        if (handler := getattr(engine, "output_handler", None)) is not None:
-            cancel_task_threadsafe(handler)
-
     # (vLLM also calls this without a timeout, when the process has ended: its last answers may still be on their way.)
-    late = threading.Timer(max(0.0, (timeout or 0) - 0.2), stop_reading)
+    late = threading.Timer(max(0.0, (timeout or 0) - 0.2), _stop_reading, [engine])
     late.daemon = True
     if timeout is not None:
         late.start()
     end(timeout=timeout)
     late.cancel()
     if not engine.get_num_unfinished_requests():
-        stop_reading()
+        _stop_reading(engine)
+
+
+def _stop_reading(engine: Any) -> None:
+    # vLLM does this last; closing its sockets before that is an error for whoever reads them.
+    if (handler := getattr(engine, "output_handler", None)) is not None:
+        cancel_task_threadsafe(handler)
 
 
 def sleep_while_waiting() -> None:
