@@ -210,9 +210,12 @@ def capturing(monkeypatch):
         outside = [inputs.positions, inputs.seq_lens, inputs.query_start_loc]
         outside += [tables.slot_mappings, *tables.input_block_tables]
 
+        captured = []
+
         class Double:
             def __init__(self, run):
                 self.run = run
+                captured.append(self)
 
             def replay(self):
                 (key,) = (key for key, graph in live.graphs.items() if graph is self)
@@ -239,6 +242,8 @@ def capturing(monkeypatch):
         live.sizes = SIZES
         runner.cudagraph_manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, 1)
         assert runner.needs_cudagraph_capture()
+        assert runner.capture_model(profile_only=True) == 0 and captured
+        assert not live.graphs and not hasattr(live, "h"), "vLLM measures graphs before it makes room for the KV cache"
         runner.capture_model()
         assert not runner.cudagraph_manager.graphs, "a whole step's graph replays the default depth for all"
         assert set(live.graphs) == {(first, size) for first in (True, False) for size in SIZES}

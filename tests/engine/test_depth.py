@@ -1,9 +1,11 @@
 """Loops per request: mixed in a batch, each equals the reference at its depth; work is saved, rows are kept apart."""
 
+import numpy as np
 import pytest
 import torch
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.attention.backends import cpu_attn
 
 from melt_serve.engine import scheduler
 from tests.engine.engines import (
@@ -23,6 +25,7 @@ from tests.engine.engines import (
     scheduler_of,
 )
 from tests.engine.scenes import counted
+from tests.engine.waits import watched
 
 MODES = on("token", "chunk")
 
@@ -70,6 +73,35 @@ def test_loops_that_are_not_run_are_not_paid(served):
     ran = [loops_run(model, *each).tolist() for each in zip(asked, outputs, DEPTHS, EXITS, strict=True)]
     assert sum(passed) == sum(map(sum, ran))
     assert len({loops for each in ran for loops in each}) >= 6, "exits must come at many loops, or this shows little"
+
+
+@MODES
+def test_a_prompts_rows_are_read_once_a_loop_however_its_exits_scatter(served, monkeypatch):
+    """Count what attention reads: one sequence, from the request's first row to that of its last token that runs."""
+    llm, model = served
+    asked, read = prompts(203), []
+    kernel = cpu_attn.ops.cpu_attention_with_kv_cache
+
+    def count(**arguments):
+        read.append((arguments["query_start_loc"].diff().tolist(), arguments["seq_lens"].tolist()))
+        return kernel(**arguments)
+
+    monkeypatch.setattr(cpu_attn.ops, "cpu_attention_with_kv_cache", count)
+    with watched() as steps:
+        outputs = generate(llm, asked, 8, 0.85, max_tokens=1)
+    assert distance(model, asked, outputs, 8, 0.85) <= RIGHT
+    expected, rows, rows_in_runs = [], 0, 0
+    for each in steps:
+        (end,) = each.plan.sequences.ends.tolist()
+        ran = each.plan.ran
+        for loop in range(1, max(ran) + 1):
+            (running,) = np.nonzero(ran >= loop)
+            (runs,) = np.nonzero(np.diff(running, append=len(ran) + 1) > 1)
+            lengths = running + 1 + end - len(ran)
+            expected += [([int(running[-1] - running[0]) + 1], [int(lengths[-1])])] * len(model.model.layers)
+            rows, rows_in_runs = rows + lengths[-1], rows_in_runs + lengths[runs].sum()
+    assert read == expected
+    assert rows_in_runs > 3 * rows, "exits must scatter, or this shows little"
 
 
 @torch.no_grad()
