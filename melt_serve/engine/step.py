@@ -298,7 +298,7 @@ class Running:
         ), first
 
     def _gather(
-        self, sequences: Sequences, gathered: Tensor, requests: Tensor, starts: Tensor, last: Tensor, running: Tensor
+        self, sequences: Sequences, gathered: Tensor, requests: Tensor, starts: Tensor, last: Tensor, queries: Tensor
     ) -> tuple[Running, Selection]:
         """Return `sequences`, whose tokens are those of the A at `gathered`, and these indices; all on the device."""
         tokens, positions = compose(self.tokens, gathered), self.positions[gathered]
@@ -307,7 +307,7 @@ class Running:
             tokens,
             requests,
             positions,
-            running,
+            queries,
             query_start_loc=starts,
             seq_lens=(positions[last] + 1).to(starts.dtype),
             block_table_tensor=self.rows.tables.final_blocks[requests],

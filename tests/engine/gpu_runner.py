@@ -6,6 +6,7 @@ Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so test
 from collections import Counter
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
@@ -171,13 +172,29 @@ def triton_attention(monkeypatch):
 @pytest.mark.usefixtures("triton_attention")
 @pytest.mark.parametrize("mode", ["token", "chunk"])
 def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
-    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows."""
+    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows.
+
+    Also where tokens of a prompt leave between others that stay.
+    """
     model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
-    asked, depths, exits = prompts(40, 5), [3, 4], [1.0, 0.6]
+    asked, depths, exits = prompts(40, 5), [3, 4], [0.7, 0.6]
     with engine(tmp_path, block_size=32) as llm:
         (layer,) = runner_of(llm).model.model.layers
         assert issubclass(layer.self_attn.attn.attn_backend, TritonAttentionBackend)
-        assert distance(model, asked, generate(llm, asked, depths, exits, max_tokens=3), depths, exits) <= RIGHT
+        with watched() as steps:
+            outputs = generate(llm, asked, depths, exits, max_tokens=3)
+        assert distance(model, asked, outputs, depths, exits) <= RIGHT
+    assert any(left_gaps(each.plan) for each in steps)
+
+
+def left_gaps(plan):
+    """Return whether a token ran fewer loops than some before it and some behind it in its request."""
+    for first, length in zip(plan.sequences.first, np.diff(plan.sequences.starts), strict=True):
+        ran = plan.ran[first : first + length]
+        before, behind = np.maximum.accumulate(ran), np.maximum.accumulate(ran[::-1])[::-1]
+        if (ran < np.minimum(before, behind)).any():
+            return True
+    return False
 
 
 SIZES = [1, 2, 4, 8]
