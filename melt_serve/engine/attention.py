@@ -34,6 +34,12 @@ BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 """vLLM's backends whose block tables and slots are plain fields of a step's metadata."""
 PROVED_ROWS = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 """`--kv-cache-dtype` of rows that are held against the reference."""
+CUT_AT_GAPS = ("CPU_ATTN",)
+"""Backends that compute query by query, so that one that stands for nobody costs as much as another.
+
+A GPU's work on tiles of adjacent queries, and what they wait for is the rows: there a gap costs nothing, and a cut
+another reading of all rows.
+"""
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
 FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
@@ -238,6 +244,7 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
 
     class RecordingBuilder(backend.get_builder_cls()):  # type: ignore[misc]
         supports_update_block_table = False  # else vLLM would not show the tables of all groups
+        bridges_gaps = backend.get_name() not in CUT_AT_GAPS
 
         def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)

@@ -33,10 +33,9 @@ Selection: TypeAlias = slice | Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """What runs in a loop, as the attention kernel takes it: one sequence of each request, whose queries are adjacent.
+    """What runs in a loop, as the attention kernel takes it: a sequence's queries are adjacent tokens of one request.
 
-    Queries reach from the first token that runs to the last one. Where one between them has left, its query is a gap,
-    which stands for nobody. So the kernel reads the rows of a request once, however many of its tokens have left.
+    One of them may be a gap, which stands for nobody: its token has left, and others on both sides of it run.
 
     Attributes:
         requests: [Q], the request of each, as an index into the step's R.
@@ -88,12 +87,23 @@ class Sequences:
             self.requests[:count], self.first[:count], self.starts[: count + 1], self.ends[:count], running
         )
 
-    def take_tokens(self, index: np.ndarray) -> Sequences:
-        """Return what is left of some of the A tokens, `index` in ascending order: no query before or behind them."""
+    def take_tokens(self, index: np.ndarray, bridge: bool) -> Sequences:
+        """Return what is left of some of the A tokens.
+
+        Args:
+            index: of the tokens, ascending.
+            bridge: a request stays one sequence, from its first token that is left to its last; where one between them
+                has left is a gap. Otherwise it is cut there, into sequences over the same rows: each ends at its own
+                last token, so attention is causal.
+        """
         own = self.of_tokens(np.arange(len(self.requests)))[index]
-        begins = np.flatnonzero(np.diff(own, prepend=-1))
+        queries = self.running[index]
+        cuts = np.diff(own, prepend=-1) != 0
+        if not bridge:
+            cuts |= np.diff(queries, prepend=-2) != 1
+        begins = np.flatnonzero(cuts)
         counts = np.diff(begins, append=len(index))
-        left, queries = own[begins], self.running[index]
+        left = own[begins]
         first, last = queries[begins], queries[begins + counts - 1]
         starts = np.append(0, np.cumsum(last + 1 - first)).astype(np.int32)
         return Sequences(
@@ -278,7 +288,7 @@ class Running:
         index = np.flatnonzero(~exited)
         if not len(index):
             return None, slice(0)
-        left = self.sequences.take_tokens(index)
+        left = self.sequences.take_tokens(index, self.rows.builder.bridges_gaps)
         return self._gather(left, *to_device(self.positions.device, index, *left.for_device))
 
     def _take_first(self, count: int) -> tuple[Running, Selection]:

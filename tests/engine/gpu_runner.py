@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from melt_serve.engine import graphs
 from melt_serve.engine.scheduler_stats import StepCounts
+from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
 from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
 from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
 from tests.engine.test_depth import loops_run
@@ -158,6 +159,11 @@ def test_usage_tells_the_loops_that_ran(served, ahead):
     assert len({loops for each in ran for loops in each}) >= 3, "exits must come at many loops, or this shows little"
 
 
+@on("token, adapters")
+def test_an_adapter_equals_the_reference_with_it_merged_in(served, tmp_path):
+    assert distance_with_two(served.llm, served.model, tmp_path, EVERY_LAYER + THE_GATE) <= RIGHT
+
+
 @pytest.fixture
 def triton_attention(monkeypatch):
     """vLLM's choice of attention, which it remembers, as on a GPU."""
@@ -180,7 +186,8 @@ def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
     asked, depths, exits = prompts(40, 5), [3, 4], [0.7, 0.6]
     with engine(tmp_path, block_size=32) as llm:
         (layer,) = runner_of(llm).model.model.layers
-        assert issubclass(layer.self_attn.attn.attn_backend, TritonAttentionBackend)
+        backend = layer.self_attn.attn.attn_backend
+        assert issubclass(backend, TritonAttentionBackend) and backend.get_builder_cls().bridges_gaps
         with watched() as steps:
             outputs = generate(llm, asked, depths, exits, max_tokens=3)
         assert distance(model, asked, outputs, depths, exits) <= RIGHT

@@ -6,8 +6,9 @@ import pytest
 from melt_serve.engine.step import Sequences
 
 
+@pytest.mark.parametrize("bridge", [True, False], ids=["bridged", "cut"])
 @pytest.mark.parametrize("seed", range(20))
-def test_each_request_keeps_the_queries_from_its_first_to_its_last_token_that_runs(seed):
+def test_each_request_keeps_the_queries_from_its_first_to_its_last_token_that_runs_or_is_cut_at_gaps(seed, bridge):
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 9, size=1 + seed % 4)
     bounds = np.append(0, np.cumsum(lengths)).astype(np.int32)
@@ -17,9 +18,10 @@ def test_each_request_keeps_the_queries_from_its_first_to_its_last_token_that_ru
     left = Sequences(np.arange(len(lengths)), bounds[:-1], bounds, ends, tokens)
     while len(tokens):
         assert left.tokens.tolist() == tokens.tolist() and left.size == len(tokens)
-        assert left.requests.tolist() == sorted(set(owners[tokens].tolist()))
         assert left.of_tokens(left.requests).tolist() == owners[tokens].tolist()
-        own = [tokens[owners[tokens] == request] for request in left.requests]
+        gaps = np.zeros(len(tokens) - 1, bool) if bridge else np.diff(tokens) > 1
+        own = np.split(tokens, np.flatnonzero(gaps | (np.diff(owners[tokens]) > 0)) + 1)
+        assert left.requests.tolist() == [owners[each[0]] for each in own]
         assert left.first.tolist() == [each[0] for each in own]
         assert np.diff(left.starts).tolist() == [each[-1] - each[0] + 1 for each in own]
         assert left.ends.tolist() == [
@@ -32,4 +34,4 @@ def test_each_request_keeps_the_queries_from_its_first_to_its_last_token_that_ru
         staying = np.flatnonzero(random.random(len(tokens)) < 0.7)
         if not len(staying):
             break
-        left, tokens = left.take_tokens(staying), tokens[staying]
+        left, tokens = left.take_tokens(staying, bridge), tokens[staying]
