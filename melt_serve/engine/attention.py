@@ -34,6 +34,12 @@ BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 """vLLM's backends whose block tables and slots are plain fields of a step's metadata."""
 PROVED_ROWS = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 """`--kv-cache-dtype` of rows that are held against the reference."""
+CUT_AT_GAPS = ("CPU_ATTN",)
+"""Backends that compute query by query, so that one that stands for nobody costs as much as another.
+
+A GPU's work on tiles of adjacent queries, and what they wait for is the rows: there a gap costs nothing, and a cut
+another reading of all rows.
+"""
 FUSED_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 """vLLM's backends whose attention reads K and V from the cache alone, laid out so that `write_rows` can write them."""
 FUSED_ROWS = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3")
@@ -71,6 +77,7 @@ class FinalRows(Attention):
         refuse_rows(self)
         self.fused = fuses_rows(self)
         self.attn_backend = recording_backend(self.attn_backend, self.fused)
+        self.impl.forward = over_gaps(self.impl.forward)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare as vLLM does, which comes to attention layers last, and call `when_loaded`."""
@@ -197,6 +204,36 @@ direct_register_custom_op(
 )
 
 
+def over_gaps(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a backend's attention, the `forward` of its `AttentionImpl`, take fewer tokens than its metadata has queries.
+
+    Only queries have gaps: rows are written before, for tokens that run. What is attended for a gap, whose query is 0,
+    is thrown away. It happens inside of vLLM's operator, so `torch.compile` sees the tokens alone.
+    """
+
+    @functools.wraps(attend)
+    def forward(
+        layer: Attention,
+        query: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Tensor,
+        metadata: Any,
+        output: Tensor,
+        **scales: Any,
+    ) -> Tensor:
+        queries = getattr(metadata, "queries", None)  # vLLM's own metadata has none
+        if queries is None:
+            return attend(layer, query, k, v, cache, metadata, output, **scales)
+        spread = query.new_zeros(metadata.num_actual_tokens, *query.shape[1:])
+        spread[queries] = query
+        attended = output.new_empty(len(spread), *output.shape[1:])
+        attend(layer, spread, k, v, cache, metadata, attended, **scales)
+        return output.copy_(attended[queries])
+
+    return forward
+
+
 @functools.cache
 def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False) -> type[AttentionBackend]:
     """Return a backend that also leaves a step's record with the first layer of its cache group.
@@ -207,25 +244,23 @@ def recording_backend(backend: type[AttentionBackend], writes_rows: bool = False
 
     class RecordingBuilder(backend.get_builder_cls()):  # type: ignore[misc]
         supports_update_block_table = False  # else vLLM would not show the tables of all groups
+        bridges_gaps = backend.get_name() not in CUT_AT_GAPS
 
         def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, *args: Any):
             super().__init__(kv_cache_spec, layer_names, vllm_config, *args)
             self.layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
             # A kernel's block may be smaller than the manager's: the tables it sees then have several entries for one.
-            self.most_requests = vllm_config.scheduler_config.max_num_seqs
             self.entries_per_block = vllm_config.cache_config.block_size // kv_cache_spec.block_size
 
         def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **kwargs: Any) -> Any:
             self.layer.step = StepRecord(self, common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, **kwargs)
 
-        def rebuild(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-            """Build metadata for some of the recorded step's tokens.
-
-            FlashAttention schedules ahead in a buffer for `max_num_seqs` sequences; exits may cut a prompt into more.
-            """
-            many = common_attn_metadata.num_reqs > self.most_requests
-            return super().build(0, common_attn_metadata, fast_build=many)
+        def rebuild(self, common_attn_metadata: CommonAttentionMetadata, queries: Tensor | None = None) -> Any:
+            """Build metadata for some of the recorded step's tokens, and the `queries` they are: see `over_gaps`."""
+            metadata = super().build(0, common_attn_metadata)
+            metadata.queries = queries
+            return metadata
 
     recording = subclass_attention_backend("Recording", backend, RecordingBuilder)
     if writes_rows:

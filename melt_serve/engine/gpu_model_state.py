@@ -38,6 +38,7 @@ class MeltModelState(DefaultModelState):
         self.graphs = LoopGraphs(self.model.model.run, self.vllm_config, self.device)
         self.last_tokens: dict[str, int] = {}
         patches.capture_no_whole_step(type(self))
+        patches.forget_measured_graphs(type(self))
         patches.report_loops_run(type(self))
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -66,7 +67,7 @@ class MeltModelState(DefaultModelState):
         return {request_id: int(self.plan.ran[token]) for request_id, token in self.last_tokens.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Drop graphs of another KV cache: vLLM captures once to measure memory, before it allocates the cache."""
+        """Drop graphs of another KV cache, whose addresses they hold."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.graphs.clear()
 

@@ -251,6 +251,32 @@ def capture_no_whole_step(model_state: type) -> None:
     _replace(ModelCudaGraphManager, "capture", unless_melt)
 
 
+def forget_measured_graphs(model_state: type[Any]) -> None:
+    """Drop graphs of loops that vLLM captured only to measure their memory, before it makes room for the KV cache.
+
+    It drops its own there, and has no hook for those of a model. For the processes that run the model.
+
+    Args:
+        model_state: the class of the models that this concerns; its `graphs` are dropped.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    def forgetting(original: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(original)
+        def capture_model(self: Any, *args: Any, **kwargs: Any) -> int:
+            size = original(self, *args, **kwargs)
+            if kwargs.get("profile_only") and isinstance(self.model_state, model_state):
+                self.model_state.graphs.clear()
+            return size
+
+        return capture_model
+
+    _replace(GPUModelRunner, "capture_model", forgetting)
+
+
 def report_loops_run(model_state: type[Any]) -> None:
     """Let vLLM's GPU runner state, with each step's output, the loops that ran for every sampled token.
 

@@ -33,50 +33,86 @@ Selection: TypeAlias = slice | Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """What runs in a loop, as the attention kernel takes it: each sequence is adjacent tokens of one request.
+    """What runs in a loop, as the attention kernel takes it: a sequence's queries are adjacent tokens of one request.
+
+    One of them may be a gap, which stands for nobody: its token has left, and others on both sides of it run.
 
     Attributes:
         requests: [Q], the request of each, as an index into the step's R.
-        first: [Q], its first token, as an index into the step's S.
-        starts: [Q + 1], where each begins among the A tokens that run, and A.
-        ends: [Q], how many tokens its request has up to its last one, at most.
+        first: [Q], the token of its first query, as an index into the step's S.
+        starts: [Q + 1], where each begins among the H queries, and H.
+        ends: [Q], how many tokens its request has up to its last query, at most.
+        running: [A], the queries of the tokens that run, ascending.
     """
 
     requests: np.ndarray
     first: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    running: np.ndarray
 
     @property
     def size(self) -> int:
-        """A, the number of tokens."""
-        return int(self.starts[-1])
+        """A, the number of tokens that run."""
+        return len(self.running)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some query is no token's."""
+        return self.size < self.starts[-1]
+
+    @property
+    def token_starts(self) -> np.ndarray:
+        """Where each begins among the A tokens, and A: [Q + 1]."""
+        return np.searchsorted(self.running, self.starts).astype(np.int32)
 
     @property
     def tokens(self) -> np.ndarray:
-        """The tokens, [A], as indices into the step's S."""
-        return np.arange(self.size, dtype=np.int32) + self.of_tokens(self.first - self.starts[:-1])
+        """The tokens that run, [A], as indices into the step's S."""
+        return self.running + self.of_tokens(self.first - self.starts[:-1])
+
+    @property
+    def for_device(self) -> list[np.ndarray]:
+        """What the device has to know: `requests`, `starts`, the last of each one's tokens among the A, `running`."""
+        return [self.requests, self.starts, self.token_starts[1:] - 1, self.running]
 
     def of_tokens(self, values: np.ndarray) -> np.ndarray:
         """Repeat each sequence's value, [Q], for each of its tokens, [A]."""
-        return np.repeat(values, np.diff(self.starts))
+        return np.repeat(values, np.diff(self.token_starts))
 
     def take_first(self, count: int) -> Sequences:
         """Return the first `count` of them."""
-        return Sequences(self.requests[:count], self.first[:count], self.starts[: count + 1], self.ends[:count])
+        running = self.running[: self.token_starts[count]]
+        return Sequences(
+            self.requests[:count], self.first[:count], self.starts[: count + 1], self.ends[:count], running
+        )
 
-    def take_tokens(self, index: np.ndarray) -> Sequences:
-        """Return what is left of some of the A tokens, `index` in ascending order.
+    def take_tokens(self, index: np.ndarray, bridge: bool) -> Sequences:
+        """Return what is left of some of the A tokens.
 
-        Tokens of one request that stand next to each other are one sequence. Where one between them has left, they
-        are two, over the same blocks: each ends at its own last token, so attention is causal.
+        Args:
+            index: of the tokens, ascending.
+            bridge: a request stays one sequence, from its first token that is left to its last; where one between them
+                has left is a gap. Otherwise it is cut there, into sequences over the same rows: each ends at its own
+                last token, so attention is causal.
         """
-        requests, tokens = self.of_tokens(self.requests)[index], self.tokens[index]
-        starts = np.flatnonzero((np.diff(requests, prepend=-1) != 0) | (np.diff(tokens, prepend=-1) != 1))
-        starts = np.append(starts, len(index)).astype(np.int32)
-        behind = self.of_tokens(self.starts[1:])[index] - 1 - index  # tokens of the sequence behind this one
-        ends = (self.of_tokens(self.ends)[index] - behind)[starts[1:] - 1].astype(np.int32)
-        return Sequences(requests[starts[:-1]], tokens[starts[:-1]], starts, ends)
+        own = self.of_tokens(np.arange(len(self.requests)))[index]
+        queries = self.running[index]
+        cuts = np.diff(own, prepend=-1) != 0
+        if not bridge:
+            cuts |= np.diff(queries, prepend=-2) != 1
+        begins = np.flatnonzero(cuts)
+        counts = np.diff(begins, append=len(index))
+        left = own[begins]
+        first, last = queries[begins], queries[begins + counts - 1]
+        starts = np.append(0, np.cumsum(last + 1 - first)).astype(np.int32)
+        return Sequences(
+            self.requests[left],
+            self.first[left] + first - self.starts[left],
+            starts,
+            self.ends[left] - (self.starts[left + 1] - 1 - last),
+            queries + np.repeat(starts[:-1] - first, counts),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +149,7 @@ class StepPlan:
         return cls(
             loops,
             np.array([depth.exit_threshold for depth in depths], dtype=np.float32),
-            Sequences(order, query_starts[order], starts, seq_lens[order]),
+            Sequences(order, query_starts[order], starts, seq_lens[order], np.arange(starts[-1], dtype=np.int32)),
             bool((np.diff(loops) > 0).any()),
             np.repeat(loops, lengths),
         )
@@ -134,7 +170,7 @@ class StepPlan:
 
     def tokens_after(self, loop: int, sequences: Sequences) -> int:
         """Return how many of their tokens, the first ones, may run another loop."""
-        return int(sequences.starts[self.running_after(loop, sequences)])
+        return int(sequences.token_starts[self.running_after(loop, sequences)])
 
 
 @dataclass(frozen=True)
@@ -168,7 +204,7 @@ class StepRows:
         self.deepest = plan.deepest
         self.tables = LoopTables(record)
         # What the device has to know of the plan, in one copy: the order, if it is another, and everybody's loops.
-        arrays = [plan.sequences.tokens, plan.sequences.requests, plan.sequences.starts] if plan.moved else []
+        arrays = [plan.sequences.tokens, *plan.sequences.for_device] if plan.moved else []
         if open_rows is not None and plan.deepest > 1:
             padding = record.common.num_reqs - len(plan.loops)
             arrays.append(np.pad(plan.loops, (0, padding), constant_values=1))
@@ -188,7 +224,8 @@ class Running:
         tokens: [A], the same on the device, as indices into the step's S.
         requests: [Q], the request of each sequence, as an index into the step's R.
         positions: [A], the position of each token in its request.
-        metadata: the kernel's, with the tables of final rows.
+        queries: [A], the query of each among the H; None where there are no others.
+        metadata: the kernel's, of the H queries, with the tables of final rows.
     """
 
     rows: StepRows
@@ -196,6 +233,7 @@ class Running:
     tokens: Selection
     requests: Selection
     positions: Tensor
+    queries: Tensor | None
     metadata: Any
 
     @classmethod
@@ -204,8 +242,8 @@ class Running:
         sequences, metadata = plan.sequences, get_forward_context().attn_metadata[rows.names[0]]
         everything = slice(sequences.size)
         requests = slice(len(sequences.requests))
-        running = cls(rows, sequences, everything, requests, positions[everything], metadata)
-        return running._gather(sequences, *rows.order[:3]) if plan.moved else (running, everything)
+        running = cls(rows, sequences, everything, requests, positions[everything], None, metadata)
+        return running._gather(sequences, *rows.order[:5]) if plan.moved else (running, everything)
 
     def tables(self, loop: int) -> Tables:
         """Return where the rows of these tokens are in this loop."""
@@ -250,8 +288,8 @@ class Running:
         index = np.flatnonzero(~exited)
         if not len(index):
             return None, slice(0)
-        left = self.sequences.take_tokens(index)
-        return self._gather(left, *to_device(self.positions.device, index, left.requests, left.starts))
+        left = self.sequences.take_tokens(index, self.rows.builder.bridges_gaps)
+        return self._gather(left, *to_device(self.positions.device, index, *left.for_device))
 
     def _take_first(self, count: int) -> tuple[Running, Selection]:
         """Return the tokens of the first `count` sequences."""
@@ -262,6 +300,7 @@ class Running:
             first if isinstance(self.tokens, slice) else self.tokens[first],
             slice(count) if isinstance(self.requests, slice) else self.requests[:count],
             self.positions[first],
+            None if self.queries is None else self.queries[first],
             query_start_loc=self.metadata.query_start_loc[: count + 1],
             seq_lens=self.metadata.seq_lens[:count],
             block_table_tensor=self.metadata.block_table[:count],
@@ -269,7 +308,7 @@ class Running:
         ), first
 
     def _gather(
-        self, sequences: Sequences, gathered: Tensor, requests: Tensor, starts: Tensor
+        self, sequences: Sequences, gathered: Tensor, requests: Tensor, starts: Tensor, last: Tensor, queries: Tensor
     ) -> tuple[Running, Selection]:
         """Return `sequences`, whose tokens are those of the A at `gathered`, and these indices; all on the device."""
         tokens, positions = compose(self.tokens, gathered), self.positions[gathered]
@@ -278,8 +317,9 @@ class Running:
             tokens,
             requests,
             positions,
+            queries,
             query_start_loc=starts,
-            seq_lens=(positions[starts[1:] - 1] + 1).to(starts.dtype),
+            seq_lens=(positions[last] + 1).to(starts.dtype),
             block_table_tensor=self.rows.tables.final_blocks[requests],
             slot_mapping=self.rows.tables.final_slots[tokens],
         ), gathered
@@ -299,20 +339,28 @@ class Running:
         return torch.stack([torch.where(slots == written, PAD_SLOT_ID, slots) for slots in later])
 
     def _rebuild(
-        self, sequences: Sequences, tokens: Selection, requests: Selection, positions: Tensor, **tensors: Tensor
+        self,
+        sequences: Sequences,
+        tokens: Selection,
+        requests: Selection,
+        positions: Tensor,
+        queries: Tensor | None,
+        **tensors: Tensor,
     ) -> Running:
         common = CommonAttentionMetadata(
             query_start_loc_cpu=torch.from_numpy(sequences.starts),
             seq_lens_cpu_upper_bound=torch.from_numpy(sequences.ends),
             num_reqs=len(sequences.requests),
-            num_actual_tokens=sequences.size,
+            num_actual_tokens=int(sequences.starts[-1]),
             max_query_len=int(np.diff(sequences.starts).max()),
             max_seq_len=int(sequences.ends.max()),
             causal=True,
-            positions=positions,
             **tensors,
         )
-        return Running(self.rows, sequences, tokens, requests, positions, self.rows.builder.rebuild(common))
+        queries = queries if sequences.has_gaps else None
+        return Running(
+            self.rows, sequences, tokens, requests, positions, queries, self.rows.builder.rebuild(common, queries)
+        )
 
 
 def compose(outer: Selection, inner: Tensor) -> Tensor:

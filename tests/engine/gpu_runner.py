@@ -6,6 +6,7 @@ Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so test
 from collections import Counter
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from melt_serve.engine import graphs
 from melt_serve.engine.scheduler_stats import StepCounts
+from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
 from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
 from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
 from tests.engine.test_depth import loops_run
@@ -157,6 +159,11 @@ def test_usage_tells_the_loops_that_ran(served, ahead):
     assert len({loops for each in ran for loops in each}) >= 3, "exits must come at many loops, or this shows little"
 
 
+@on("token, adapters")
+def test_an_adapter_equals_the_reference_with_it_merged_in(served, tmp_path):
+    assert distance_with_two(served.llm, served.model, tmp_path, EVERY_LAYER + THE_GATE) <= RIGHT
+
+
 @pytest.fixture
 def triton_attention(monkeypatch):
     """vLLM's choice of attention, which it remembers, as on a GPU."""
@@ -171,13 +178,30 @@ def triton_attention(monkeypatch):
 @pytest.mark.usefixtures("triton_attention")
 @pytest.mark.parametrize("mode", ["token", "chunk"])
 def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
-    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows."""
+    """vLLM's Triton backend: its metadata, its block tables, its layout of the cache, its write of rows.
+
+    Also where tokens of a prompt leave between others that stay.
+    """
     model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
-    asked, depths, exits = prompts(40, 5), [3, 4], [1.0, 0.6]
+    asked, depths, exits = prompts(40, 5), [3, 4], [0.7, 0.6]
     with engine(tmp_path, block_size=32) as llm:
         (layer,) = runner_of(llm).model.model.layers
-        assert issubclass(layer.self_attn.attn.attn_backend, TritonAttentionBackend)
-        assert distance(model, asked, generate(llm, asked, depths, exits, max_tokens=3), depths, exits) <= RIGHT
+        backend = layer.self_attn.attn.attn_backend
+        assert issubclass(backend, TritonAttentionBackend) and backend.get_builder_cls().bridges_gaps
+        with watched() as steps:
+            outputs = generate(llm, asked, depths, exits, max_tokens=3)
+        assert distance(model, asked, outputs, depths, exits) <= RIGHT
+    assert any(left_gaps(each.plan) for each in steps)
+
+
+def left_gaps(plan):
+    """Return whether a token ran fewer loops than some before it and some behind it in its request."""
+    for first, length in zip(plan.sequences.first, np.diff(plan.sequences.starts), strict=True):
+        ran = plan.ran[first : first + length]
+        before, behind = np.maximum.accumulate(ran), np.maximum.accumulate(ran[::-1])[::-1]
+        if (ran < np.minimum(before, behind)).any():
+            return True
+    return False
 
 
 SIZES = [1, 2, 4, 8]
@@ -210,9 +234,12 @@ def capturing(monkeypatch):
         outside = [inputs.positions, inputs.seq_lens, inputs.query_start_loc]
         outside += [tables.slot_mappings, *tables.input_block_tables]
 
+        captured = []
+
         class Double:
             def __init__(self, run):
                 self.run = run
+                captured.append(self)
 
             def replay(self):
                 (key,) = (key for key, graph in live.graphs.items() if graph is self)
@@ -239,6 +266,8 @@ def capturing(monkeypatch):
         live.sizes = SIZES
         runner.cudagraph_manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, 1)
         assert runner.needs_cudagraph_capture()
+        assert runner.capture_model(profile_only=True) == 0 and captured
+        assert not live.graphs and not hasattr(live, "h"), "vLLM measures graphs before it makes room for the KV cache"
         runner.capture_model()
         assert not runner.cudagraph_manager.graphs, "a whole step's graph replays the default depth for all"
         assert set(live.graphs) == {(first, size) for first in (True, False) for size in SIZES}

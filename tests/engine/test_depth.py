@@ -1,9 +1,11 @@
 """Loops per request: mixed in a batch, each equals the reference at its depth; work is saved, rows are kept apart."""
 
+import numpy as np
 import pytest
 import torch
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.attention.backends import cpu_attn
 
 from melt_serve.engine import scheduler
 from tests.engine.engines import (
@@ -23,6 +25,7 @@ from tests.engine.engines import (
     scheduler_of,
 )
 from tests.engine.scenes import counted
+from tests.engine.waits import watched
 
 MODES = on("token", "chunk")
 
@@ -70,6 +73,53 @@ def test_loops_that_are_not_run_are_not_paid(served):
     ran = [loops_run(model, *each).tolist() for each in zip(asked, outputs, DEPTHS, EXITS, strict=True)]
     assert sum(passed) == sum(map(sum, ran))
     assert len({loops for each in ran for loops in each}) >= 6, "exits must come at many loops, or this shows little"
+
+
+def builder_of(llm):
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return runner.model.model.layers[0].self_attn.attn.attn_backend.get_builder_cls()
+
+
+@MODES
+def test_nor_do_gaps_change_answers_where_attention_bridges_them_as_on_a_gpu(served, monkeypatch):
+    monkeypatch.setattr(builder_of(served.llm), "bridges_gaps", True)
+    assert distance_at_mixed_depths(*served) <= RIGHT
+
+
+@MODES
+@pytest.mark.parametrize("bridge", [True, False], ids=["bridged", "cut"])
+def test_attention_over_gaps_reads_a_request_once_a_loop_or_cut_there_computes_no_query_in_vain(
+    served, monkeypatch, bridge
+):
+    """Count what the kernel gets: the queries and the rows of each sequence."""
+    llm, model = served
+    asked, got = prompts(203), []
+    kernel = cpu_attn.ops.cpu_attention_with_kv_cache
+
+    def count(**arguments):
+        got.append((arguments["query_start_loc"].diff().tolist(), arguments["seq_lens"].tolist()))
+        return kernel(**arguments)
+
+    assert not builder_of(llm).bridges_gaps
+    monkeypatch.setattr(builder_of(llm), "bridges_gaps", bridge)
+    monkeypatch.setattr(cpu_attn.ops, "cpu_attention_with_kv_cache", count)
+    with watched() as steps:
+        outputs = generate(llm, asked, 8, 0.85, max_tokens=1)
+    assert distance(model, asked, outputs, 8, 0.85) <= RIGHT
+    expected, cuts = [], 0
+    for each in steps:
+        (end,) = each.plan.sequences.ends.tolist()
+        ran = each.plan.ran
+        for loop in range(1, max(ran) + 1):
+            (running,) = np.nonzero(ran >= loop)
+            runs = np.split(running, np.flatnonzero(np.diff(running) > 1) + 1)
+            cuts += len(runs) - 1
+            sequences = [running] if bridge else runs
+            queries = [int(tokens[-1] - tokens[0]) + 1 for tokens in sequences]
+            rows = [int(tokens[-1]) + 1 + end - len(ran) for tokens in sequences]
+            expected += [(queries, rows)] * len(model.model.layers)
+    assert got == expected
+    assert cuts >= 10, "exits must scatter, or this shows little"
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ KINDS = {
     "one KV head": (save_melt, {"num_key_value_heads": 1}, ADAPTERS),  # both ranks hold it
     "four KV heads": (save_melt, {"num_key_value_heads": 4}, ADAPTERS),
     "chunk": (save_melt, {"decode_mode": "chunk"}, {}),
+    "merged matmuls": (save_melt, {}, {"worker_extension_cls": "tests.engine.plain_weights.PlainWeights"}),
     "LoopLM": (save_looplm, {}, {}),
 }
 """Checkpoints, and options of their engines."""
@@ -62,6 +63,13 @@ def test_a_looplm_equals_the_reference(server):
 
 @on(*MELTS, fixture="server")
 def test_requests_of_mixed_depths_equal_the_reference_each_at_its_own(server):
+    assert distance_at_mixed_depths(server.llm, server.model) <= RIGHT
+
+
+@on("merged matmuls", fixture="server")
+def test_merged_matmuls_equal_the_reference(server):
+    """W_Q is split over the ranks, and W_z beside it is not."""
+    assert server.llm.collective_rpc("has_merged") == [True, True]
     assert distance_at_mixed_depths(server.llm, server.model) <= RIGHT
 
 
