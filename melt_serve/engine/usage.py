@@ -230,6 +230,8 @@ def add_to_event(event: Any, loops: dict[str, float]) -> Any:
         return event
     head, _, data = event.partition("data: ")
     body = json.loads(data)
+    if "usage" not in body:  # a part of it has one: Anthropic's message, as it begins
+        return event
     body["usage"]["loops"] = loops
     return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
