@@ -34,6 +34,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
 * --max-header-bytes N, --header-timeout S of a request's headers (32768), seconds for them to arrive (10)
 * --max-connections N                      open at a time (4096)
 * --max-n N                                answers to one prompt, OpenAI's n (128)
+* --max-items N                            prompts times n of a request; messages, tools, stop strings (2048)
 * --allowed-hosts a.org,b.org              more names for a server on this machine without a key; * for any
 * --step-timeout S                         seconds without a step, requests waiting, until /melt/ready says 503 (60)
   --shutdown-timeout S                     seconds that running requests have to end after SIGTERM or Ctrl-C (30)
@@ -66,6 +67,7 @@ LEAST_SHARED_MEMORY = 4 << 20
 # Flags of ours that reach the API server (api/limits.py, api/health.py), and --max-n vLLM, by the environment.
 LIMITS: dict[str, tuple[str, type[int] | type[float] | type[str]]] = {
     "--max-body-bytes": ("MELT_MAX_BODY_BYTES", int),
+    "--max-items": ("MELT_MAX_ITEMS", int),
     "--body-timeout": ("MELT_BODY_TIMEOUT", float),
     "--request-timeout": ("MELT_REQUEST_TIMEOUT", float),
     "--step-timeout": ("MELT_STEP_TIMEOUT", float),

@@ -40,6 +40,7 @@ def running(
     log: Path,
     *,
     ready: str = "/health",
+    scheme: str = "http",
     environment: Mapping[str, str] | None = None,
     start_new_session: bool = False,
     progress: Callable[[float], None] = lambda seconds: None,
@@ -51,6 +52,7 @@ def running(
         port: see `free_port`.
         log: the file that gets its output.
         ready: the path that it answers once it is ready.
+        scheme: https where its command line names a certificate; `SSL_CERT_FILE` has to vouch for it.
         environment: variables that it gets beside our own.
         start_new_session: start it in a session and process group of its own. Ctrl-C then reaches us alone, and what
             the server leaves running is killed with it.
@@ -59,7 +61,7 @@ def running(
     Raises:
         ServerError: it ended, or was not ready after `START_SECONDS`.
     """
-    url = f"http://127.0.0.1:{port}"
+    url = f"{scheme}://127.0.0.1:{port}"
     process, patience = None, EARLY_STOP_SECONDS
     try:
         with log.open("w") as output:

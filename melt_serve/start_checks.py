@@ -7,11 +7,13 @@ import json
 import re
 import resource
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import MutableMapping, Sequence
 from errno import EACCES, EADDRINUSE, EADDRNOTAVAIL
+from importlib.metadata import distributions
 from pathlib import Path
 
 from melt_serve.bundled import CHECKPOINTS
@@ -28,6 +30,9 @@ LEVELS = ("NOTSET", "DEBUG", "INFO", "WARN", "WARNING", "ERROR", "FATAL", "CRITI
 OTHER_CHECKPOINT = ("--hf-overrides", "--hf-config-path", "--config", "--load-format", "--quantization", "-q")
 """Flags with which the folder's files do not say what is served."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+MEMORY = Path("/sys/devices/system/node/node0/meminfo")
+DEFAULT_SHARE = "0.92"
+"""vLLM's own `--gpu-memory-utilization`."""
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -50,11 +55,16 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
     check_temporary_folder()
     if value_of(words, "--uds") is None and value_of(words, "--config") is None:
         check_port(value_of(words, "--host"), value_of(words, "--port") or str(DEFAULT_PORT))
+    check_certificate(value_of(words, "--ssl-certfile"), value_of(words, "--ssl-keyfile"))
     model = Path(value_of(words, "--model") or "")
+    limit = next((path for path in CGROUP_LIMITS if path.is_file()), None)
     if value_of(words, "--model") and model.is_dir():
-        check_memory(model, next((path for path in CGROUP_LIMITS if path.is_file()), None))
+        check_memory(model, limit)
         if all(value_of(words, flag) is None for flag in OTHER_CHECKPOINT):
             check_model(model, words)
+    sized = environment.get("VLLM_CPU_KVCACHE_SPACE") or value_of(words, "--kv-cache-memory-bytes") is not None
+    if not sized and value_of(words, "--config") is None and runs_on_cpu():
+        check_free_memory(value_of(words, "--gpu-memory-utilization"), limit)
 
 
 def value_of(words: Sequence[str], flag: str) -> str | None:
@@ -163,6 +173,63 @@ def check_memory(model: Path, limit: Path | None) -> None:
         if int(stated) < LEAST_MEMORY:
             raise StartError(says)
         print(f"melt-serve: warning: {says}", file=sys.stderr)
+
+
+def runs_on_cpu() -> bool:
+    """Return whether the installed vLLM is built for CPUs."""
+    return any(True for _ in distributions(name="vllm-cpu"))
+
+
+def check_free_memory(share: str | None, limit: Path | None, memory: Path = MEMORY) -> None:
+    """Refuse a machine with less free memory than vLLM wants on a CPU where nobody says how large the KV cache is.
+
+    It is counted as vLLM does. Where the memory has several nodes, or a container has less of it, it is left to vLLM.
+
+    Args:
+        share: of the memory that vLLM takes, `--gpu-memory-utilization`.
+        limit: the file with the control group's limit.
+        memory: what the kernel says of the only node.
+
+    Raises:
+        StartError: it is not.
+    """
+    if not memory.is_file() or len(list(memory.parent.parent.glob("node[0-9]*"))) > 1:
+        return
+    stated = dict(re.findall(r"^Node \d+ (\S+):\s+(\d+) kB$", memory.read_text(), re.MULTILINE))
+    total = int(stated["MemTotal"]) << 10
+    most = limit.read_text().strip() if limit is not None else "max"
+    if most.isdecimal() and int(most) < total:
+        return
+    free = sum(int(stated[name]) for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")) << 10
+    try:
+        wanted = total * float(share or DEFAULT_SHARE)
+    except ValueError:  # vLLM's parser will say it
+        return
+    if free < wanted:
+        raise StartError(
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of memory are free, and vLLM wants {wanted / 1e9:.1f} "
+            f"(--gpu-memory-utilization={share or DEFAULT_SHARE}, on a CPU, too): say how large the KV cache shall be, "
+            "such as --kv-cache-memory-bytes 1G"
+        )
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse files of `--ssl-certfile` and `--ssl-keyfile` with which there is no TLS.
+
+    Raises:
+        StartError: a file is missing or unreadable, the key is another certificate's, or has a password.
+    """
+    if certificate is None:
+        if key is not None:
+            raise StartError("--ssl-keyfile is nothing without --ssl-certfile: name both, or none for plain HTTP")
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+    except OSError as error:  # SSLError is one
+        raise StartError(
+            f"--ssl-certfile={certificate} and --ssl-keyfile={key} are no certificate with its key in PEM, without a "
+            f"password ({error.strerror or error}): correct the files, or leave both flags out"
+        ) from error
 
 
 def check_model(model: Path, words: Sequence[str]) -> None:

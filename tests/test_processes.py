@@ -161,7 +161,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
 
         with ThreadPoolExecutor() as pool:
             whole = [pool.submit(stream(server.url).read) for _ in range(2)]
-            os.killpg(os.getpgid(server.process.pid), signal.SIGTERM)
+            os.killpg(os.getpgid(server.process.pid), signal.SIGINT)  # as a terminal's Ctrl-C does
             wait_for(ready, 503)
             assert status(f"{server.url}/v1/completions", b"{}") == (503, "10")
             assert all(b'"finish_reason":"length"' in each.result() for each in whole)

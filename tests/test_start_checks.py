@@ -14,6 +14,7 @@ from melt_serve.bundled import MELT
 from melt_serve.serve import main
 from melt_serve.server_process import free_port
 from melt_serve.start_checks import StartError, check_memory, check_start, value_of
+from tests.certificates import self_signed
 from tests.test_checkpoint_check import flip_bit, state, weights_of, without
 
 SERVE = [sys.executable, "-m", "melt_serve.cli", "serve"]
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_cannot_be_served_is_refused_before_vllm_starts(spoil,
 def test_flags_that_change_what_the_folder_says_leave_it_to_vllm(checkpoint):
     weights_of(flip_bit)(checkpoint)
     state(num_hidden_layers=2)(checkpoint)
-    words = ["--model", str(checkpoint), "--port", str(free_port())]
+    words = ["--model", str(checkpoint), "--port", str(free_port()), "--kv-cache-memory-bytes", "1G"]
     for flags in (["--hf-overrides", "{}"], ["--load-format=dummy"], ["-q", "fp8"]):
         check_start([*words, *flags], {})
     with pytest.raises(StartError, match="lacks the tensor"):
@@ -98,7 +99,7 @@ def test_a_variable_that_vllm_cannot_take_is_named(name, value):
 
 def test_what_kubernetes_says_of_a_service_named_vllm_is_left_out(capsys):
     environment = {"VLLM_PORT": "tcp://10.0.0.1:8000", "VLLM_LOGGING_LEVEL": "debug"}
-    check_start(["--port", str(free_port())], environment)
+    check_start(["--port", str(free_port()), "--kv-cache-memory-bytes", "1G"], environment)
     assert environment == {"VLLM_LOGGING_LEVEL": "debug"} and "left out" in capsys.readouterr().err
 
 
@@ -114,6 +115,69 @@ def test_a_container_that_is_too_small_is_named(tmp_path, capsys):
     limit.write_text(str(1 << 29))
     with pytest.raises(StartError, match=r"may use 0\.5 GB of memory .* needs up to 1\.1 GB: give it more"):
         check_memory(MELT, limit)
+
+
+@pytest.fixture
+def little_free(tmp_path):
+    """What the kernel says of a node of which three quarters are free, a part of it only when it is asked for."""
+    node = tmp_path / "node0"
+    node.mkdir()
+    kilobytes = {"MemTotal": 8000000, "MemFree": 2000000, "Active(file)": 1000000, "Inactive(file)": 2000000}
+    kilobytes |= {"Active(anon)": 1000000, "SReclaimable": 1000000, "HugePages_Free": 0}
+    (node / "meminfo").write_text("".join(f"Node 0 {name}: {number:8} kB\n" for name, number in kilobytes.items()))
+    return node / "meminfo"
+
+
+def test_a_cpu_without_the_memory_that_vllm_takes_is_named(little_free, tmp_path):
+    start_checks.check_free_memory("0.74", None, little_free)
+    with pytest.raises(StartError, match=r"6\.1 of 8\.2 GB .* vLLM wants 7\.5 .*0\.92.*--kv-cache-memory-bytes 1G"):
+        start_checks.check_free_memory(None, None, little_free)
+    limit = tmp_path / "memory.max"
+    for stated in ("max", str(1 << 60)):
+        limit.write_text(stated)
+        with pytest.raises(StartError, match=r"--gpu-memory-utilization=0\.76"):
+            start_checks.check_free_memory("0.76", limit, little_free)
+    start_checks.check_free_memory("much", None, little_free)
+    limit.write_text(str(1 << 30))
+    start_checks.check_free_memory(None, limit, little_free)
+    (little_free.parent.parent / "node1").mkdir()
+    start_checks.check_free_memory(None, None, little_free)
+
+
+def test_only_where_vllm_would_want_it(little_free, monkeypatch):
+    monkeypatch.setattr(start_checks.check_free_memory, "__defaults__", (little_free,))
+    monkeypatch.setattr(start_checks, "CGROUP_LIMITS", ())
+    monkeypatch.setattr(start_checks, "runs_on_cpu", lambda: True)
+    port = ["--port", str(free_port())]
+    with pytest.raises(StartError, match="of memory are free"):
+        check_start([*port, "--model", "somebody/a-model"], {})
+    for words, environment in (
+        (["--kv-cache-memory-bytes", "1G"], {}),
+        (["--gpu_memory_utilization=0.5"], {}),
+        (["--config", "flags.yaml"], {}),
+        ([], {"VLLM_CPU_KVCACHE_SPACE": "1"}),
+    ):
+        check_start([*port, *words], environment)
+    monkeypatch.setattr(start_checks, "runs_on_cpu", lambda: False)
+    check_start(port, {})
+
+
+@pytest.mark.parametrize("wrong", ["missing", "no PEM", "another's key", "no certificate"])
+def test_a_certificate_that_is_none_is_named(wrong, tmp_path, capsys):
+    certificate, key = self_signed(tmp_path)
+    start_checks.check_certificate(str(certificate), str(key))
+    words = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    if wrong == "missing":
+        certificate.unlink()
+    elif wrong == "no PEM":
+        certificate.write_text("certainly")
+    elif wrong == "another's key":
+        (tmp_path / "other").mkdir()
+        shutil.copy(self_signed(tmp_path / "other")[1], key)
+    else:
+        words = words[2:]
+    says = "nothing without --ssl-certfile" if wrong == "no certificate" else f"--ssl-certfile={certificate} and"
+    assert says in refusal(capsys, MELT, *words)
 
 
 def test_a_process_that_may_open_few_files_is_told_so():
@@ -150,5 +214,5 @@ def test_checks_can_be_left_out(monkeypatch, checkpoint):
 
 def test_what_is_bundled_costs_no_time():
     started = time.process_time()
-    check_start(["--model", str(MELT), "--port", str(free_port())], {})
+    check_start(["--model", str(MELT), "--port", str(free_port()), "--kv-cache-memory-bytes", "1G"], {})
     assert time.process_time() - started < 0.2

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from melt_serve.api.limits import Limits
+
 MOST_NESTED = 100
 """Objects and arrays in each other. What parses, validates and copies a body behind us recurses."""
 INTEGERS = range(-(2**63), 2**64)
@@ -22,14 +24,14 @@ LONGEST_NAME = 100
 """Characters of a field's name in a message; the client chose it."""
 
 
-def find_mistake(scope: Scope, body: bytes) -> str | None:
+def find_mistake(scope: Scope, body: bytes, max_items: int = Limits().max_items) -> str | None:
     """Return what is wrong with a request's body, with the field's name, or None."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if not body or not (path in ROUTES or "json" in Headers(scope=scope).get("content-type", "")):
         return None
     try:
         value = json.loads(body, parse_constant=refuse_constant)
-        check_values(value)
+        check_values(value, max_items)
     except RecursionError:
         return TOO_DEEP
     except ValueError as error:
@@ -41,7 +43,21 @@ def find_mistake(scope: Scope, body: bytes) -> str | None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{field_name(first['loc'])}: {first['msg']}"
+    if (answers := answers_asked(value)) > max_items:
+        return f"This asks for {answers} answers, prompts times n, and {at_most(max_items)}"
     return None
+
+
+def answers_asked(body: dict[str, Any]) -> int:
+    """Return how many answers a request asks for: to each of its prompts or chats, n."""
+    lists = [body[name] for name in ("prompt", "messages") if isinstance(body.get(name), list)]
+    prompts = [len(each) for each in lists if each and isinstance(each[0], str | list)]
+    return max(prompts, default=1) * (n if isinstance(n := body.get("n"), int) else 1)
+
+
+def at_most(max_items: int) -> str:
+    """Return what this server takes, and what to do."""
+    return f"this server takes {max_items}: send fewer at once, or start it with a higher --max-items"
 
 
 TOO_DEEP = f"More than {MOST_NESTED} objects and arrays in each other."
@@ -52,11 +68,12 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number; leave the field out instead")
 
 
-def check_values(body: Any) -> None:
+def check_values(body: Any, max_items: int) -> None:
     """Check what a body holds, in any field.
 
     Raises:
-        ValueError: nesting, a number or a string that cannot be passed on; the message names the field.
+        ValueError: nesting, a number or a string that cannot be passed on, or an array of more members than
+            `max_items`, of which vLLM copies, renders or searches each; the message names the field.
     """
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), body)]
     while waiting:
@@ -72,6 +89,8 @@ def check_values(body: Any) -> None:
             kinds = set(map(type, value))
             if kinds == {int}:  # token ids: as many as a body has room for
                 members = [(value.index(each), each) for each in (min(value), max(value))]
+            elif len(value) > max_items:
+                raise ValueError(f"{field_name(path)} has {len(value)} members, and {at_most(max_items)}")
             elif kinds == {str}:
                 check_text(path, value)
                 continue

@@ -145,8 +145,8 @@ class Guard:
         whole: Message = {"type": "http.request", "body": b"".join(parts)}
         if message["type"] == "http.request":  # else the client has left
             # A large body takes seconds, in which all other clients would wait.
-            check = asyncio.to_thread(find_mistake, scope, whole["body"]) if size > AT_ONCE else None
-            mistake = find_mistake(scope, whole["body"]) if check is None else await check
+            look = partial(find_mistake, scope, whole["body"], self.limits.max_items)
+            mistake = await asyncio.to_thread(look) if size > AT_ONCE else look()
             if mistake is not None:
                 raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
         first = [whole if message["type"] == "http.request" else message]

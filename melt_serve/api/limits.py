@@ -16,6 +16,7 @@ class Limits(BaseModel):
         max_header_bytes: of a request's line and headers.
         header_timeout: seconds until a new connection, or a request that has begun, has sent all its headers.
         max_body_bytes: of a request's body; vLLM limits a prompt's tokens (`--max-model-len`), but reads it first.
+        max_items: members of an array in a body, unless they are token ids; and answers, which are prompts times n.
         body_timeout: seconds until the whole body must have arrived.
         request_timeout: seconds until the whole answer must have been taken by the client.
     """
@@ -24,6 +25,7 @@ class Limits(BaseModel):
     max_header_bytes: PositiveInt = 32 << 10
     header_timeout: PositiveFloat = 10
     max_body_bytes: PositiveInt = 4 << 20
+    max_items: PositiveInt = 2048
     body_timeout: PositiveFloat = 30
     request_timeout: PositiveFloat = 600
 

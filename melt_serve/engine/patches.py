@@ -486,8 +486,11 @@ def _count_accepted(original: Callable[..., None]) -> Callable[..., None]:
 def _record_loops(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_outputs(self: OutputProcessor, outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-        usage.record_finished(outputs, self.request_states)
-        return original(self, outputs, *args, **kwargs)
+        runs = usage.take_runs(outputs, self.request_states)
+        processed = original(self, outputs, *args, **kwargs)
+        ended = {output.request_id for output in outputs if output.finished}.union(processed.reqs_to_abort)
+        usage.observe(runs[request_id] for request_id in runs.keys() & ended)  # aborted here: by a stop string
+        return processed
 
     return process_outputs
 

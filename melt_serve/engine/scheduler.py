@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -86,7 +87,10 @@ class ChunkGridScheduler(AsyncScheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Count the loops that the generated tokens ran, and update the requests as vLLM does."""
+        """Count the loops that the generated tokens ran, and update the requests as vLLM does.
+
+        An output of a request with stop strings may be its last, which only the front end finds: it has the count.
+        """
         token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
@@ -97,7 +101,17 @@ class ChunkGridScheduler(AsyncScheduler):
             if request.drop_stale_output and request.num_stale_output_tokens > 0:  # vLLM throws these tokens away
                 continue
             self.loops_run[request_id][depth.loops if depth.exit_threshold == 1 else token_loops[request_id]] += 1
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in chain.from_iterable(each.outputs for each in outputs.values()):
+            request = self.requests.get(output.request_id)
+            if request is not None and not output.finished and request.sampling_params.stop:
+                output.kv_transfer_params = self._loops_of(output.request_id)
+        return outputs
+
+    def _loops_of(self, request_id: str) -> dict[str, Any] | None:
+        """Return what `usage.py` takes: the loops that a request's tokens ran so far, or None before there are any."""
+        run = self.loops_run.get(request_id)
+        return {LOOPS: self.depths[request_id].loops, LOOPS_RUN: dict(run)} if run else None
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Return vLLM's statistics, if it wants any, with our counts since the last ones."""
@@ -184,9 +198,10 @@ class ChunkGridScheduler(AsyncScheduler):
         params, encoder_params = super()._free_request(request, *args, **kwargs)
         self.lost_hits.pop(request.request_id, None)
         self.computed_before.pop(request.request_id, None)
-        depth = self.depths.pop(request.request_id)
-        if run := self.loops_run.pop(request.request_id, None):
-            params = {**(params or {}), LOOPS: depth.loops, LOOPS_RUN: dict(run)}
+        if loops := self._loops_of(request.request_id):
+            params = {**(params or {}), **loops}
+        self.loops_run.pop(request.request_id, None)
+        self.depths.pop(request.request_id)
         return params, encoder_params
 
     def _count_step(self, output: SchedulerOutput) -> None:

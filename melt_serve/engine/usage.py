@@ -2,14 +2,15 @@
 
 The worker reports how many loops each token ran (`cpu_worker.py`). The scheduler counts them for each request and
 hands the count over with the request's last output (`scheduler.py`), in vLLM's one field for facts about a finished
-request, `kv_transfer_params`. Here it is taken out again.
+request, `kv_transfer_params`. A stop string is found here, after the engine, and any output may prove to be the last:
+a request that has one hands its count over with every output. Here it is taken out again.
 """
 
 import functools
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import prometheus_client
 from vllm import SamplingParams
@@ -38,26 +39,45 @@ def count_accepted(params: SamplingParams | None) -> None:
         REQUESTS.labels(depth["loops"]).inc()
 
 
-def record_finished(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> None:
-    """Observe the loops of finished requests; make each of several answers to a prompt count all finished ones.
+class Run(NamedTuple):
+    """What a request's tokens ran so far: the most loops that one could run, and tokens by the loops they ran."""
+
+    most: int
+    tokens: dict[int, int]
+
+
+def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> dict[str, Run]:
+    """Return what the engine's outputs say of their requests' loops, by request id.
+
+    Each of several answers to a prompt then hands on the sum over all of them.
 
     Args:
         outputs: what the engine returns of this step's requests.
         states: vLLM's states of running requests, by id.
     """
+    runs = {}
     for output in outputs:
         params = output.kv_transfer_params or {}
         state = states.get(output.request_id)
         if LOOPS_RUN not in params or state is None:
             continue
-        observed = TOKEN_LOOPS.labels(params.pop(LOOPS))
-        for loops, tokens in params[LOOPS_RUN].items():
+        run = runs[output.request_id] = Run(params.pop(LOOPS), params[LOOPS_RUN])
+        if (parent := state.parent_req) is not None:
+            answers, total = vars(parent).setdefault(LOOPS_RUN, ({}, Counter()))
+            total.subtract(answers.get(output.request_id, {}))
+            total.update(run.tokens)
+            answers[output.request_id] = run.tokens
+            params[LOOPS_RUN] = dict(total)
+    return runs
+
+
+def observe(runs: Iterable[Run]) -> None:
+    """Count the tokens of finished requests."""
+    for run in runs:
+        observed = TOKEN_LOOPS.labels(run.most)
+        for loops, tokens in run.tokens.items():
             for _ in range(tokens):
                 observed.observe(loops)
-        if (parent := state.parent_req) is not None:
-            all_answers = vars(parent).setdefault(LOOPS_RUN, Counter())
-            all_answers.update(params[LOOPS_RUN])
-            params[LOOPS_RUN] = dict(all_answers)
 
 
 class LoopUsage:
@@ -210,6 +230,8 @@ def add_to_event(event: Any, loops: dict[str, float]) -> Any:
         return event
     head, _, data = event.partition("data: ")
     body = json.loads(data)
+    if "usage" not in body:  # a part of it has one: Anthropic's message, as it begins
+        return event
     body["usage"]["loops"] = loops
     return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
 

@@ -10,10 +10,10 @@ from melt_serve.api.bodies import MOST_NESTED, find_mistake
 CHAT = "/v1/chat/completions"
 
 
-def mistake(body, path=CHAT, content_type="application/json"):
+def mistake(body, path=CHAT, content_type="application/json", **limits):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     scope = {"type": "http", "path": path, "headers": [(b"content-type", content_type.encode())]}
-    return find_mistake(scope, content)
+    return find_mistake(scope, content, **limits)
 
 
 def nested(levels):
@@ -99,8 +99,61 @@ def test_a_field_that_a_route_would_ignore_or_choke_on_is_refused_there(path, bo
     assert says in mistake(body, path)
 
 
+MESSAGE = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "a"}}
+PART = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("/v1/completions", "prompt", lambda many: {"prompt": ["a"] * many}),
+        ("/v1/completions", "prompt", lambda many: {"prompt": [[1, 2]] * many}),
+        (CHAT, "messages", lambda many: {"messages": [MESSAGE] * many}),
+        (CHAT, "messages.0.content", lambda many: {"messages": [{"role": "user", "content": [PART] * many}]}),
+        (CHAT, "tools", lambda many: {"messages": [MESSAGE], "tools": [TOOL] * many}),
+        (CHAT, "stop", lambda many: {"messages": [MESSAGE], "stop": ["a"] * many}),
+        (CHAT, "structured_outputs.choice", lambda many: {"structured_outputs": {"choice": ["a"] * many}}),
+        ("/v1/chat/completions/batch", "messages", lambda many: {"messages": [[MESSAGE]] * many}),
+        ("/v1/responses", "input", lambda many: {"input": [MESSAGE] * many}),
+        ("/v1/messages", "stop_sequences", lambda many: {"messages": [MESSAGE], "stop_sequences": ["a"] * many}),
+        (
+            "/inference/v1/generate",
+            "sampling_params.bad_words",
+            lambda many: {"sampling_params": {"bad_words": ["a"] * many}},
+        ),
+        ("/generative_scoring", "items", lambda many: {"items": ["a"] * many}),
+    ],
+)
+def test_an_array_has_so_many_members(path, field, body):
+    assert mistake(body(8), path, max_items=8) is None
+    assert mistake(body(9), path, max_items=8).startswith(
+        f"The body is no JSON that this server takes: {field} has 9 members, and this server takes 8: send fewer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answers"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 4}, 12),
+        ("/v1/completions", {"prompt": [[1, 2], [3]], "n": 5}, 10),
+        ("/v1/completions", {"prompt": list(range(100)), "n": 9}, 9),
+        ("/v1/completions", {"prompt": "a" * 100, "n": 9}, 9),
+        (CHAT, {"messages": [MESSAGE] * 4, "n": 9}, 9),
+        ("/v1/chat/completions/batch", {"messages": [[MESSAGE] * 4] * 3, "n": 4}, 12),
+        ("/v1/completions", {"prompt": [], "n": 9}, 9),
+    ],
+)
+def test_a_request_has_so_many_answers(path, body, answers):
+    assert mistake(body, path, max_items=answers) is None
+    says = mistake(body, path, max_items=answers - 1)
+    assert says.startswith(f"This asks for {answers} answers, prompts times n, and this server takes {answers - 1}: ")
+    assert mistake({**body, "n": None}, path, max_items=answers - 1) is None
+
+
 def test_a_body_as_large_as_may_be_is_judged_in_little_time():
     started = time.process_time()
     assert mistake({"prompt": list(range(600_000))}) is None
-    assert mistake({"prompt": ["a"] * 800_000}) is None
+    assert "800000 members" in mistake({"prompt": ["a"] * 800_000})
+    assert mistake({"prompt": ["a"] * 800_000}, max_items=800_000) is None
     assert time.process_time() - started < 3

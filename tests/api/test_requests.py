@@ -60,6 +60,13 @@ def test_so_is_all_that_vllm_itself_refuses(server, path):
     assert (status, kind) == (400, "application/json"), text
 
 
+def test_more_prompts_than_a_request_may_have_are_refused(server):
+    for more in ({"prompt": ["a"] * 2049}, {"prompt": ["a"] * 17, "n": 128}):
+        status, kind, text = ask(server, "/v1/completions", {**GENERATES["/v1/completions"], **more})
+        assert (status, kind) == (400, "application/json")
+        assert "--max-items" in json.loads(text)["error"]["message"] and "2048" in text
+
+
 def test_an_effort_that_nobody_defined_is_refused_before_a_stream_begins(server):
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         for wrong in ({"reasoning_effort": "hardest"}, {"reasoning": {"effort": "hardest"}}):
@@ -78,6 +85,31 @@ def test_every_route_that_generates_tells_its_loops_and_nothing_of_how_they_come
         status, _, text = ask(server, path, body)
         assert status == 200 and re.search(r'"loops": ?\{"mean": ?3.0, ?"max": ?3\}', text), text
         assert "melt_loops" not in text
+
+
+def counted(server):
+    """Return how many tokens of five-loop requests the metrics count."""
+    with urllib.request.urlopen(f"{server}/metrics", timeout=60) as answer:
+        found = re.search(r'^melt_token_loops_count\{loops="5"\} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.mark.parametrize("path", [path for path in GENERATES if path != "/inference/v1/generate"])  # which has no text
+def test_an_answer_that_a_stop_string_ends_tells_its_loops_too(server, path):
+    stop = {"stop_sequences" if path == "/v1/messages" else "stop": [" "]}
+    several = {"n": 2, "temperature": 1} if path in ("/v1/chat/completions", "/v1/completions") else {}
+    options = {} if path in ("/v1/messages", "/v1/responses") else {"stream_options": {"include_usage": True}}
+    asked = [asking(path, {"loops": 5}, **stop, **more) for more in ({}, several)]
+    if path in STREAMS:
+        asked += [asking(path, {"loops": 5}, **stop, **more, stream=True, **options) for more in ({}, several)]
+    for body in asked:
+        body.update({name: 64 for name in ("max_tokens", "max_output_tokens") if name in body})
+        before = counted(server)
+        status, _, text = ask(server, path, body)
+        assert status == 200 and re.search(r'"loops": ?\{"mean": ?5.0, ?"max": ?5\}', text), text
+        assert "melt_loops" not in text
+        tokens = int(re.findall(r'"(?:completion|output)_tokens": ?(\d+)', text)[-1])
+        assert tokens < 64 and counted(server) == before + tokens
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])

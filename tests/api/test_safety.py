@@ -1,12 +1,15 @@
-"""`melt-serve serve` as it starts by itself, with a key: what strangers get, what the log says, how it stops."""
+"""`melt-serve serve` with a key and TLS: what strangers get, what the log says, how it stops."""
 
 import json
 import signal
+import socket
+import ssl
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,7 @@ from openai import APIStatusError, AuthenticationError, OpenAI
 
 from melt_serve.api.guard import OPEN
 from melt_serve.server_process import free_port, running
+from tests.certificates import self_signed
 from tests.container import in_shared_memory_of, may_mount
 
 KEY = "sesame"
@@ -27,11 +31,17 @@ def server(tmp_path_factory):
     port = free_port()
     words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20), "--max-body-bytes", "100000"]
     command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
+    folder = tmp_path_factory.mktemp("safe")
+    certificate, key = self_signed(folder)
+    command += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
     if may_mount():
         command = [*in_shared_memory_of("64m"), *command]
-    environment = {"VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO"}
-    with running(command, port, tmp_path_factory.mktemp("safe") / "log.txt", environment=environment) as server:
-        yield server
+    environment = {"VLLM_API_KEY": KEY, "VLLM_LOGGING_LEVEL": "INFO", "MELT_HEADER_TIMEOUT": "4"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SSL_CERT_FILE", str(certificate))
+        patched.setattr(urllib.request, "_opener", None)  # it may have been made before, of other certificates
+        with running(command, port, folder / "log.txt", scheme="https", environment=environment) as server:
+            yield server
 
 
 def status(server, method, path, key=None):
@@ -114,6 +124,40 @@ def test_an_answer_tells_what_the_prefix_cache_had_of_its_prompt(client):
     )
     client.chat.completions.create(**asked)
     assert client.chat.completions.create(**asked).usage.prompt_tokens_details.cached_tokens >= 32
+
+
+def test_the_page_and_health_come_by_tls_and_without_it_nothing_does(server):
+    with urllib.request.urlopen(f"{server.url}/melt") as page:
+        assert b"<title>" in page.read() and "script-src" in page.headers["Content-Security-Policy"]
+    for path in ("/health", "/melt/ready"):
+        with urllib.request.urlopen(server.url + path) as answer:
+            assert answer.status == 200
+    with pytest.raises((OSError, HTTPException)):  # reset, or ended with an alert of TLS
+        urllib.request.urlopen(server.url.replace("https", "http") + "/health", timeout=30)
+
+
+def test_headers_are_bounded_in_bytes_and_time_behind_tls_too(server):
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    trusted = ssl.create_default_context()
+    for sent, says in (
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * (33 << 10), b"HTTP/1.1 431 "),
+        (b"GET /health HTTP/1.1\r\nX: ", b"HTTP/1.1 408 "),
+        (b"nonsense\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"", b""),
+    ):
+        plain = socket.create_connection(address, timeout=30)
+        with trusted.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            connection.sendall(sent)
+            answer = b"".join(iter(lambda: received(connection), b""))
+        assert answer.startswith(says) and bool(answer) == bool(says), answer
+
+
+def received(connection):
+    """What comes next of an answer; nothing if the connection ends, however it does."""
+    try:
+        return connection.recv(1 << 16)
+    except OSError:
+        return b""
 
 
 def test_no_other_web_page_may_ask(server):

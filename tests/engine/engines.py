@@ -188,7 +188,6 @@ def engine_logprobs(output: CompletionOutput) -> torch.Tensor:
     return table
 
 
-@torch.no_grad()
 def reference_logprobs(
     model: MeltForCausalLM | OuroForCausalLM,
     asked: Sequence[list[int]],
@@ -196,7 +195,19 @@ def reference_logprobs(
     loops: int | Sequence[int] | None = None,
     exits: float | Sequence[float] | None = None,
 ) -> list[torch.Tensor]:
-    """Return what the reference says when it decodes the same tokens in the checkpoint's mode.
+    """Return what the reference says when it decodes the same tokens: [generated, vocabulary] for each prompt."""
+    return [logits.log_softmax(-1) for logits in reference_logits(model, asked, answers, loops, exits)]
+
+
+@torch.no_grad()
+def reference_logits(
+    model: MeltForCausalLM | OuroForCausalLM,
+    asked: Sequence[list[int]],
+    answers: Sequence[Sequence[int]],
+    loops: int | Sequence[int] | None = None,
+    exits: float | Sequence[float] | None = None,
+) -> list[torch.Tensor]:
+    """Return the reference's logits when it decodes the same tokens in the checkpoint's mode.
 
     One call for all of them, with padding on the right. A LoopLM takes one number of loops and no exits.
 
@@ -211,9 +222,9 @@ def reference_logprobs(
         loops=torch.tensor(loops) if isinstance(loops, Sequence) else loops,
         exit_threshold=torch.tensor(exits) if isinstance(exits, Sequence) else exits,
     )
-    logprobs = output.logits.float().log_softmax(-1)
     return [
-        each[len(prompt) - 1 : len(tokens) - 1] for each, prompt, tokens in zip(logprobs, asked, whole, strict=True)
+        each[len(prompt) - 1 : len(tokens) - 1]
+        for each, prompt, tokens in zip(output.logits.float(), asked, whole, strict=True)
     ]
 
 

@@ -1,22 +1,39 @@
 """Scenes that servers go through, played on a live engine: who asks what and when, in how much time and room."""
 
+import copy
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.nn.functional import one_hot
+from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.outputs import CompletionOutput
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import RequestStatus
 
 from melt_serve.modeling import MeltForCausalLM
-from tests.engine.engines import VOCABULARY, engine_logprobs, everything, reference_logprobs, scheduler_of
+from tests.engine.adapters import Adapter
+from tests.engine.engines import VOCABULARY, engine_logprobs, everything, reference_logits, scheduler_of
 
 MAX_LENGTH = 320
-LIMITS = {"max_model_len": MAX_LENGTH, "max_num_batched_tokens": 512, "max_num_seqs": 6, "block_size": 32}
-"""Options of the engines that scenes are played on."""
+LARGE = 1e4
+"""Instead of infinity, where log-probabilities are compared."""
+LIMITS = {
+    "max_model_len": MAX_LENGTH,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 6,
+    "block_size": 32,
+    "logprobs_mode": "processed_logprobs",  # after penalties and grammars
+    "skip_tokenizer_init": False,  # grammars need one
+}
+"""Options of the engines that scenes are played on; `save_tokenizer` makes what they need beside a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,10 @@ class Ask:
         loops: at most so many; the checkpoint's own without.
         exit_threshold: at which its tokens leave the loops early; 1 for never.
         priority: the lower, the sooner; of use under vLLM's priority policy only.
+        penalty: for what was said before: presence and frequency, and repetition as 1 + penalty.
+        alternates: its answer follows a grammar: a token of the vocabulary's first half, one of its second, and so on.
+        adapter: which of the server's LoRA adapters it names; none, or the server has none, if None.
+        leaves: so many engine steps after it arrived it is cancelled; it may have its answer by then.
     """
 
     arrives: int
@@ -48,6 +69,10 @@ class Ask:
     loops: int | None = None
     exit_threshold: float = 1.0
     priority: int = 0
+    penalty: float = 0.0
+    alternates: bool = False
+    adapter: int | None = None
+    leaves: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +93,22 @@ class Scene:
     ahead: bool = False
 
 
+ALTERNATING = f"([0-3][0-9a-f][4-7][0-9a-f]){{{MAX_LENGTH}}}"
+"""A grammar that `save_tokenizer` understands; it has no end within a request's length."""
+
 CROWD = tuple(Ask(arrives=i, document=0, shared=200, own=20 + i, answer=90, n=1 + i % 2) for i in range(6))
 TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, continues=i - 1) for i in range(5))
-DEPTHS = tuple(replace(ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2]) for i, ask in enumerate(CROWD))
+LEAVERS = tuple(replace(ask, leaves=(None, 3, 0, None, 40, 90)[i], penalty=i / 5) for i, ask in enumerate(CROWD))
+MIXED = tuple(
+    replace(
+        ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2], alternates=i % 2 == 0, adapter=(0, None, 1)[i % 3]
+    )
+    for i, ask in enumerate(CROWD)
+)
 SCENES = (
     Scene(CROWD, budget=97, spare_blocks=0),
-    Scene(CROWD, spare_blocks=2, ahead=True),
-    Scene(DEPTHS, budget=128, spare_blocks=2),
+    Scene(LEAVERS, spare_blocks=2, ahead=True),
+    Scene(MIXED, budget=128, spare_blocks=2),
     Scene(TALK, spare_blocks=0),
 )
 """What every kind of engine must stand; together they preempt, hit the prefix cache and pass requests over."""
@@ -90,34 +124,67 @@ class Played:
 
 
 class Server:
-    """A live engine with its reference, and counts of what its scheduler has done."""
+    """A live engine with its reference and its adapters, and counts of what its scheduler has done.
 
-    def __init__(self, llm: LLM, model: MeltForCausalLM):
-        self.llm, self.model, self.counts = llm, model, Counter()
+    The reference runs in float64, so that the engine alone rounds: after six loops of two layers float32 is up to 5e-5
+    from it, on either side.
+    """
+
+    def __init__(self, llm: LLM, model: MeltForCausalLM, adapters: Sequence[Adapter] = ()):
+        self.llm, self.model, self.counts = llm, copy.deepcopy(model).double(), Counter()
+        self.adapters = [Adapter(request, merged.double()) for request, merged in adapters]
 
     def distances(self, scene: Scene) -> dict[tuple[int, int], float]:
         """Play the scene; return each answer's largest difference in log-probability from the reference."""
-        played = play(self.llm, scene)
+        scene = scene if self.adapters else replace(scene, asks=tuple(replace(ask, adapter=None) for ask in scene.asks))
+        played = play(self.llm, scene, self.adapters)
         self.counts.update(played.counts)
-        assert len(played.answers) == sum(ask.n for ask in scene.asks)
-        asks = [scene.asks[number] for number, _ in played.answers]
-        expected = reference_logprobs(
-            self.model,
-            [played.prompts[number] for number, _ in played.answers],
-            [answer.token_ids for answer in played.answers.values()],
-            [ask.loops or self.model.config.total_ut_steps for ask in asks],
-            [float(ask.exit_threshold) for ask in asks],
-        )
-        return {
-            which: (engine_logprobs(answer) - logprobs).abs().max().item()
-            for (which, answer), logprobs in zip(played.answers.items(), expected, strict=True)
+        whole = {which for which, answer in played.answers.items() if answer.finish_reason == "length"}
+        assert whole >= {
+            (number, n) for number, ask in enumerate(scene.asks) for n in range(ask.n) if ask.leaves is None
         }
+        distances = {}
+        for adapter in {scene.asks[number].adapter for number, _ in played.answers}:
+            answers = {which: said for which, said in played.answers.items() if scene.asks[which[0]].adapter == adapter}
+            asks = [scene.asks[number] for number, _ in answers]
+            prompts = [played.prompts[number] for number, _ in answers]
+            logits = reference_logits(
+                self.model if adapter is None else self.adapters[adapter].merged,
+                prompts,
+                [answer.token_ids for answer in answers.values()],
+                [ask.loops or self.model.config.total_ut_steps for ask in asks],
+                [float(ask.exit_threshold) for ask in asks],
+            )
+            for ask, prompt, (which, answer), before in zip(asks, prompts, answers.items(), logits, strict=True):
+                expected = processed(before, ask, prompt, answer.token_ids).log_softmax(-1)
+                difference = engine_logprobs(answer).clamp(min=-LARGE) - expected.clamp(min=-LARGE)
+                distances[which] = difference.abs().max().item()
+        return distances
 
 
-def play(llm: LLM, scene: Scene) -> Played:
+def processed(logits: torch.Tensor, ask: Ask, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """Return the logits before each token of the answer, [generated, vocabulary], after grammar and penalties.
+
+    What a grammar forbids is minus infinity. Penalties are OpenAI's, and the repetition penalty of transformers, which
+    counts the prompt's tokens, too.
+    """
+    logits = logits.clone()
+    if ask.alternates:
+        logits[0::2, VOCABULARY // 2 :] = -torch.inf
+        logits[1::2, : VOCABULARY // 2] = -torch.inf
+    said = one_hot(torch.tensor(answer), VOCABULARY)
+    counts = said.cumsum(0) - said
+    seen = (counts > 0) | one_hot(torch.tensor(prompt), VOCABULARY).any(0)
+    again = 1 + ask.penalty
+    logits = torch.where(seen, torch.where(logits > 0, logits / again, logits * again), logits)
+    return logits - ask.penalty * (counts + (counts > 0))
+
+
+def play(llm: LLM, scene: Scene, adapters: Sequence[Adapter] = ()) -> Played:
     """Run the scene step by step; leave the engine as it was, but for the prefix cache."""
     live, played, scheduler = llm.llm_engine, Played(), scheduler_of(llm)
     arriving = sorted(range(len(scene.asks)), key=lambda number: scene.asks[number].arrives)
+    leaving: dict[int, int] = {}
     if not scene.warm:
         assert live.reset_prefix_cache()
     blocks = None if scene.spare_blocks is None else blocks_of_longest(scheduler) + scene.spare_blocks
@@ -129,16 +196,30 @@ def play(llm: LLM, scene: Scene) -> Played:
         for step in range(5000):
             while arriving and (scene.asks[arriving[0]].arrives <= step or not live.has_unfinished_requests()):
                 number = arriving.pop(0)
+                ask = scene.asks[number]
                 prompt = played.prompts[number] = prompt_of(scene, number, played)
-                parameters = sampling(scene.asks[number], len(prompt))
-                ask = TokensPrompt(prompt_token_ids=prompt)
-                live.add_request(str(number), ask, parameters, priority=scene.asks[number].priority)
-            if not live.has_unfinished_requests():
+                live.add_request(
+                    str(number),
+                    TokensPrompt(prompt_token_ids=prompt),
+                    sampling(ask, len(prompt)),
+                    lora_request=None if ask.adapter is None else adapters[ask.adapter].request,
+                    priority=ask.priority,
+                )
+                if ask.leaves is not None:
+                    leaving[number] = step + ask.leaves
+            live.abort_request([str(number) for number, when in leaving.items() if when == step])
+            if not arriving and not live.has_unfinished_requests():
                 return played
             for output in live.step():
                 for answer in output.outputs:
                     played.answers[int(output.request_id), answer.index] = answer
     raise AssertionError("the engine makes no progress")
+
+
+def save_tokenizer(path: Path) -> None:
+    """Save a tokenizer whose tokens are their own ids, in two hexadecimal digits."""
+    words = {f"{number:02x}": number for number in range(VOCABULARY)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="00"))).save_pretrained(path)
 
 
 def prompt_of(scene: Scene, number: int, played: Played) -> list[int]:
@@ -163,7 +244,17 @@ def sampling(ask: Ask, prompt_length: int) -> SamplingParams:
     temperature = 0 if ask.seed is None and ask.n == 1 else 1
     depth = {"exit_threshold": ask.exit_threshold, **({} if ask.loops is None else {"loops": ask.loops})}
     answer = min(ask.answer, MAX_LENGTH - prompt_length)
-    return everything(answer, temperature=temperature, seed=ask.seed, n=ask.n, extra_args=depth)
+    return everything(
+        answer,
+        temperature=temperature,
+        seed=ask.seed,
+        n=ask.n,
+        extra_args=depth,
+        presence_penalty=ask.penalty,
+        frequency_penalty=ask.penalty,
+        repetition_penalty=1 + ask.penalty,
+        structured_outputs=StructuredOutputsParams(regex=ALTERNATING) if ask.alternates else None,
+    )
 
 
 def blocks_of_longest(scheduler: Any) -> int:
@@ -199,7 +290,8 @@ def scheduled_ahead(core: Any, ahead: bool) -> Iterator[None]:
 
     def run_oldest() -> dict:
         scheduled = under_way.popleft()
-        output = core.model_executor.execute_model(scheduled) or core.model_executor.sample_tokens(None)
+        grammars = core.scheduler.get_grammar_bitmask(scheduled)
+        output = core.model_executor.execute_model(scheduled) or core.model_executor.sample_tokens(grammars)
         return core.scheduler.update_from_output(scheduled, output)
 
     def step() -> tuple[dict, bool]:
@@ -233,7 +325,8 @@ def counted(scheduler: Any) -> Iterator[Counter]:
         preempt(*args, **kwargs)
 
     def counting_ready(request: Any) -> bool:
-        counts["passed over"] += not (answer := ready(request))
+        waits_for_grammar = request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        counts["passed over"] += not (answer := ready(request)) and not waits_for_grammar
         return answer
 
     def counting_record(request: Any, hits: int) -> None:

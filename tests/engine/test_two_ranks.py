@@ -20,7 +20,7 @@ from tests.engine.engines import (
     save_melt,
 )
 from tests.engine.random_scenes import FEW, judge, plays
-from tests.engine.scenes import LIMITS, Server
+from tests.engine.scenes import LIMITS, Server, save_tokenizer
 
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 KINDS = {
@@ -39,6 +39,7 @@ def server(request, tmp_path_factory):
     save, checkpoint, options = KINDS[request.param]
     path = tmp_path_factory.mktemp("served")
     model = save(path, **checkpoint)
+    save_tokenizer(path)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         with engine(path, **LIMITS, **options, **TWO_RANKS) as llm:
