@@ -296,7 +296,7 @@ def _resolve_late(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         model_config = self.vllm_config.model_config
-        if _is_melt(model_config):
+        if isinstance(model_config.hf_config, LoopLMConfig):
             request.sampling_params = resolve_depth(request.sampling_params, model_config.hf_config)
         return original(self, request)
 
@@ -357,7 +357,7 @@ def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
 
 RESUMABLE_REFUSED = (
     "MELT cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
-    "in chunk mode it is not proved; send the whole prompt as one request"
+    "in chunk mode and of a LoopLM it is not proved; send the whole prompt as one request"
 )
 
 
@@ -374,7 +374,7 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
         resumable: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if _is_melt(self.model_config):
+        if isinstance(self.model_config.hf_config, LoopLMConfig):
             if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
                 raise VLLMValidationError(RESUMABLE_REFUSED)
             params = resolve_depth(params, self.model_config.hf_config)
