@@ -57,6 +57,10 @@ class LoopLMConfig(PreTrainedConfig):
     Field names are Ouro's (arXiv 2510.25741), so that its published checkpoints load as they are.
     The defaults are Ouro-1.4B's shape.
 
+    `total_ut_steps` is the number of loops run by default, `max_loops` the most that a request may ask for (by default
+    no more than that). `effort_loops` says what OpenAI's `reasoning_effort` means, where it should not mean what
+    `loops_by_effort` says.
+
     Raises:
         StrictDataclassClassValidationError: a field's value cannot be; the message names it.
     """
@@ -86,6 +90,8 @@ class LoopLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     total_ut_steps: int = 4
     early_exit_threshold: float | int = 1.0
+    max_loops: int | None = None
+    effort_loops: dict[str, int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.num_key_value_heads is None:
@@ -104,7 +110,7 @@ class LoopLMConfig(PreTrainedConfig):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         for field, most in AT_MOST.items():
-            if getattr(self, field, 0) > most:
+            if (getattr(self, field, None) or 0) > most:
                 raise ValueError(f"{field} must be at most {most}, not {getattr(self, field)}")
         if not 0 < self.rms_norm_eps < 1:
             raise ValueError(f"rms_norm_eps must be above 0 and below 1, not {self.rms_norm_eps}")
@@ -138,6 +144,44 @@ class LoopLMConfig(PreTrainedConfig):
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{field}={value} is outside the vocabulary, 0..{self.vocab_size - 1}")
 
+    def validate_depth(self) -> None:
+        """Refuse thresholds that are no probability, unknown efforts, and loops this checkpoint does not run."""
+        if getattr(self, "early_exit_step", None) is not None:
+            raise ValueError(
+                f"early_exit_step={self.early_exit_step} is not supported: state the loops to run as total_ut_steps"
+            )
+        if not 0 < self.early_exit_threshold <= 1:
+            raise ValueError(
+                f"early_exit_threshold={self.early_exit_threshold} must be above 0 and at most 1 (no exits)"
+            )
+        if not 1 <= self.total_ut_steps <= self.most_loops:
+            raise ValueError(f"total_ut_steps={self.total_ut_steps} is outside 1..max_loops={self.most_loops}")
+        for effort, loops in (self.effort_loops or {}).items():
+            if effort not in EFFORTS:
+                raise ValueError(f"effort_loops: {effort!r} is none of {', '.join(EFFORTS)}")
+            if not 1 <= loops <= self.most_loops:
+                raise ValueError(f"effort_loops: {effort}={loops} is outside 1..max_loops={self.most_loops}")
+
+    @property
+    def most_loops(self) -> int:
+        """The most loops that a request may ask for."""
+        return self.total_ut_steps if self.max_loops is None else self.max_loops
+
+    @property
+    def loops_by_effort(self) -> dict[str, int]:
+        """The loops each `reasoning_effort` asks for: `medium` is the default depth (our choice)."""
+        default, most = self.total_ut_steps, self.most_loops
+        shares = {
+            "none": 1,
+            "minimal": 1,
+            "low": math.ceil(default / 2),
+            "medium": default,
+            "high": min(math.ceil(1.5 * default), most),
+            "xhigh": min(2 * default, most),
+            "max": most,
+        }
+        return shares | (self.effort_loops or {})
+
     @property
     def rope_base(self) -> float:
         """The base wavelength of the rotary embeddings."""
@@ -148,10 +192,8 @@ class LoopLMConfig(PreTrainedConfig):
 class MeltConfig(LoopLMConfig):
     """A LoopLM that keeps one KV row a (layer, token), rewritten at every loop (arXiv 2605.07721).
 
-    `total_ut_steps` is the number of loops run by default, `max_loops` the most that a request may ask
-    for. `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to
-    the checkpoint: the same weights under another C are another model. `effort_loops` says what
-    OpenAI's `reasoning_effort` means, where it should not mean what `loops_by_effort` says.
+    `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to the checkpoint: the same
+    weights under another C are another model.
     `kv_gate_rank`, of an element-wise gate, makes W_z and U_z products of [d, rank] and [rank, d] (our
     addition); None leaves them whole.
     """
@@ -163,8 +205,6 @@ class MeltConfig(LoopLMConfig):
     kv_gate_rank: int | None = None
     chunk_size: int = 512
     decode_mode: DecodeMode = "token"
-    max_loops: int | None = None
-    effort_loops: dict[str, int] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.max_loops is None:
@@ -180,41 +220,9 @@ class MeltConfig(LoopLMConfig):
             raise ValueError(f"kv_gate_rank={rank} is outside 1..hidden_size={self.hidden_size}")
 
     def validate_chunks(self) -> None:
-        """Refuse chunk sizes and depths that no sequence can be cut or looped by."""
-        assert self.max_loops is not None
+        """Refuse chunk sizes that no sequence can be cut by."""
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
-        if not 1 <= self.total_ut_steps <= self.max_loops:
-            raise ValueError(f"total_ut_steps={self.total_ut_steps} is outside 1..max_loops={self.max_loops}")
-
-    def validate_depth(self) -> None:
-        """Refuse thresholds that are no probability, unknown efforts, and loops this checkpoint does not run."""
-        assert self.max_loops is not None
-        if not 0 < self.early_exit_threshold <= 1:
-            raise ValueError(
-                f"early_exit_threshold={self.early_exit_threshold} must be above 0 and at most 1 (no exits)"
-            )
-        for effort, loops in (self.effort_loops or {}).items():
-            if effort not in EFFORTS:
-                raise ValueError(f"effort_loops: {effort!r} is none of {', '.join(EFFORTS)}")
-            if not 1 <= loops <= self.max_loops:
-                raise ValueError(f"effort_loops: {effort}={loops} is outside 1..max_loops={self.max_loops}")
-
-    @property
-    def loops_by_effort(self) -> dict[str, int]:
-        """The loops each `reasoning_effort` asks for: `medium` is the default depth (our choice)."""
-        assert self.max_loops is not None
-        default, most = self.total_ut_steps, self.max_loops
-        shares = {
-            "none": 1,
-            "minimal": 1,
-            "low": math.ceil(default / 2),
-            "medium": default,
-            "high": min(math.ceil(1.5 * default), most),
-            "xhigh": min(2 * default, most),
-            "max": most,
-        }
-        return shares | (self.effort_loops or {})
 
 
 class ConfigError(ValueError):
@@ -255,11 +263,11 @@ def kv_bytes_per_token(config: LoopLMConfig, bytes_per_value: int, loops: int | 
     Args:
         config: a LoopLM's or a MELT's shape; a MELT's rows do not depend on the loops.
         bytes_per_value: size of one K or V element, 2 for bfloat16.
-        loops: T of a LoopLM, by default its `total_ut_steps`.
+        loops: T of a LoopLM, by default the most that its requests may ask for.
     """
     assert config.num_key_value_heads is not None and config.head_dim is not None
     one_row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
-    return one_row if isinstance(config, MeltConfig) else one_row * (loops or config.total_ut_steps)
+    return one_row if isinstance(config, MeltConfig) else one_row * (loops or config.most_loops)
 
 
 def chunk_start(position: Positions, chunk_size: int) -> Positions:

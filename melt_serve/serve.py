@@ -23,6 +23,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
 (those marked * are ours):
 
 * --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
+* --max-loops N                            the most that a request may ask for; a LoopLM keeps rows for as many
   --hf-overrides '{{"effort_loops": {{"low": 1}}}}'   what OpenAI's reasoning_effort means in loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G
@@ -206,9 +207,10 @@ def thinks(checkpoint: Path) -> bool:
 
 
 def with_vllms_name(word: str) -> str:
-    """Return the word, with our `--default-loops` turned into the flag that vLLM knows."""
+    """Return the word, with our `--default-loops` or `--max-loops` turned into the flag that vLLM knows."""
     flag, equals, value = word.partition("=")
-    return f"--hf-overrides.total_ut_steps{equals}{value}" if flag == "--default-loops" else word
+    field = {"--default-loops": "total_ut_steps", "--max-loops": "max_loops"}.get(flag)
+    return f"--hf-overrides.{field}{equals}{value}" if field else word
 
 
 def check_shared_memory() -> None:

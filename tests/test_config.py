@@ -121,6 +121,11 @@ def test_rope_base_changes_the_answer():
         ("head_dim", 15, r"even rotary dimension.*head_dim.*15"),
         ("layer_types", ["sliding_attention"] * 24, r"only 'full_attention' is supported"),
         ("hidden_size", "wide", r"hidden_size"),
+        ("max_loops", 3, r"total_ut_steps=4 is outside 1\.\.max_loops=3"),
+        ("effort_loops", {"great": 1}, r"effort_loops: 'great' is none of none, minimal, low"),
+        ("effort_loops", {"low": 5}, r"effort_loops: low=5 is outside 1\.\.max_loops=4"),
+        ("early_exit_threshold", 0.0, r"early_exit_threshold=0\.0 must be above 0 and at most 1"),
+        ("early_exit_step", 2, r"early_exit_step=2 is not supported: state the loops to run as total_ut_steps"),
         ("vocab_size", 1.5, r"vocab_size"),
     ],
 )
@@ -135,15 +140,11 @@ def test_a_bad_field_is_refused_by_name(config_class, field, value, message):
     [
         ("chunk_size", 0, r"chunk_size must be at least 1, not 0"),
         ("chunk_size", "64", r"chunk_size"),
-        ("max_loops", 3, r"total_ut_steps=4 is outside 1\.\.max_loops=3"),
         ("kv_gate_type", "fancy", r"kv_gate_type.*elementwise"),
         ("kv_gate_initial_state", "ones", r"kv_gate_initial_state.*zeros"),
         ("kv_gate_rank", 0, r"kv_gate_rank=0 is outside 1\.\."),
         ("kv_gate_rank", 4096, r"kv_gate_rank=4096 is outside 1\.\."),
         ("decode_mode", "beam", r"decode_mode.*chunk"),
-        ("effort_loops", {"great": 1}, r"effort_loops: 'great' is none of none, minimal, low"),
-        ("early_exit_threshold", 0.0, r"early_exit_threshold=0\.0 must be above 0 and at most 1"),
-        ("effort_loops", {"low": 5}, r"effort_loops: low=5 is outside 1\.\.max_loops=4"),
     ],
 )
 def test_a_bad_melt_field_is_refused_by_name(field, value, message):
@@ -159,6 +160,8 @@ def test_only_an_elementwise_gate_has_a_rank():
 def test_max_loops_is_the_default_loops_unless_said():
     assert MeltConfig(total_ut_steps=6).max_loops == 6
     assert MeltConfig(total_ut_steps=6, max_loops=9).max_loops == 9
+    assert LoopLMConfig(total_ut_steps=6).most_loops == 6
+    assert LoopLMConfig(total_ut_steps=6, max_loops=9).most_loops == 9
 
 
 def test_efforts_are_shares_of_the_default_loops_unless_said():

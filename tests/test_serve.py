@@ -64,7 +64,8 @@ def test_a_limit_is_a_positive_number(words, capsys):
     assert "must be a positive number" in capsys.readouterr().err
 
 
-def test_default_loops_is_short_for_vllms_override():
+def test_default_and_max_loops_are_short_for_vllms_overrides():
+    assert command(["org/name", "--max-loops=6"])[-1] == "--hf-overrides.max_loops=6"
     assert command(["org/name", "--default-loops", "2"])[-2:] == ["--hf-overrides.total_ut_steps", "2"]
     assert command(["org/name", "--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
 

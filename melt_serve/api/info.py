@@ -43,7 +43,7 @@ class Info(BaseModel):
         models: the names it is served under.
         max_model_len: the most tokens of a prompt and its answer.
         default_loops: T of requests that ask for none.
-        max_loops: the most loops a request may ask for; a LoopLM's requests cannot choose.
+        max_loops: the most loops a request may ask for.
         effort_loops: the loops that each `reasoning_effort` of OpenAI's asks for.
         exit_threshold: of requests that name none; at 1 no token leaves its loops early.
         kv_bytes_per_token: final rows of one token, over all layers of all devices.
@@ -66,8 +66,8 @@ class Info(BaseModel):
     chunk_size: int | None = None
     default_loops: int
     max_loops: int
-    effort_loops: dict[str, int] | None = None
-    exit_threshold: float | None = None
+    effort_loops: dict[str, int]
+    exit_threshold: float
     kv_dtype: str
     kv_bytes_per_token: int
     looplm_kv_bytes_per_token: int
@@ -96,7 +96,9 @@ def lasting_facts(vllm_config: VllmConfig) -> Info:
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
         default_loops=config.total_ut_steps,
-        max_loops=config.total_ut_steps,
+        max_loops=config.most_loops,
+        effort_loops=config.loops_by_effort,
+        exit_threshold=config.early_exit_threshold,
         kv_dtype=row_dtype(vllm_config),
         kv_bytes_per_token=own,
         looplm_kv_bytes_per_token=own,
@@ -108,12 +110,8 @@ def lasting_facts(vllm_config: VllmConfig) -> Info:
         cuda_graphs=compilation.cudagraph_mode.name,
     )
     if isinstance(config, MeltConfig):
-        assert config.max_loops is not None
         info.decode_mode = config.decode_mode
         info.chunk_size = config.chunk_size
-        info.max_loops = config.max_loops
-        info.effort_loops = config.loops_by_effort
-        info.exit_threshold = config.early_exit_threshold
         info.looplm_kv_bytes_per_token = own * config.total_ut_steps
     return info
 
@@ -139,7 +137,7 @@ def read_metrics(info: Info) -> Now:
         waiting=int(totals["vllm:num_requests_waiting"]),
         kv_in_use_bytes=in_use,
         kv_open_bytes=int(totals["melt_kv_open_rows_bytes"]),
-        kv_looplm_bytes=int(totals["melt_kv_looplm_bytes"]) if info.decode_mode else in_use,
+        kv_looplm_bytes=int(totals["melt_kv_looplm_bytes"]),
         requests_by_loops=dict(sorted(requests.items())),
         tokens_by_loops={int(min(edge, info.max_loops)): count for edge, count in tokens.items() if count},
     )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.melt_serve")
 
 SCHEDULER = "melt_serve.engine.scheduler.ChunkGridScheduler"
+LOOPLM_SCHEDULER = "melt_serve.engine.looplm_scheduler.LoopLMScheduler"
 CPU_WORKER = "melt_serve.engine.cpu_worker.MeltCPUWorker"
 
 
@@ -56,22 +57,37 @@ class MeltStartup(VerifyAndUpdateConfig):
 
 
 class LoopLMStartup(VerifyAndUpdateConfig):
-    """The same hook for a LoopLM: vLLM's own scheduler serves it, with any of its features."""
+    """The same hook for a LoopLM, which has no chunk grid: only what concerns requests of mixed depths."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Let answers end where the checkpoint's chats do."""
+        """Apply our patches, before vLLM chooses its defaults for this model."""
+        patches.apply()
         patches.serve_as_published()
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Choose the worker that keeps seeded requests alive on a CPU.
+        """Refuse what cannot keep depths apart, then choose scheduler and worker.
 
         Raises:
-            ValueError: a setting of the checkpoint, or of `--hf-overrides`, is not valid.
+            ValueError: the first setting or option that cannot be kept; the message names it and the remedy.
         """
-        refuse_checkpoint(vllm_config.model_config.hf_config)
+        config: LoopLMConfig = vllm_config.model_config.hf_config
+        refuse_checkpoint(config)
+        refuse_parallelism(vllm_config)
+        refuse_moved_rows(vllm_config)
+        refuse_other_runs(vllm_config, LOOPLM_SCHEDULER)
+        if config.most_loops > config.total_ut_steps:
+            logger.warning(
+                "LoopLM: requests may ask for up to max_loops=%d loops, the checkpoint runs %d by default: how it "
+                "answers beyond what it was trained at is not known",
+                config.most_loops,
+                config.total_ut_steps,
+            )
         track_quantized_weights(vllm_config)
+        record_kernels(vllm_config)
+        choose_graphs(vllm_config)
+        vllm_config.scheduler_config.scheduler_cls = LOOPLM_SCHEDULER
         choose_cpu_worker(vllm_config)
 
 
@@ -157,17 +173,7 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
             f"MELT: --prefill-schedule-interval={interval} could hold a prompt back in the very step whose budget is "
             "kept for it; leave it out"
         )
-    if vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "MELT: --kv-transfer-config: KV connectors are not proved for rows on a chunk grid; leave it out"
-        )
-    if vllm_config.cache_config.kv_offloading_size is not None:
-        raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows on a chunk grid; leave it out")
-    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
-        raise ValueError(
-            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one dtype; "
-            "leave it out"
-        )
+    refuse_moved_rows(vllm_config)
     if vllm_config.speculative_config is not None:
         raise ValueError(
             "MELT: --speculative-config: drafts cannot be verified together where every generated token is a chunk of "
@@ -177,6 +183,24 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"
         )
+    refuse_other_runs(vllm_config, SCHEDULER)
+
+
+def refuse_moved_rows(vllm_config: "VllmConfig") -> None:
+    """Refuse features that move rows, or store them by layer, in ways that know of no loops."""
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError("MELT: --kv-transfer-config: KV connectors are not proved for rows of loops; leave it out")
+    if vllm_config.cache_config.kv_offloading_size is not None:
+        raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows of loops; leave it out")
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        raise ValueError(
+            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one dtype; "
+            "leave it out"
+        )
+
+
+def refuse_other_runs(vllm_config: "VllmConfig", scheduler: str) -> None:
+    """Refuse workers, runners and schedulers that do not know a request's depth; `scheduler` is the one that does."""
     worker_cls = vllm_config.parallel_config.worker_cls
     if current_platform.is_cpu() and worker_cls not in ("auto", CPU_WORKER):
         raise ValueError(
@@ -190,9 +214,9 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
     if vllm_config.model_config.runner_type != "generate":
         raise ValueError(f"MELT: --runner={vllm_config.model_config.runner_type}: a MELT generates text; leave it out")
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
-    if scheduler_cls not in (None, SCHEDULER):
+    if scheduler_cls not in (None, scheduler):
         raise ValueError(
-            f"MELT: --scheduler-cls={scheduler_cls} does not keep the chunk grid; leave it out to get {SCHEDULER}"
+            f"MELT: --scheduler-cls={scheduler_cls} does not know requests' depths; leave it out to get {scheduler}"
         )
 
 

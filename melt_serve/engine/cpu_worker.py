@@ -10,6 +10,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from melt_serve.config import LoopLMConfig
 from melt_serve.engine.cpu_norms import prefer_kernels
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.step import StepPlan
@@ -29,7 +30,7 @@ class MeltCPUModelRunner(CPUModelRunner):
     token_loops: Mapping[str, int] = {}
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.model_config.hf_config.model_type != "melt":
+        if not isinstance(self.model_config.hf_config, LoopLMConfig):
             return super()._model_forward(*args, **kwargs)
         request_ids = self.input_batch.req_ids
         depths = [depth_of(self.requests[request_id].sampling_params) for request_id in request_ids]

@@ -6,7 +6,7 @@ from reprlib import repr as shorten
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from melt_serve.config import EFFORTS, MeltConfig
+from melt_serve.config import EFFORTS, LoopLMConfig
 
 EFFORT = "reasoning_effort"
 """The key under which `patches.py` leaves a request's effort in `extra_args`."""
@@ -26,12 +26,12 @@ class Depth:
     exit_threshold: float
 
 
-def default_depth(config: MeltConfig) -> Depth:
+def default_depth(config: LoopLMConfig) -> Depth:
     """Return the depth of requests that ask for none."""
     return Depth(config.total_ut_steps, config.early_exit_threshold)
 
 
-def resolve_depth(params: SamplingParams, config: MeltConfig) -> SamplingParams:
+def resolve_depth(params: SamplingParams, config: LoopLMConfig) -> SamplingParams:
     """Validate a request's depth and write it out in a copy of its parameters, in `extra_args`, for `depth_of`.
 
     Raises:
@@ -48,10 +48,9 @@ def resolve_depth(params: SamplingParams, config: MeltConfig) -> SamplingParams:
         )
     loops = extra.get("loops", config.total_ut_steps if effort is None else config.loops_by_effort[effort])
     threshold = extra.get("exit_threshold", config.early_exit_threshold)
-    assert config.max_loops is not None
-    if isinstance(loops, bool) or loops not in range(1, config.max_loops + 1):
+    if isinstance(loops, bool) or loops not in range(1, config.most_loops + 1):
         raise VLLMValidationError(
-            f"loops must be a whole number from 1 to {config.max_loops}, this checkpoint's max_loops, "
+            f"loops must be a whole number from 1 to {config.most_loops}, this checkpoint's max_loops, "
             f"not {shorten(loops)}",
             parameter="loops",
             value=shorten(loops),

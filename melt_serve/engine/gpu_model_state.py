@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from melt_serve.config import MeltConfig
+from melt_serve.config import LoopLMConfig
 from melt_serve.engine import patches
 from melt_serve.engine.depth import Depth, default_depth, depth_of, resolve_depth
 from melt_serve.engine.graphs import LoopGraphs
@@ -33,9 +33,10 @@ class MeltModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config: MeltConfig = self.model_config.hf_config
+        self.config: LoopLMConfig = self.model_config.hf_config
         self.depths: dict[str, Depth] = {}
-        self.graphs = LoopGraphs(self.model.model.run, self.vllm_config, self.device)
+        model = self.model.model
+        self.graphs = LoopGraphs(model.run_captured, model.graph_kinds, self.vllm_config, self.device)
         self.last_tokens: dict[str, int] = {}
         patches.capture_no_whole_step(type(self))
         patches.forget_measured_graphs(type(self))

@@ -2,8 +2,9 @@
 
 A graph replays on the memory it was captured on. So what a loop reads and writes lies in buffers that stay: x, h,
 positions, slots, block tables and lengths. Since those who run on come first, tokens that have left are behind the
-others, and nothing moves between loops. A graph is one of loop 1 or of any later loop, for a number of tokens: it
-serves every depth. (vLLM's own graphs of a whole step do not: they replay the default depth, whatever a request asks.)
+others, and nothing moves between loops. A graph of a MELT is one of loop 1 or of any later loop, for a number of
+tokens; a LoopLM, whose loops have rows of their own, has one for each loop. They serve every depth. (vLLM's own graphs
+of a whole step do not: they replay the default depth, whatever a request asks.)
 """
 
 from collections.abc import Callable
@@ -25,8 +26,8 @@ from vllm.v1.worker.utils import AttentionGroup
 from melt_serve.engine.step import Running
 
 BUFFERS = ("x", "h", "loop", "positions", "slots", "blocks", "seq_lens", "counting", "query_starts")
-RunLoop = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Runs all layers once: of loop, positions, x and h (None at loop 1) makes x and h."""
+RunLoop = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Runs all layers once: of the graph's kind, loop, positions, x and h (None at loop 1) makes x and h."""
 
 
 class LoopGraphs:
@@ -34,18 +35,20 @@ class LoopGraphs:
 
     Attributes:
         sizes: numbers of tokens that graphs are captured for, ascending.
-        graphs: by whether it is loop 1, and by number of tokens.
+        kinds: how many different loops there are: loop t is captured as kind t, those beyond the last kind as that.
+        graphs: by kind, counted from 1, and by number of tokens.
     """
 
-    def __init__(self, run_loop: RunLoop, vllm_config: VllmConfig, device: torch.device):
+    def __init__(self, run_loop: RunLoop, kinds: int, vllm_config: VllmConfig, device: torch.device):
         """Begin without graphs: all is run eagerly until `capture`."""
         self.run_loop = run_loop
+        self.kinds = kinds
         self.vllm_config = vllm_config
         self.device = device
         most = vllm_config.scheduler_config.max_num_seqs
         sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
         self.sizes = sorted(size for size in sizes if size <= most)
-        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def fit(self, running: Running) -> bool:
         """Return whether there are graphs for these tokens: decodes, one of each request, not too many."""
@@ -71,7 +74,7 @@ class LoopGraphs:
         torch.clamp(self.counting[: size + 1], max=tokens, out=self.query_starts[: size + 1])
         # Some backends prepare on the device what depends on lengths, in buffers of their own.
         self.builder.rebuild(self._batch(size, tokens, int(running.sequences.ends.max())))
-        self.graphs[h is None, size].replay()
+        self.graphs[min(loop, self.kinds), size].replay()
         return self.x[:tokens], self.h[:, :tokens]
 
     def clear(self) -> None:
@@ -82,7 +85,7 @@ class LoopGraphs:
 
     @torch.inference_mode()
     def capture(self, final: AttentionGroup, blocks: int) -> None:
-        """Capture a graph of loop 1 and one of later loops for each size, the largest first, as vLLM does.
+        """Capture a graph of each kind for each size, the largest first, as vLLM does.
 
         Args:
             final: vLLM's group of all layers' final rows.
@@ -106,14 +109,14 @@ class LoopGraphs:
         self.counting = torch.arange(most + 1, dtype=torch.int32, device=self.device)
         self.query_starts = self.counting.clone()
         self.h = self.x.new_empty(0)
-        self.h = self._loop(True, most)().clone()  # as wide as this model's loops hand it on
+        self.h = self._loop(1, most)().clone()  # as wide as this model's loops hand it on
         with graph_capture(device=self.device):
             for size in reversed(self.sizes):
-                for first in (True, False):
-                    self._loop(first, size)()  # kernels are compiled and workspaces made outside of a graph
-                    self.graphs[first, size] = record(self._loop(first, size), self.vllm_config)
+                for kind in range(1, self.kinds + 1):
+                    self._loop(kind, size)()  # kernels are compiled and workspaces made outside of a graph
+                    self.graphs[kind, size] = record(self._loop(kind, size), self.vllm_config)
 
-    def _loop(self, first: bool, size: int) -> Callable[[], Tensor]:
+    def _loop(self, kind: int, size: int) -> Callable[[], Tensor]:
         """Prepare a loop of `size` tokens on the buffers; what is returned launches it, and returns its h."""
         self.seq_lens.fill_(1)
         batch = self._batch(size, size, self.vllm_config.model_config.max_model_len)
@@ -126,9 +129,9 @@ class LoopGraphs:
                 num_tokens=size,
                 slot_mapping=dict.fromkeys(self.names, self.slots[:size]),
             )
-            h = None if first else self.h[:, :size]
+            h = None if kind == 1 else self.h[:, :size]
             with context:
-                x, h = self.run_loop(self.loop, self.positions[:size], self.x[:size], h)
+                x, h = self.run_loop(kind, self.loop, self.positions[:size], self.x[:size], h)
             put(x, self.x[:size])
             if self.h.numel():
                 put(h, self.h[:, :size])

@@ -1,12 +1,17 @@
-"""LoopLMs in vLLM: the same layers run T times, with KV rows of every loop. Laid beside modeling/looplm.py."""
+"""LoopLMs in vLLM: the same layers run as often as each token needs, with KV rows of every loop.
+
+Laid beside modeling/looplm.py.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -19,6 +24,11 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
+from melt_serve.engine.exits import StepExits
+from melt_serve.engine.graphs import LoopGraphs
+from melt_serve.engine.loop_rows import LoopRows, Loops, copies_of
+from melt_serve.engine.lora import TokenAdapters
+from melt_serve.engine.step import Running, StepPlan, StepRows
 from melt_serve.engine.weights import WeightChecks
 from melt_serve.kernels import norms
 
@@ -28,7 +38,10 @@ MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj",
 
 
 class OuroAttention(nn.Module):
-    """A LoopLM's attention: every loop has rows of its own, so a vLLM `Attention` of its own; there is no state h."""
+    """A LoopLM's attention: every loop has rows of its own, so a vLLM `Attention` of its own; there is no state h.
+
+    What is called is always the first loop's, which stands for the loop that runs (`Loops`).
+    """
 
     def __init__(self, config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, layer: int):
         super().__init__()
@@ -51,16 +64,16 @@ class OuroAttention(nn.Module):
         )
         self.rotary_emb = rotary_embedding(config)
         self.attn = nn.ModuleList(
-            paged_attention(Attention, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn")
-            for loop in range(config.total_ut_steps)
+            paged_attention(LoopRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn")
+            for loop in range(config.most_loops)
         )
 
     def forward(self, positions: Tensor, n: Tensor, h: None, loop: int) -> tuple[Tensor, None]:
-        """Return W_O attn(...), [tokens, hidden], at loop t = `loop`, counted from 1, and no state."""
+        """Return W_O attn(...), [tokens, hidden], and no state; whatever the loop, it is the same computation."""
         qkv, _ = self.qkv_proj(n)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn[loop - 1](q, k, v))
+        output, _ = self.o_proj(self.attn[0](q, k, v))
         return output, None
 
 
@@ -158,10 +171,31 @@ class LoopedModel(nn.Module):
 
 
 @support_torch_compile
+class OneLoop(nn.Module):
+    """A loop of a LoopLM, a graph of its own to the compiler. All are the same computation, so it is compiled once."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: "OuroModel"):
+        super().__init__()
+        self.model = (model,)  # in a tuple: its weights are not this module's
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        """Return the normed state after the loop, [tokens, hidden]; x may be overwritten."""
+        x, _ = self.model[0].run_loop(positions, x, None, 1)
+        return x
+
+
 class OuroModel(LoopedModel):
-    """The layers of a LoopLM, run T times."""
+    """The layers of a LoopLM, run as often as each token needs: one that has run all its loops leaves the step."""
 
     attention = OuroAttention
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config: LoopLMConfig = vllm_config.model_config.hf_config
+        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
+        self.graph_kinds = config.most_loops
+        self.rows = Loops([list(layer.self_attn.attn) for layer in self.layers])
+        self.one_loop = OneLoop(vllm_config=vllm_config, model=self)
 
     def forward(
         self,
@@ -169,12 +203,55 @@ class OuroModel(LoopedModel):
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: Tensor | None = None,
+        plan: StepPlan | None = None,
+        graphs: LoopGraphs | None = None,
     ) -> Tensor:
-        """Return the normed state after the last loop, [tokens, hidden], for tokens as vLLM packs them."""
+        """Return the normed state after every token's last loop, [tokens, hidden], for tokens as vLLM packs them.
+
+        Args:
+            plan: of the step; there is none while vLLM warms up, or measures memory.
+            graphs: replayed where they fit and no token may exit early.
+        """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        for loop in range(1, self.loops + 1):
-            x, _ = self.run_loop(positions, x, None, loop)
-        return x
+        if get_forward_context().attn_metadata is None:
+            for _ in range(self.loops):
+                x = self.one_loop(positions, x)
+            return x
+        assert plan is not None
+        running, arranged = Running.all_of(plan, StepRows(self.rows.first, None, plan, positions), positions)
+        exits = StepExits(plan, x.device, self.early_exit_gate)
+        adapters = TokenAdapters(self.layers[0].mlp.down_proj)
+        x, finished = x[arranged], None
+        with adapters.restored():
+            if plan.moved:
+                adapters.keep(arranged)
+            for loop in range(1, plan.deepest + 1):
+                copies = copies_of(loop, plan, running)
+                if graphs is not None and copies is None and graphs.fit(running):
+                    x, _ = graphs.replay(loop, running, x, None)
+                else:
+                    with running.select_loop(loop), self.rows.selected(loop, copies):
+                        x = self.one_loop(running.positions, x)
+                following, staying = running.after(loop, plan, exits.decide(loop, running.sequences, x))
+                if following is running:
+                    continue
+                if following is None and finished is None and isinstance(running.tokens, slice):
+                    return x  # all tokens ran as many loops, in the order they came
+                finished = torch.empty_like(x) if finished is None else finished
+                finished[running.tokens] = x
+                if following is None:
+                    break
+                adapters.keep(staying)
+                exits.keep(staying)
+                running, x = following, x[staying]
+        return finished
+
+    def run_captured(
+        self, kind: int, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a loop as a CUDA graph has it: each has rows of its own, so a graph of its own. There is no h."""
+        with self.rows.selected(kind):
+            return self.one_loop(positions, x), x.new_empty(0, len(x))
 
 
 class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
@@ -213,8 +290,14 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         inputs_embeds: Tensor | None = None,
         **of_step: Any,
     ) -> Tensor:
-        """Return the normed state after the last loop, [tokens, hidden]; a MELT takes the step's plan, too."""
+        """Return the normed state after every token's last loop, [tokens, hidden]; `of_step` is the step's plan."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds, **of_step)
+
+    def get_model_state_cls(self) -> type:
+        """Return the class that vLLM's GPU runner asks for; a CPU has no use for its imports."""
+        from melt_serve.engine.gpu_model_state import MeltModelState
+
+        return MeltModelState
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Map [tokens, hidden] to logits, [tokens, vocabulary]."""
@@ -235,10 +318,7 @@ class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
 
 
 class OuroForCausalLM(LoopedForCausalLM):
-    """The architecture of `ouro` checkpoints: a LoopLM, with KV rows of every loop.
-
-    vLLM itself had one up to 0.25. Nothing of MELT's contract concerns it: it runs under vLLM's own scheduler.
-    """
+    """The architecture of `ouro` checkpoints: a LoopLM, with KV rows of every loop. vLLM itself had one up to 0.25."""
 
     backbone = OuroModel
     hf_to_vllm_mapper = WeightsMapper(
@@ -248,7 +328,6 @@ class OuroForCausalLM(LoopedForCausalLM):
             ".v_proj": (".qkv_proj", "v"),
             **MLP_WEIGHTS,
         },
-        orig_to_new_prefix={"model.early_exit_gate.": None},  # here every token runs all loops
     )
     packed_modules_mapping = {  # noqa: RUF012
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

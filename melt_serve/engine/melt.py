@@ -132,6 +132,7 @@ class MeltModel(LoopedModel):
     """The layers of a MELT, run as often as each token needs: one that has run all its loops leaves the step."""
 
     attention = MeltAttention
+    graph_kinds = 2
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -235,6 +236,12 @@ class MeltModel(LoopedModel):
         # What is compiled takes h as it was when it was compiled.
         return self.later_loop(positions, x, h if self.later_loop.do_not_compile else h.contiguous(), loop)
 
+    def run_captured(
+        self, kind: int, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a loop as a CUDA graph has it: kind 1 is loop 1, which has no h, and kind 2 any later loop."""
+        return self.run(loop, positions, x, h)
+
     def write_later_rows(
         self, running: Running, loop: int, exited: np.ndarray, h: Tensor, adapters: TokenAdapters
     ) -> None:
@@ -265,9 +272,3 @@ class MeltForCausalLM(LoopedForCausalLM):
         orig_to_new_stacked={".k_proj": (".kv_proj", "k"), ".v_proj": (".kv_proj", "v"), **MLP_WEIGHTS},
     )
     packed_modules_mapping = {"kv_proj": ["k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
-
-    def get_model_state_cls(self) -> type:
-        """Return the class that vLLM's GPU runner asks for; a CPU has no use for its imports."""
-        from melt_serve.engine.gpu_model_state import MeltModelState
-
-        return MeltModelState

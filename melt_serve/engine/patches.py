@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMClientError, VLLMError, VLLMValidationError
@@ -28,7 +28,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import lifeline, usage, versions
-from melt_serve.engine.depth import EFFORT, resolve_depth
+from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -322,8 +322,8 @@ def _resolve_late(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         model_config = self.vllm_config.model_config
-        if _is_melt(model_config):
-            request.sampling_params = resolve_depth(request.sampling_params, model_config.hf_config)
+        if isinstance(model_config.hf_config, LoopLMConfig):
+            request.sampling_params = _resolved(request.sampling_params, self.vllm_config)
         return original(self, request)
 
     return preprocess_add_request
@@ -381,9 +381,13 @@ def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
     return set_defaults
 
 
+EXITS_OF_DRAFTS_REFUSED = (
+    "exit_threshold below 1 is not proved beside drafts of tokens: this server has a --speculative-config; "
+    "ask with exit_threshold 1"
+)
 RESUMABLE_REFUSED = (
     "MELT cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
-    "in chunk mode it is not proved; send the whole prompt as one request"
+    "in chunk mode and of a LoopLM it is not proved; send the whole prompt as one request"
 )
 
 
@@ -400,10 +404,10 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
         resumable: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if _is_melt(self.model_config):
+        if isinstance(self.model_config.hf_config, LoopLMConfig):
             if resumable:  # its next input would continue a prompt inside a chunk whose rows are final already
                 raise VLLMValidationError(RESUMABLE_REFUSED)
-            params = resolve_depth(params, self.model_config.hf_config)
+            params = _resolved(params, self.vllm_config)
         try:
             return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
         except VLLMError:
@@ -412,6 +416,13 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
             raise VLLMValidationError(f"vLLM does not take this request: {error or type(error).__name__}") from error
 
     return process_inputs
+
+
+def _resolved(params: SamplingParams, vllm_config: VllmConfig) -> SamplingParams:
+    resolved = resolve_depth(params, vllm_config.model_config.hf_config)
+    if vllm_config.speculative_config is not None and depth_of(resolved).exit_threshold < 1:
+        raise VLLMValidationError(EXITS_OF_DRAFTS_REFUSED, parameter="exit_threshold")
+    return resolved
 
 
 def _refuse_early(original: Callable[..., AsyncGenerator]) -> Callable[..., AsyncGenerator]:

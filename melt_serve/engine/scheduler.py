@@ -1,36 +1,26 @@
 """The chunk grid: which tokens of a request may run in one step (README.md, rules 1 to 4)."""
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import DecodeMode, MeltConfig, chunk_end
-from melt_serve.engine import patches
 from melt_serve.engine.cache import FinalRowsManager, OpenRowsManager
-from melt_serve.engine.depth import Depth, depth_of
+from melt_serve.engine.depth import depth_of
+from melt_serve.engine.depth_scheduler import DepthScheduler, salt_with_depth
 from melt_serve.engine.scheduler_stats import StepCounts
 from melt_serve.engine.turns import PrefillTurns
-from melt_serve.engine.usage import LOOPS, LOOPS_RUN
 
 
-class ChunkGridScheduler(AsyncScheduler):
+class ChunkGridScheduler(DepthScheduler):
     """vLLM's scheduler, with every step of a request ending on the request's own chunk grid.
 
     vLLM calls `_mamba_block_aligned_split` before it runs a part of a request, for models whose steps
     must end at certain positions; MELT is such a model.
 
     Attributes:
-        depths: of all requests that are not finished, by request id.
-        loops_run: generated tokens of running requests, by request id and by the loops they ran.
         cut: requests whose part in this step ends with its chunk, though there is more to run.
         lost_hits: tokens that a waiting request cannot hit, by its id: they lie behind the last place where a hit
             may end.
@@ -39,13 +29,11 @@ class ChunkGridScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        patches.resolve_depths_in_the_engine()
         config: MeltConfig = self.vllm_config.model_config.hf_config
         self.chunk_size = config.chunk_size
         self.decode_mode = config.decode_mode
         self.need_mamba_block_aligned_split = True
         self.turns = PrefillTurns(self, config.chunk_size)
-        self.depths: dict[str, Depth] = {}
         final_rows, *others = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(final_rows, FinalRowsManager)
         self.final_rows = final_rows
@@ -55,16 +43,13 @@ class ChunkGridScheduler(AsyncScheduler):
             assert isinstance(open_rows, OpenRowsManager)
             open_rows.depths = self.depths
             self.open_rows = open_rows
-        self.counts = StepCounts()
-        self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.cut: set[str] = set()
         self.lost_hits: dict[str, int] = {}
         self.computed_before: dict[str, int] = {}
 
     def add_request(self, request: Request) -> None:
         """Enqueue a request, with its depth in its blocks' hashes: rows made at another depth are other rows."""
-        depth = self.depths[request.request_id] = depth_of(request.sampling_params)
-        salt_with_depth(request, depth)
+        salt_with_depth(request, depth_of(request.sampling_params))
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -72,63 +57,16 @@ class ChunkGridScheduler(AsyncScheduler):
         self.cut.clear()
         self.turns.begin_step()
         output = super().schedule(throttle_prefills)
-        output.num_scheduled_tokens = self._deepest_first(output.num_scheduled_tokens)
         self.turns.end_step(output)
         self._count_step(output)
         return output
 
-    def _deepest_first(self, scheduled: dict[str, int]) -> dict[str, int]:
-        """Order a step's requests by their loops: vLLM's GPU runner keeps this order among a step's decodes.
-
-        Those that run another loop are then the first ones, and are not gathered.
-        """
-        return dict(sorted(scheduled.items(), key=lambda item: -self.depths[item[0]].loops))
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> dict[int, EngineCoreOutputs]:
-        """Count the loops that the generated tokens ran, and update the requests as vLLM does.
-
-        An output of a request with stop strings may be its last, which only the front end finds: it has the count.
-        """
-        token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
-        for request_id, generated in zip(
-            model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
-        ):
-            depth, request = self.depths.get(request_id), self.requests.get(request_id)
-            if not generated or depth is None or request is None:
-                continue
-            if request.drop_stale_output and request.num_stale_output_tokens > 0:  # vLLM throws these tokens away
-                continue
-            self.loops_run[request_id][depth.loops if depth.exit_threshold == 1 else token_loops[request_id]] += 1
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for output in chain.from_iterable(each.outputs for each in outputs.values()):
-            request = self.requests.get(output.request_id)
-            if request is not None and not output.finished and request.sampling_params.stop:
-                output.kv_transfer_params = self._loops_of(output.request_id)
-        return outputs
-
-    def _loops_of(self, request_id: str) -> dict[str, Any] | None:
-        """Return what `usage.py` takes: the loops that a request's tokens ran so far, or None before there are any."""
-        run = self.loops_run.get(request_id)
-        return {LOOPS: self.depths[request_id].loops, LOOPS_RUN: dict(run)} if run else None
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Return vLLM's statistics, if it wants any, with our counts since the last ones."""
-        stats = super().make_stats(*args, **kwargs)
-        if stats is None:
-            return None
-        counts = self.counts
-        self.counts = StepCounts()
-        pool = self.kv_cache_manager.block_pool
-        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+    def _count_blocks(self, counts: StepCounts) -> None:
         counts.open_blocks = 0 if self.open_rows is None else self.open_rows.num_blocks_in_use()
-        counts.final_blocks = in_use - counts.open_blocks
+        counts.final_blocks = self._blocks_in_use() - counts.open_blocks
         tokens = sum(request.num_computed_tokens for request in self.running)
         looped = sum(request.num_computed_tokens * self.depths[request.request_id].loops for request in self.running)
         counts.looplm_blocks = round(counts.final_blocks * looped / tokens) if tokens else 0
-        counts.put(stats)
-        return stats
 
     def _mamba_block_aligned_split(
         self,
@@ -195,14 +133,9 @@ class ChunkGridScheduler(AsyncScheduler):
         self.kv_cache_manager.evict_blocks(never_computed)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
-        params, encoder_params = super()._free_request(request, *args, **kwargs)
         self.lost_hits.pop(request.request_id, None)
         self.computed_before.pop(request.request_id, None)
-        if loops := self._loops_of(request.request_id):
-            params = {**(params or {}), **loops}
-        self.loops_run.pop(request.request_id, None)
-        self.depths.pop(request.request_id)
-        return params, encoder_params
+        return super()._free_request(request, *args, **kwargs)
 
     def _count_step(self, output: SchedulerOutput) -> None:
         """Add what this step does to the counts."""
@@ -220,13 +153,6 @@ class ChunkGridScheduler(AsyncScheduler):
         for request_id in self.computed_before.keys() & (begun | running).keys():
             counts.replays += 1
             counts.replayed_tokens += max(0, self.computed_before.pop(request_id) - (begun | running)[request_id])
-
-
-def salt_with_depth(request: Request, depth: Depth) -> None:
-    """Make the depth a part of the identity of a request's blocks."""
-    request.cache_salt = f"{depth} {request.cache_salt or ''}"
-    request.block_hashes.clear()
-    request.update_block_hashes()
 
 
 def tokens_in_step(

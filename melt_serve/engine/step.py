@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -23,12 +23,19 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from melt_serve.engine.attention import FinalRows, OpenRows
+from melt_serve.engine.attention import OpenRows, StepRecord
 from melt_serve.engine.depth import Depth
 from melt_serve.engine.tables import LoopTables
 
 Selection: TypeAlias = slice | Tensor
 """Some of a list: the first of it, which takes no copy, or indices on the device."""
+
+
+class RecordedRows(Protocol):
+    """An attention layer whose backend records steps."""
+
+    layer_name: str
+    step: StepRecord
 
 
 @dataclass(frozen=True)
@@ -189,11 +196,11 @@ class Tables:
 class StepRows:
     """Where the rows of a step's S tokens are, in each loop."""
 
-    def __init__(self, final: Sequence[FinalRows], open_rows: OpenRows | None, plan: StepPlan, positions: Tensor):
+    def __init__(self, final: Sequence[RecordedRows], open_rows: OpenRows | None, plan: StepPlan, positions: Tensor):
         """Take what vLLM states about the step.
 
         Args:
-            final: the final rows of all layers.
+            final: the final rows of all layers, or a LoopLM's rows, which have one block table in all loops.
             open_rows: those of one layer; None in `token` mode.
             plan: of the step.
             positions: [S], the position of each token in its request.

@@ -3,39 +3,38 @@
 import torch
 from torch import Tensor
 
-from melt_serve.modeling.chunks import Chunk
 
-
-class ChunkDepths:
-    """Which tokens of a chunk still run, from loop to loop.
+class TokenDepths:
+    """Which tokens still run, from loop to loop: those of a MELT's chunk, or of a call to a LoopLM.
 
     A token leaves after the first loop t with 1 - prod_{s <= t} (1 - lambda_s) >= its sequence's threshold, lambda_s
     being the exit gate's probability after loop s (arXiv 2510.25741); at the latest after its sequence's last loop.
 
     Attributes:
-        active: [B, Q], true for tokens that run the next loop.
-        ran: [B, Q], the loops of tokens that have left; 0 for others and for padding.
-        remaining: [B, Q], each token's probability to run the next loop, prod_{s <= t} (1 - lambda_s).
+        active: [B, S], true for tokens that run the next loop.
+        ran: [B, S], the loops of tokens that have left; 0 for others and for padding.
+        remaining: [B, S], each token's probability to run the next loop, prod_{s <= t} (1 - lambda_s).
     """
 
-    def __init__(self, chunk: Chunk, loops: Tensor, thresholds: Tensor):
-        """Let every token of the chunk run loop 1.
+    def __init__(self, real: Tensor, loops: Tensor, thresholds: Tensor):
+        """Let every token run loop 1.
 
         Args:
+            real: [B, S], false for padding, which runs none.
             loops: [B], the loops each sequence may run.
             thresholds: [B], each sequence's, in (0, 1]; at 1 no token leaves early.
         """
         self.loops, self.thresholds = loops[:, None], thresholds[:, None]
-        self.active = chunk.positions >= 0
-        self.ran = torch.zeros_like(chunk.positions)
-        self.remaining = torch.ones_like(chunk.positions, dtype=torch.float32)
+        self.active = real
+        self.ran = torch.zeros_like(real, dtype=torch.long)
+        self.remaining = torch.ones_like(real, dtype=torch.float32)
 
     def keep(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """Take `new` for tokens that run this loop, `old` for those that have left: [B, Q, d] each."""
+        """Take `new` for tokens that run this loop, `old` for those that have left: [B, S, d] each."""
         return new if old is None else torch.where(self.active[:, :, None], new, old)
 
     def after(self, loop: int, exit_probabilities: Tensor) -> None:
-        """Let tokens leave after this loop; lambda is [B, Q]."""
+        """Let tokens leave after this loop; lambda is [B, S]."""
         self.remaining = self.remaining * (1 - exit_probabilities.float())
         early = (1 - self.remaining >= self.thresholds) & (self.thresholds < 1)
         leaving = self.active & (early | (loop >= self.loops))

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from melt_serve.config import LoopLMConfig
+from melt_serve.modeling.depth import TokenDepths
 
 RotaryTables = tuple[Tensor, Tensor]
 QUERIES_AT_ONCE = 1024
@@ -31,7 +32,7 @@ class LoopedOutput(ModelOutput):
         exit_probabilities: [T, B, S], Ouro's exit gate after every loop, where `output_loops` was set.
         loop_states: [T, B, S, d], the normed state after every loop, which the heads answer from, in place of answers
             where `output_states` was set.
-        depths: [B, S], the loops each token ran, 0 for padding; MELT only.
+        depths: [B, S], the loops each token ran, 0 for padding.
         past_key_values: the cache, where `use_cache` was set.
     """
 
@@ -205,6 +206,31 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute lambda, Ouro's exit gate on normed states: [..., d] -> [...]."""
         return torch.sigmoid(self.model.early_exit_gate(states)).squeeze(-1)
 
+    def check_loops(self, loops: int | Tensor | None, batch_size: int) -> tuple[int, Tensor]:
+        """Return the most loops that any sequence runs, and each one's, [B].
+
+        Raises:
+            ValueError: they are below 1, or above the config's `max_loops`; a LoopLM's need not state any.
+        """
+        each = torch.as_tensor(self.config.total_ut_steps if loops is None else loops, device=self.device)
+        most = self.config.max_loops
+        if each.is_floating_point() or (each < 1).any() or (most is not None and (each > most).any()):
+            allowed = "at least 1" if most is None else f"from 1 to max_loops={most}"
+            raise ValueError(f"loops must be {allowed}, not {each.tolist()}")
+        return int(each.max()), each.expand(batch_size)
+
+    def check_threshold(self, threshold: float | Tensor | None, batch_size: int) -> Tensor:
+        """Return each sequence's exit threshold, [B].
+
+        Raises:
+            ValueError: one is outside (0, 1].
+        """
+        own = self.config.early_exit_threshold if threshold is None else threshold
+        each = torch.as_tensor(own, device=self.device, dtype=torch.float32)
+        if (each <= 0).any() or (each > 1).any():
+            raise ValueError(f"exit_threshold must be above 0 and at most 1, not {each.tolist()}")
+        return each.expand(batch_size)
+
     def answer(
         self,
         loop_states: list[Tensor],
@@ -248,7 +274,8 @@ class OuroForCausalLM(LoopedForCausalLM):
         past_key_values: DynamicCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
-        loops: int | None = None,
+        loops: int | Tensor | None = None,
+        exit_threshold: float | Tensor | None = None,
         output_loops: bool = False,
         output_states: bool = False,
         logits_to_keep: int = 0,
@@ -257,12 +284,19 @@ class OuroForCausalLM(LoopedForCausalLM):
     ) -> LoopedOutput:
         """Run T loops over the new tokens.
 
+        A token whose last loop is e, because its sequence runs no more or because it exits early, keeps its state x_e,
+        which gives its logits at every later loop, and in every layer its normed input n_e: its row of any later loop
+        is its row of loop e ("last exited"; README.md, section 4). It is so in prefill and in decoding alike.
+
         Args:
             input_ids: [B, S].
             attention_mask: [B, past + S], 0 for padding (left or right).
-            past_key_values: the cache of an earlier call, made with the same `loops`.
+            past_key_values: the cache of an earlier call, made with the same `loops` and `exit_threshold`. It has rows
+                of as many loops as the deepest sequence runs, for all sequences.
             labels: [B, S], -100 where there is nothing to predict.
-            loops: T, by default the config's `total_ut_steps`.
+            loops: T, by default the config's `total_ut_steps`; or [B], each sequence's.
+            exit_threshold: in (0, 1], by default the config's; or [B]. Below 1, a token leaves its loops early where
+                the exit gate says so.
             output_loops: also give logits and exit probabilities of every loop.
             output_states: give the states after every loop, and no answers.
             logits_to_keep: answer only for this many last tokens (0: all).
@@ -270,11 +304,10 @@ class OuroForCausalLM(LoopedForCausalLM):
                 without a past.
 
         Raises:
-            ValueError: fewer than 1 loop.
+            ValueError: fewer than 1 loop, or more than a `max_loops` of the config; a threshold outside (0, 1].
         """
-        loops = self.config.total_ut_steps if loops is None else loops
-        if loops < 1:
-            raise ValueError(f"loops must be at least 1, not {loops}")
+        loops, each_loops = self.check_loops(loops, len(input_ids))
+        thresholds = self.check_threshold(exit_threshold, len(input_ids))
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         real = new_token_mask(input_ids, attention_mask)
         if past and attention_mask is None:
@@ -291,16 +324,26 @@ class OuroForCausalLM(LoopedForCausalLM):
 
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
+        together = (thresholds == 1).all() and (each_loops == loops).all()  # so nothing is kept, as in training
+        depths = None if together else TokenDepths(real, each_loops, thresholds)
         x = self.model.embed_tokens(input_ids)
+        kept: list[Tensor | None] = [None] * len(self.model.layers)
         loop_states = []
-        for loop in range(loops):
+        for loop in range(1, loops + 1):
+            before = x
             for i, layer in enumerate(self.model.layers):
-                n = layer.input_layernorm(x)
-                q = layer.self_attn.query(n, tables)
-                k, v = layer.self_attn.rows(n, tables)
+                n = source = layer.input_layernorm(x)
+                if depths is not None:
+                    source = kept[i] = depths.keep(n, kept[i])
+                k, v = layer.self_attn.rows(source, tables)
                 if past_key_values is not None:
-                    k, v = past_key_values.update(k, v, loop * self.config.num_hidden_layers + i)
-                x = layer.finish(x, layer.self_attn.attend(q, k, v, visible))
+                    k, v = past_key_values.update(k, v, (loop - 1) * self.config.num_hidden_layers + i)
+                x = layer.finish(x, layer.self_attn.attend(layer.self_attn.query(n, tables), k, v, visible))
             x = self.model.norm(x)
+            if depths is not None:
+                x = depths.keep(x, before)
+                depths.after(loop, self.exit_probabilities(x))
             loop_states.append(x)
-        return self.answer(loop_states, labels, output_loops, output_states, logits_to_keep, past_key_values)
+        output = self.answer(loop_states, labels, output_loops, output_states, logits_to_keep, past_key_values)
+        output.depths = real * loops if depths is None else depths.ran
+        return output

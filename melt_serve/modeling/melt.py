@@ -10,7 +10,7 @@ from transformers.initialization import constant_, normal_
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.chunks import Chunk, cut, cut_packs
-from melt_serve.modeling.depth import ChunkDepths
+from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
@@ -104,7 +104,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         states_by_chunk, depths_by_chunk = [], []
         for chunk in chunks:
             x = embeddings.gather(1, chunk.columns[:, :, None].expand(-1, -1, embeddings.shape[-1]))
-            depths = ChunkDepths(chunk, each_loops, thresholds)
+            depths = TokenDepths(chunk.positions >= 0, each_loops, thresholds)
             states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths))
             depths_by_chunk.append(depths.ran)
             place = torch.where(chunk.members, done + chunk.members.cumsum(-1) - 1, place)
@@ -116,7 +116,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
         return output
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
+    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths) -> list[Tensor]:
         """Run T loops over one chunk and write its rows.
 
         A token that has left keeps its state and its h; so it keeps its rows, too, which are a function of h.
@@ -190,28 +190,3 @@ class MeltForCausalLM(LoopedForCausalLM):
             past = present
             logits.append(self.lm_head(x[0, 0]))
         return torch.stack(logits)
-
-    def check_loops(self, loops: int | Tensor | None, batch_size: int) -> tuple[int, Tensor]:
-        """Return the most loops that any sequence runs, and each one's, [B].
-
-        Raises:
-            ValueError: they are outside 1..max_loops.
-        """
-        each = torch.as_tensor(self.config.total_ut_steps if loops is None else loops, device=self.device)
-        most = self.config.max_loops
-        assert most is not None
-        if each.is_floating_point() or (each < 1).any() or (each > most).any():
-            raise ValueError(f"loops must be from 1 to max_loops={most}, not {each.tolist()}")
-        return int(each.max()), each.expand(batch_size)
-
-    def check_threshold(self, threshold: float | Tensor | None, batch_size: int) -> Tensor:
-        """Return each sequence's exit threshold, [B].
-
-        Raises:
-            ValueError: one is outside (0, 1].
-        """
-        own = self.config.early_exit_threshold if threshold is None else threshold
-        each = torch.as_tensor(own, device=self.device, dtype=torch.float32)
-        if (each <= 0).any() or (each > 1).any():
-            raise ValueError(f"exit_threshold must be above 0 and at most 1, not {each.tolist()}")
-        return each.expand(batch_size)

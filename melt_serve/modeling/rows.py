@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from melt_serve.config import MeltConfig, chunk_start
 from melt_serve.modeling.chunks import Chunk
-from melt_serve.modeling.depth import ChunkDepths
+from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 
 
@@ -67,7 +67,7 @@ class MeltRows(Cache):
             self.keep_columns(self.layers[: self.config.num_hidden_layers], needed)
         return needed
 
-    def begin_loop(self, chunk: Chunk, depths: ChunkDepths) -> None:
+    def begin_loop(self, chunk: Chunk, depths: TokenDepths) -> None:
         """Do nothing before a loop. Training counts here who runs it."""
 
     def write(

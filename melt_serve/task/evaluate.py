@@ -123,8 +123,17 @@ def score(
     """Score a model at each depth, and a MELT at each decode mode and exit threshold, too."""
     asked = heldout(count)
     if not isinstance(model, MeltForCausalLM):
+        exits = model.config.early_exit_threshold
         return [
-            Score(name, t, None, None, None, *measure(model, tokenizer, asked, f"{name} T={t}", loops=t)) for t in loops
+            Score(
+                name,
+                t,
+                None,
+                None,
+                None,
+                *measure(model, tokenizer, asked, f"{name} T={t}", loops=t, exit_threshold=exits),
+            )
+            for t in loops
         ]
     own, scores = model.config.decode_mode, []
     for mode, t, threshold in product(modes or [own], loops, thresholds or [model.config.early_exit_threshold]):

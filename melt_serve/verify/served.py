@@ -62,8 +62,7 @@ class Target:
     @property
     def most_loops(self) -> int:
         """The most loops that a request may ask for."""
-        most = self.config.max_loops if isinstance(self.config, MeltConfig) else None
-        return most or self.config.total_ut_steps
+        return self.config.most_loops
 
     @property
     def generated(self) -> int:

@@ -1,10 +1,12 @@
 """Files as Ouro's are published, served without a flag: answers end, and reasoning is apart from them."""
 
+import json
 import sys
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from melt_serve.answers import opens_thinking
 from melt_serve.server_process import free_port, running
@@ -104,3 +106,45 @@ def test_a_clients_own_template_is_not_rendered():
     for each in (tokenizer, pool):  # vLLM's hide the names of arguments
         assert opens_thinking(each, enable_thinking=True, tokenize=False)
         assert not opens_thinking(each, chat_template="{{ 'Hm <think>' }}")
+
+
+def test_an_effort_is_loops(ouro):
+    model = ouro.models.list().data[0].id
+    messages = [{"role": "user", "content": "Why is it so"}]
+    ran = {}
+    for effort in ("none", "low", "medium", "max"):
+        answer = ouro.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=4, reasoning_effort=effort
+        )
+        ran[effort] = answer.usage.model_extra["loops"]["mean"]
+    assert ran == {"none": 1, "low": 2, "medium": 4, "max": 4}
+
+
+@pytest.mark.parametrize(
+    ("depth", "says"),
+    [
+        ({"loops": 0}, "loops must be a whole number from 1 to 4"),
+        ({"loops": 99}, "loops must be a whole number from 1 to 4"),
+        ({"exit_threshold": 7}, "exit_threshold must be above 0 and at most 1"),
+    ],
+)
+def test_a_depth_that_cannot_be_is_a_400_that_names_the_range(ouro, depth, says):
+    model = ouro.models.list().data[0].id
+    with pytest.raises(BadRequestError, match=says):
+        ouro.completions.create(model=model, prompt="well", max_tokens=4, extra_body={"vllm_xargs": depth})
+
+
+def test_loops_and_exits_are_told(ouro):
+    model = ouro.models.list().data[0].id
+    options = {"prompt": "well", "temperature": 0, "max_tokens": 4}
+    answer = ouro.completions.create(model=model, extra_body={"vllm_xargs": {"loops": 3}}, **options)
+    assert answer.usage.model_extra["loops"] == {"mean": 3, "max": 3}
+    answer = ouro.completions.create(model=model, extra_body={"vllm_xargs": {"exit_threshold": 0.01}}, **options)
+    assert answer.usage.model_extra["loops"]["mean"] == 1
+    root = str(ouro.base_url).removesuffix("/v1/")
+    with urlopen(f"{root}/melt/info") as response:
+        info = json.load(response)
+    assert (info["default_loops"], info["max_loops"], info["exit_threshold"]) == (4, 4, 1)
+    assert info["effort_loops"]["low"] == 2 and "1" in info["now"]["requests_by_loops"]
+    with urlopen(f"{root}/metrics") as response:
+        assert 'melt_requests_total{loops="3"}' in response.read().decode()

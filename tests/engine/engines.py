@@ -13,7 +13,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from vllm.outputs import CompletionOutput
 from melt_serve.modeling import LoopLMConfig, MeltConfig, MeltForCausalLM, OuroForCausalLM
 from tests.tiny_models import enliven
 
+ModelT = TypeVar("ModelT", MeltForCausalLM, OuroForCausalLM)
 VOCABULARY = 128
 GENERATED = 8
 SHAPE = {
@@ -86,17 +87,20 @@ def save_melt(path: Path, **overrides: object) -> MeltForCausalLM:
     """Save a small MELT at `path`, with seeded random weights that mix tokens, gates and loops visibly."""
     torch.manual_seed(0)
     config = MeltConfig(**{**SHAPE, "max_loops": 8, "chunk_size": 32, **overrides})
-    model = enliven(MeltForCausalLM(config).eval())
-    model.model.early_exit_gate.weight.data.mul_(0.5)  # undecided: exits come at every loop
-    model.model.early_exit_gate.bias.data.fill_(-0.6)
-    model.save_pretrained(path)
-    return model
+    return undecided(MeltForCausalLM(config), path)
 
 
 def save_looplm(path: Path, **overrides: object) -> OuroForCausalLM:
     """Save a LoopLM of the same kind at `path`."""
     torch.manual_seed(0)
-    model = enliven(OuroForCausalLM(LoopLMConfig(**{**SHAPE, **overrides})).eval())
+    return undecided(OuroForCausalLM(LoopLMConfig(**{**SHAPE, **overrides})), path)
+
+
+def undecided(model: ModelT, path: Path) -> ModelT:
+    """Make a model's weights lively, let its exits come at every loop, and save it."""
+    enliven(model.eval())
+    model.model.early_exit_gate.weight.data.mul_(0.5)
+    model.model.early_exit_gate.bias.data.fill_(-0.6)
     model.save_pretrained(path)
     return model
 
@@ -209,7 +213,7 @@ def reference_logits(
 ) -> list[torch.Tensor]:
     """Return the reference's logits when it decodes the same tokens in the checkpoint's mode.
 
-    One call for all of them, with padding on the right. A LoopLM takes one number of loops and no exits.
+    One call for all of them, with padding on the right.
 
     Returns:
         [generated, vocabulary] for each prompt.
@@ -240,7 +244,7 @@ def distance(
     return (torch.cat([engine_logprobs(output) for output in outputs]) - torch.cat(expected)).abs().max().item()
 
 
-def distance_at_mixed_depths(llm: LLM, model: MeltForCausalLM) -> float:
+def distance_at_mixed_depths(llm: LLM, model: MeltForCausalLM | OuroForCausalLM) -> float:
     """Ask a batch of requests with loops of their own, then one with exits, too; return the largest difference."""
     asked = prompts(*LENGTHS)
     by_loops = generate(llm, asked, DEPTHS, max_tokens=40)

@@ -25,7 +25,18 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from melt_serve.engine import graphs
 from melt_serve.engine.scheduler_stats import StepCounts
 from tests.engine.adapters import EVERY_LAYER, THE_GATE, distance_with_two
-from tests.engine.engines import RIGHT, distance, engine, everything, generate, on, prompts, save_melt, scheduler_of
+from tests.engine.engines import (
+    RIGHT,
+    distance,
+    engine,
+    everything,
+    generate,
+    on,
+    prompts,
+    save_looplm,
+    save_melt,
+    scheduler_of,
+)
 from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
 from tests.engine.test_depth import loops_run
 from tests.engine.waits import judge_waits, watched
@@ -270,7 +281,7 @@ def capturing(monkeypatch):
         assert not live.graphs and not hasattr(live, "h"), "vLLM measures graphs before it makes room for the KV cache"
         runner.capture_model()
         assert not runner.cudagraph_manager.graphs, "a whole step's graph replays the default depth for all"
-        assert set(live.graphs) == {(first, size) for first in (True, False) for size in SIZES}
+        assert set(live.graphs) == {(kind, size) for kind in range(1, live.kinds + 1) for size in SIZES}
         return replayed
 
     return capture
@@ -287,7 +298,7 @@ def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode):
         for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
             outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
             assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
-        assert {key for key, _ in replayed} >= {(True, 8), (False, 8), (False, 4), (False, 1)}
+        assert {key for key, _ in replayed} >= {(1, 8), (2, 8), (2, 4), (2, 1)}
         assert any(tokens < size for (_, size), tokens in replayed)
         count = len(replayed)
         outputs = generate(llm, asked[:1], max_tokens=1)  # a prompt
@@ -295,3 +306,16 @@ def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode):
         runner_of(llm).model_state.initialize_kv_cache(runner_of(llm).kv_cache_config, runner_of(llm).block_tables)
         generate(llm, asked[:1], max_tokens=2)
         assert len(replayed) == count, "graphs of another KV cache are gone"
+
+
+@pytest.mark.usefixtures("triton_attention")
+def test_a_looplms_requests_of_mixed_depths_equal_the_reference_in_graphs_and_without(tmp_path, capturing):
+    model = save_looplm(tmp_path, num_hidden_layers=1, max_loops=6)
+    asked, loops, exits = prompts(40, 5, 33, 20, 7), [3, 1, 6, 3, 2], [1.0, 1.0, 0.5, 0.6, 1.0]
+    with engine(tmp_path, block_size=32) as llm:
+        runner_of(llm)._dummy_run(8)
+        replayed = capturing(runner_of(llm))
+        for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
+            outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
+            assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
+        assert {key for key, _ in replayed} >= {(1, 8), (2, 4), (3, 4), (4, 1), (6, 1), (2, 8)}

@@ -26,9 +26,10 @@ def test_one_depth_and_mixed_depths_equal_the_reference(tmp_path, mode):
 
 
 def test_a_looplm_equals_the_reference(tmp_path):
-    model, asked = save_looplm(tmp_path, num_hidden_layers=1), prompts(*AROUND_CUTS)
+    model, asked = save_looplm(tmp_path, num_hidden_layers=1, max_loops=8), prompts(*AROUND_CUTS)
     with engine(tmp_path, enforce_eager=False) as llm:
         assert distance(model, asked, generate(llm, asked)) <= RIGHT
+        assert distance_at_mixed_depths(llm, model) <= RIGHT
 
 
 def test_adapters_equal_the_reference_with_them_merged_in(tmp_path):

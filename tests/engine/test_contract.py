@@ -61,7 +61,7 @@ def configure(path, **arguments):
         ({"prefill_schedule_interval": 2}, "--prefill-schedule-interval=2 could hold a prompt back"),
         ({"runner": "pooling", "convert": "embed"}, "--runner=pooling: a MELT generates text"),
         ({"hf_overrides": {"effort_loops": {"low": 9}}}, "effort_loops: low=9 is outside"),
-        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not keep the chunk grid"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not know requests' depths"),
         ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),
         ({"hf_overrides": {"decode_mode": "chunk", "chunk_size": 24}}, "chunk_size=24 is not a multiple"),
         ({"hf_overrides": {"total_ut_steps": 9}}, "total_ut_steps=9 is outside"),

@@ -126,8 +126,8 @@ def test_attention_over_gaps_reads_a_request_once_a_loop_or_cut_there_computes_n
 def loops_run(model, prompt, output, loops, threshold):
     """Return how many loops the reference runs for each token: [tokens that ran]."""
     tokens = torch.tensor([[*prompt, *output.token_ids[:-1]]])
-    by_token = {"prompt_lengths": torch.tensor([len(prompt)])} if model.config.decode_mode == "token" else {}
-    return model(tokens, loops=loops, exit_threshold=threshold, **by_token).depths[0]
+    lengths = torch.tensor([len(prompt)])  # of use in `token` mode
+    return model(tokens, loops=loops, exit_threshold=threshold, prompt_lengths=lengths).depths[0]
 
 
 @MODES

@@ -1,15 +1,35 @@
-"""LoopLM (Ouro) checkpoints in the same engine: the baseline, under vLLM's own scheduler and prefix cache."""
+"""LoopLM (Ouro) checkpoints in the same engine: the baseline, and depth on weights that exist."""
 
 import pytest
 from transformers import AutoTokenizer
 from vllm import SamplingParams, TokensPrompt
+from vllm.exceptions import VLLMValidationError
 
 from melt_serve.bundled import LOOPLM
 from melt_serve.config import kv_bytes_per_token
+from melt_serve.engine import looplm as looplm_module
+from melt_serve.engine import looplm_scheduler
+from melt_serve.engine.looplm_cache import LoopRowsManager
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
-from tests.engine.engines import RIGHT, distance, engine, generate, prompts, save_looplm, scheduler_of
-from tests.engine.scenes import counted
+from tests.engine.engines import (
+    DEPTHS,
+    EXITS,
+    RIGHT,
+    WRONG,
+    Served,
+    distance,
+    distance_at_mixed_depths,
+    engine,
+    generate,
+    prompts,
+    save_looplm,
+    scheduler_of,
+)
+from tests.engine.engines import LENGTHS as MIXED
+from tests.engine.random_scenes import FEW, judge, plays
+from tests.engine.scenes import Server, counted
+from tests.engine.test_depth import loops_run
 
 LENGTHS = (1, 2, 31, 64, 65, 203)
 
@@ -38,6 +58,86 @@ def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tm
             drawn.append(generate(llm, prompts(200), temperature=1.0, seed=seed)[0].token_ids)
     first, again, other = drawn
     assert first == again != other
+
+
+@pytest.fixture(scope="class")
+def looplm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("looplm")
+    model = save_looplm(path, max_loops=8)
+    with engine(path, block_size=32, enable_prefix_caching=True, max_num_seqs=8, max_num_batched_tokens=160) as llm:
+        yield Served(llm, model)
+
+
+class TestDepths:
+    def test_mixed_in_a_batch_equal_the_reference_with_and_without_exits(self, looplm):
+        assert distance_at_mixed_depths(*looplm) <= RIGHT
+
+    def test_loops_that_are_not_run_are_not_paid(self, looplm):
+        """Count the tokens that pass through a layer: as many as the loops of all tokens together."""
+        llm, model = looplm
+        asked, passed = prompts(*MIXED, seed=2), []
+        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.layers[0].mlp.down_proj
+        hook = layer.register_forward_hook(lambda module, inputs, output: passed.append(len(inputs[0])))
+        try:
+            assert llm.reset_prefix_cache()
+            generate(llm, asked, DEPTHS, max_tokens=5)
+            tokens = [len(prompt) + 5 - 1 for prompt in asked]
+            assert sum(passed) == sum(own * loops for own, loops in zip(tokens, DEPTHS, strict=True))
+            passed.clear()
+            assert llm.reset_prefix_cache()
+            outputs = generate(llm, asked, DEPTHS, EXITS, max_tokens=5)
+        finally:
+            hook.remove()
+        ran = [loops_run(model, *each).tolist() for each in zip(asked, outputs, DEPTHS, EXITS, strict=True)]
+        assert sum(passed) == sum(map(sum, ran))
+        assert len({loops for each in ran for loops in each}) >= 6, "exits must come at many loops"
+
+    def test_share_prefixes_with_deeper_requests_only(self, looplm, monkeypatch):
+        llm, model = looplm
+        asked = prompts(100, seed=3)
+        steps = ((2, 1.0, 0), (4, 1.0, 0), (2, 1.0, 96), (4, 1.0, 96), (1, 1.0, 96), (8, 1.0, 0), (4, 1.0, 96))
+        exits = ((4, 0.9, 0), (2, 0.9, 0), (4, 0.8, 0), (4, 0.9, 96), (4, 1.0, 96))
+        for loops, threshold, found in (*steps, *exits):
+            with counted(scheduler_of(llm)) as counts:
+                outputs = generate(llm, asked, loops, threshold)
+            assert distance(model, asked, outputs, loops, threshold) <= RIGHT
+            assert counts["hit"] == found, (loops, threshold)
+        assert llm.reset_prefix_cache()
+        monkeypatch.setattr(LoopRowsManager, "shallower", lambda self, blocks, loops: [])
+        generate(llm, asked, loops=2)
+        assert distance(model, asked, generate(llm, asked, loops=4), loops=4) > WRONG
+
+    def test_with_exits_are_part_of_a_prefix(self, looplm, monkeypatch):
+        llm, model = looplm
+        asked = prompts(100, seed=4)
+        monkeypatch.setattr(looplm_scheduler, "salt_with_depth", lambda request, depth: None)
+        generate(llm, asked, loops=8, exits=0.5)
+        assert distance(model, asked, generate(llm, asked, loops=8), loops=8) > WRONG
+        assert llm.reset_prefix_cache()
+
+    def test_of_exits_need_copies_of_rows(self, looplm, monkeypatch):
+        llm, model = looplm
+        asked = prompts(40, seed=5)
+        monkeypatch.setattr(looplm_module, "copies_of", lambda loop, plan, running: None)
+        outputs = generate(llm, asked, loops=8, exits=0.7)
+        assert distance(model, asked, outputs, loops=8, exits=0.7) > WRONG
+        assert llm.reset_prefix_cache()
+
+    @plays(FEW)
+    def test_do_not_depend_on_load(self, looplm, scene):
+        judge(Server(*looplm), scene)
+
+    @pytest.mark.parametrize("asked", [{"loops": 0}, {"loops": 9}, {"loops": "2"}, {"loops": True}, {"loops": None}])
+    def test_outside_the_range_are_refused(self, looplm, asked):
+        with pytest.raises(VLLMValidationError, match="from 1 to 8"):
+            generate(looplm.llm, prompts(5), extra_args=asked)
+
+    def test_of_unknown_words_are_refused(self, looplm):
+        with pytest.raises(VLLMValidationError, match="above 0 and at most 1"):
+            generate(looplm.llm, prompts(5), extra_args={"exit_threshold": 7})
+        with pytest.raises(VLLMValidationError, match="reasoning_effort must be one of none, minimal, low"):
+            generate(looplm.llm, prompts(5), extra_args={"reasoning_effort": "hardest"})
+        assert len(generate(looplm.llm, prompts(5))[0].token_ids) == 8
 
 
 def test_pipeline_parallelism_is_refused(tmp_path):

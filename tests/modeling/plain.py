@@ -68,10 +68,10 @@ class PlainLoopLM(Plain):
         self.cache: dict[tuple[int, str], list[Row]] = defaultdict(list)
         self.position = 0
 
-    def step(self, token: int, loops: int) -> tuple[Tensor, Tensor]:
-        """Return logits [T, V] and exit probabilities [T] after each loop."""
+    def step(self, token: int, loops: int, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return logits [e, V] and exit probabilities [e] after each loop; e is T, or less where the token exits."""
         x = self.weights["model.embed_tokens.weight"][token]
-        logits, exits = [], []
+        logits, exits, stays = [], [], 1.0
         for loop in range(loops):
             for layer in self.layers():
                 n = self.norm(f"{layer}.input_layernorm", x)
@@ -81,6 +81,12 @@ class PlainLoopLM(Plain):
             x = self.norm("model.norm", x)
             logits.append(self.linear("lm_head", x))
             exits.append(torch.sigmoid(self.linear("model.early_exit_gate", x))[0])
+            stays *= 1 - exits[-1].item()
+            if threshold < 1 and 1 - stays >= threshold:
+                break
+        for later in range(len(logits), loops):  # last exited
+            for layer in self.layers():
+                self.cache[later, layer].append(self.cache[len(logits) - 1, layer][-1])
         self.position += 1
         return torch.stack(logits), torch.stack(exits)
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.modeling.plain import PlainMelt
+from tests.modeling.plain import PlainLoopLM, PlainMelt
 from tests.modeling.test_melt import CLOSE, MODES, feed
-from tests.tiny_models import tiny_looplm, tokens
+from tests.tiny_models import tiny_looplm as lively_looplm
 from tests.tiny_models import tiny_melt as lively_melt
+from tests.tiny_models import tokens
 
 BOTH_MODES = pytest.mark.parametrize("mode", MODES)
 CHUNKS = pytest.mark.parametrize("chunk_size", [1, 4, 5, 16])
@@ -15,7 +16,15 @@ LOOPS, THRESHOLD = 8, 0.85
 
 def tiny_melt(**overrides):
     """Build a MELT whose exit gate is undecided."""
-    model = lively_melt(**overrides)
+    return undecided(lively_melt(**overrides))
+
+
+def tiny_looplm(**overrides):
+    """Build a LoopLM whose exit gate is undecided."""
+    return undecided(lively_looplm(**overrides))
+
+
+def undecided(model):
     model.model.early_exit_gate.weight.data.mul_(0.5)
     model.model.early_exit_gate.bias.data.fill_(-0.6)
     return model
@@ -140,5 +149,45 @@ def test_a_depth_that_cannot_be_is_refused_by_its_value(depth, says):
         tiny_melt()(tokens(2, 5), **depth)
 
 
-def test_a_looplm_says_no_depths():
-    assert tiny_looplm()(tokens(1, 5)).depths is None
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("pieces", [[11], [1] * 11, [3, 1, 1, 6]])
+@torch.no_grad()
+def test_a_looplms_early_exits_equal_a_plain_implementation_however_it_is_fed(kv_heads, pieces):
+    model, prompt = tiny_looplm(num_key_value_heads=kv_heads), tokens(1, 11)
+    plain = PlainLoopLM(model)
+    answers = [plain.step(token, LOOPS, THRESHOLD)[0] for token in prompt[0].tolist()]
+    ran = [len(logits) for logits in answers]
+    output = model(prompt, loops=LOOPS, exit_threshold=THRESHOLD)
+    assert output.depths.tolist() == [ran]
+    assert len(set(ran)) > 2, "exits must be mixed, or this shows nothing"
+    fed = feed(model, prompt, pieces, loops=LOOPS, exit_threshold=THRESHOLD)
+    torch.testing.assert_close(fed[0], torch.stack([logits[-1] for logits in answers]), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_looplms_sequences_of_mixed_depths_are_as_alone_in_prompt_padding_and_generation():
+    model, batch, mask = tiny_looplm(), tokens(4, 11), torch.ones(4, 11, dtype=torch.long)
+    mask[1, :4] = 0
+    loops, thresholds = torch.tensor([1, 8, 3, 8]), torch.tensor([1.0, 1.0, 0.9, 0.7])
+    depth = {"loops": loops, "exit_threshold": thresholds}
+    output = model(batch, attention_mask=mask, **depth)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    answers = model.generate(batch, attention_mask=mask, **depth, **options)[:, 11:]
+    for i, row in enumerate(batch):
+        real, own = mask[i].bool(), {"loops": loops[i].item(), "exit_threshold": thresholds[i].item()}
+        alone = model(row[None, real], **own)
+        torch.testing.assert_close(output.logits[i, real], alone.logits[0], **CLOSE)
+        assert output.depths[i, real].tolist() == alone.depths[0].tolist()
+        assert model.generate(row[None, real], **own, **options)[0, real.sum() :].tolist() == answers[i].tolist()
+    assert output.depths[0].tolist() == [1] * 11 and output.depths[1].tolist() == [0] * 4 + [8] * 7
+
+
+@torch.no_grad()
+def test_a_looplm_at_threshold_one_runs_all_loops_as_without_depths():
+    model, prompt = tiny_looplm(), tokens(2, 9)
+    model.model.early_exit_gate.bias.fill_(1e4)
+    output = model(prompt)
+    assert output.depths.tolist() == [[4] * 9] * 2 and (model(prompt, exit_threshold=0.999).depths == 1).all()
+    mixed = model(prompt, loops=torch.tensor([4, 2]))
+    torch.testing.assert_close(mixed.logits[0], output.logits[0], **CLOSE)
+    torch.testing.assert_close(mixed.logits[1], model(prompt[1:], loops=2).logits[0], **CLOSE)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from melt_serve.config import MeltConfig
 from melt_serve.modeling import MeltRows
 from melt_serve.modeling.chunks import Chunk
-from melt_serve.modeling.depth import ChunkDepths
+from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import squared_distance
@@ -56,7 +56,7 @@ class TrainingRows(MeltRows):
         self.distance = torch.zeros((), device=device)
         self.loops_run = None if thresholds is None else torch.zeros((), device=device)
 
-    def begin_loop(self, chunk: Chunk, depths: ChunkDepths) -> None:
+    def begin_loop(self, chunk: Chunk, depths: TokenDepths) -> None:
         """Count the loop that is about to run, weighed by each token's probability to run it."""
         if self.loops_run is not None:
             self.loops_run = self.loops_run + depths.remaining[chunk.positions >= 0].sum()

@@ -14,7 +14,7 @@ from melt_serve.kernels.dispatch import takes_triton
 from melt_serve.kernels.gate import gate_blend
 from melt_serve.modeling import MeltForCausalLM, MeltRows
 from melt_serve.modeling.chunks import Chunk
-from melt_serve.modeling.depth import ChunkDepths
+from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.gate import KVGate
 from melt_serve.modeling.melt import MeltAttention
 from melt_serve.train.data.batch import Batch
@@ -98,7 +98,7 @@ class Student(MeltForCausalLM):
         states, head = output.loop_states[:, tokens], self.lm_head.weight
         return Answers(states, head, distance=rows.distance, loops_run=rows.loops_run)
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: ChunkDepths) -> list[Tensor]:
+    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths) -> list[Tensor]:
         """Run T loops over one chunk; of a training batch, at drawn depths and checkpointed where that is asked for."""
         run_loops = super().run_chunk
         if not isinstance(rows, TrainingRows):
@@ -118,7 +118,7 @@ class Student(MeltForCausalLM):
         return states
 
 
-class DrawnDepths(ChunkDepths):
+class DrawnDepths(TokenDepths):
     """A chunk in training: every token leaves at a threshold of its own, as it would when served.
 
     Whether a token runs a loop is a step function of the exit gate; the gradient passes it as if it were the
@@ -129,7 +129,9 @@ class DrawnDepths(ChunkDepths):
     def __init__(self, chunk: Chunk, loops: int, thresholds: Tensor):
         """Let every token of the chunk run loop 1; thresholds are [B, Q]."""
         sequences = len(chunk.positions)
-        super().__init__(chunk, torch.full((sequences,), loops, device=thresholds.device), thresholds[:, 0])
+        super().__init__(
+            chunk.positions >= 0, torch.full((sequences,), loops, device=thresholds.device), thresholds[:, 0]
+        )
         self.thresholds = thresholds
 
     def keep(self, new: Tensor, old: Tensor | None) -> Tensor:

@@ -79,6 +79,7 @@ def ask_teacher(teacher: OuroForCausalLM, batch: Batch, tokens: Tensor, loops: i
             attention_mask=batch.attention_mask,
             document_starts=batch.document_starts,
             loops=loops,
+            exit_threshold=1.0,
             output_states=True,
         )
     states, head = answered.loop_states[:, tokens], teacher.lm_head.weight

@@ -1,0 +1,116 @@
+"""Requests of mixed depths under vLLM's scheduler: what LoopLMs and MELTs have in common there."""
+
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from melt_serve.engine import patches
+from melt_serve.engine.depth import Depth, depth_of
+from melt_serve.engine.scheduler_stats import StepCounts
+from melt_serve.engine.usage import LOOPS, LOOPS_RUN
+
+
+class DepthScheduler(AsyncScheduler):
+    """vLLM's scheduler, with the depth of every request and the loops that its tokens ran.
+
+    Attributes:
+        depths: of all requests that are not finished, by request id.
+        loops_run: generated tokens of running requests, by request id and by the loops they ran.
+        counts: since the last statistics.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        patches.resolve_depths_in_the_engine()
+        self.depths: dict[str, Depth] = {}
+        self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self.counts = StepCounts()
+
+    def add_request(self, request: Request) -> None:
+        """Enqueue a request, and remember its depth."""
+        self.depths[request.request_id] = depth_of(request.sampling_params)
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule a step as vLLM does, and order its requests by their loops.
+
+        vLLM's GPU runner keeps this order among a step's decodes: those that run another loop are then the first ones,
+        and are not gathered.
+        """
+        output = super().schedule(throttle_prefills)
+        scheduled = output.num_scheduled_tokens
+        output.num_scheduled_tokens = dict(sorted(scheduled.items(), key=lambda item: -self.depths[item[0]].loops))
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Count the loops that the generated tokens ran, and update the requests as vLLM does.
+
+        An output of a request with stop strings may be its last, which only the front end finds: it has the count.
+        """
+        token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
+        for request_id, generated in zip(
+            model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
+        ):
+            depth, request = self.depths.get(request_id), self.requests.get(request_id)
+            if not generated or depth is None or request is None:
+                continue
+            if request.drop_stale_output and request.num_stale_output_tokens > 0:  # vLLM throws these tokens away
+                continue
+            loops = depth.loops if depth.exit_threshold == 1 else token_loops[request_id]
+            self.loops_run[request_id][loops] += len(generated)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in chain.from_iterable(each.outputs for each in outputs.values()):
+            request = self.requests.get(output.request_id)
+            if request is not None and not output.finished and request.sampling_params.stop:
+                output.kv_transfer_params = self._loops_of(output.request_id)
+        return outputs
+
+    def _loops_of(self, request_id: str) -> dict[str, Any] | None:
+        """Return what `usage.py` takes: the loops that a request's tokens ran so far, or None before there are any."""
+        run = self.loops_run.get(request_id)
+        return {LOOPS: self.depths[request_id].loops, LOOPS_RUN: dict(run)} if run else None
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Return vLLM's statistics, if it wants any, with our counts since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        counts = self.counts
+        self.counts = StepCounts()
+        self._count_blocks(counts)
+        counts.put(stats)
+        return stats
+
+    @abstractmethod
+    def _count_blocks(self, counts: StepCounts) -> None:
+        """Add what the cache holds now."""
+
+    def _blocks_in_use(self) -> int:
+        pool = self.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
+        params, encoder_params = super()._free_request(request, *args, **kwargs)
+        if loops := self._loops_of(request.request_id):
+            params = {**(params or {}), **loops}
+        self.loops_run.pop(request.request_id, None)
+        self.depths.pop(request.request_id)
+        return params, encoder_params
+
+
+def salt_with_depth(request: Request, depth: Depth) -> None:
+    """Make the depth a part of the identity of a request's blocks."""
+    request.cache_salt = f"{depth} {request.cache_salt or ''}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
