@@ -6,12 +6,12 @@ and n: normed attention input, h: latent state, C: chunk size, Q: tokens of a ch
 
 import torch
 from torch import Tensor
-from transformers.initialization import constant_, normal_
+from transformers.initialization import constant_, copy_, normal_
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.chunks import Chunk, cut, cut_packs
 from melt_serve.modeling.depth import ChunkDepths
-from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
+from melt_serve.modeling.gate import GATE_BIAS, GateProjection, KVGate, fresh_weight_std, running_mean_biases
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
     LoopedOutput,
@@ -43,9 +43,11 @@ class MeltForCausalLM(LoopedForCausalLM):
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, GateProjection):
-            normal_(module.weight, std=GATE_WEIGHT_STD)
+            normal_(module.weight, std=fresh_weight_std(self.config))
             if module.bias is not None:
                 constant_(module.bias, GATE_BIAS)
+        if isinstance(module, KVGate) and module.learned and module.loop_bias is not None:
+            copy_(module.loop_bias, running_mean_biases(self.config))
 
     def forward(
         self,

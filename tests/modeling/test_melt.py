@@ -37,6 +37,18 @@ def test_chunks_of_one_token_are_the_exact_model(gate_type, initial_state, loops
         torch.testing.assert_close(model(prompt, loops=loops).logits[0], exact, **CLOSE)
 
 
+@pytest.mark.parametrize("gate_type", ["elementwise", "scalar"])
+@torch.no_grad()
+def test_a_bias_a_loop_is_the_same_in_chunks_exactly_and_plainly(gate_type):
+    model, prompt = tiny_melt(chunk_size=1, kv_gate_type=gate_type, kv_gate_bias="loop"), tokens(1, 7)
+    plain = PlainMelt(model)
+    expected = torch.cat([plain.chunk(token.tolist(), 5) for token in prompt[0].split(1)])
+    torch.testing.assert_close(model.token_sequential(prompt[0], loops=5), expected, **CLOSE)
+    for mode in MODES:
+        model.config.decode_mode = mode
+        torch.testing.assert_close(model(prompt, loops=5).logits[0], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("chunk_size", "loops"), [(1, 3), (4, 1), (4, 4), (5, 2), (16, 3)])

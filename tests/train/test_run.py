@@ -1,6 +1,7 @@
 """A LoopLM of one's own into a MELT, on the command line: it learns, survives, and writes what is served."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -297,7 +298,8 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
     said = capsys.readouterr().out
-    assert "demo, melt-1.6b" in said and '{"messages"' in said and "--resume" in said and "chunk_size=500" in said
+    for taught in ("demo, melt-1.6b, melt-1.6b-paper", '{"messages"', "--resume", "chunk_size=500"):
+        assert taught in said
 
 
 def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
@@ -315,7 +317,16 @@ def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
 
 
 def test_the_gate_starts_where_the_recipe_says(unbroken):
+    teacher = AutoModelForCausalLM.from_pretrained(unbroken / "teacher")
+
+    def gates(*words):
+        recipe = load_recipe(str(unbroken / "recipe.toml"), words)
+        return [layer.self_attn.kv_gate for layer in fresh_student(recipe, teacher).model.layers]
+
     for bias in (-2.0, 0.0):
-        recipe = load_recipe(str(unbroken / "recipe.toml"), [f"gate_bias={bias}"])
-        student = fresh_student(recipe, AutoModelForCausalLM.from_pretrained(unbroken / "teacher"))
-        assert all((layer.self_attn.kv_gate.input_proj.bias == bias).all() for layer in student.model.layers)
+        assert all((gate.input_proj.bias == bias).all() for gate in gates(f"gate_start={bias}"))
+    means = torch.tensor([0, math.log(2)])[:, None]  # loops 2 and 3 of three
+    for words in ([], ["gate_type=scalar"], ["trained_rank=3"]):
+        assert all(torch.equal(gate.loop_bias, means.expand_as(gate.loop_bias)) for gate in gates(*words))
+    assert gates("trained_rank=3")[1].input_down.weight.shape == (3, 32)
+    assert not any(gate.learned for gate in gates("gate_type=mean"))

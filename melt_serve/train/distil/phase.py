@@ -97,6 +97,7 @@ def phase_losses(
         loops,
         alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
         teacher_attention=wanted.attention,
+        distance=stage.distance,
         decode_aware=runs_as_decoded(stage, step),
         thresholds=drawn_thresholds(stage, step, batch, number),
         detach_rows=stage.detach_rows,

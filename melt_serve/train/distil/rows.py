@@ -15,13 +15,14 @@ from melt_serve.modeling.depth import ChunkDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import squared_distance
+from melt_serve.train.recipe import Distance
 
 
 class TrainingRows(MeltRows):
     """A MELT's rows; with alpha below 1 also the LoopLM's of every loop, which only phase 1 needs.
 
     Attributes:
-        distance: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2; 0 without a teacher.
+        distance: the sum over loops, layers and tokens of `squared_distance`; 0 without a teacher.
         loops_run: the loops that the tokens are expected to run, summed over tokens; None where none leaves early.
     """
 
@@ -31,6 +32,7 @@ class TrainingRows(MeltRows):
         batch: Batch,
         alpha: float,
         teacher_attention: list[Tensor] | None,
+        distance: Distance,
         thresholds: Tensor | None,
         detached: bool,
         chunked: bool,
@@ -40,6 +42,7 @@ class TrainingRows(MeltRows):
         Args:
             alpha: the MELT's share in the rows that are seen.
             teacher_attention: see `Answers.attention`; None measures no distance.
+            distance: see `squared_distance`.
             thresholds: [B, S], each token's exit threshold; None lets none leave early.
             detached: let no gradient flow from later chunks into a chunk's rows.
             chunked: let many copies of the rows share their memory.
@@ -51,6 +54,7 @@ class TrainingRows(MeltRows):
         self.kind = ChunkedRows if chunked else DynamicLayer
         self.layers: list[DynamicLayer | ChunkedRows] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
+        self.distance_kind = distance
         self.thresholds = thresholds
         self.detached = detached
         self.distance = torch.zeros((), device=device)
@@ -78,7 +82,7 @@ class TrainingRows(MeltRows):
             return
         o_teacher = self.teacher_attention[(loop - 1) * self.config.num_hidden_layers + layer]
         o_teacher = o_teacher.gather(1, chunk.columns[:, :, None].expand_as(o))
-        self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0)
+        self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0, self.distance_kind)
 
     def forget(self, begins: Tensor) -> Tensor:
         """Drop a pack's earlier documents' rows, the LoopLM's too."""

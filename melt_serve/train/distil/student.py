@@ -20,6 +20,7 @@ from melt_serve.modeling.melt import MeltAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.rows import TrainingRows
 from melt_serve.train.distil.teacher import Answers
+from melt_serve.train.recipe import Distance
 
 
 class FusedGate(KVGate):
@@ -30,7 +31,7 @@ class FusedGate(KVGate):
         if h is None or not self.learned or not takes_triton("gate_blend", n.device):
             return super().forward(n, h, loop)
         from_input = F.linear(self.input_down(n), self.input_proj.weight)
-        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.input_proj.bias, h, n)
+        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.bias(loop), h, n)
 
 
 class FusedAttention(MeltAttention):
@@ -58,6 +59,7 @@ class Student(MeltForCausalLM):
         loops: int,
         alpha: float = 1.0,
         teacher_attention: list[Tensor] | None = None,
+        distance: Distance = "relative",
         decode_aware: bool = False,
         thresholds: Tensor | None = None,
         detach_rows: bool = False,
@@ -70,6 +72,7 @@ class Student(MeltForCausalLM):
             alpha: 1 is MELT; below, rows are alpha * KV_MELT + (1 - alpha) * KV_LoopLM, with the LoopLM's
                 rows of every loop kept for the past.
             teacher_attention: see `Answers.attention`; to measure the distance from.
+            distance: see `squared_distance`.
             decode_aware: run the reply token by token, as `token` mode decodes it; not in packs.
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
             detach_rows: let no gradient flow from a chunk into the rows of earlier ones.
@@ -83,7 +86,14 @@ class Student(MeltForCausalLM):
         if decode_aware and batch.prompt_lengths is None:
             raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
         rows = TrainingRows(
-            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, chunked=self.checkpoint_chunks
+            self.config,
+            batch,
+            alpha,
+            teacher_attention,
+            distance,
+            thresholds,
+            detach_rows,
+            chunked=self.checkpoint_chunks,
         )
         output = self(
             batch.input_ids,

@@ -20,7 +20,7 @@ from melt_serve.train.bundled_run import distil, fresh_student
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil import losses
-from melt_serve.train.distil.build import start_gate
+from melt_serve.train.distil.build import student_of
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.results import Record
@@ -99,11 +99,12 @@ class AblationRunner:
 
     def student(self, variant: Variant, size: Size, seed: int) -> Student:
         """Build the variant before its first step."""
-        student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.start == "melt":
-            student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
-        if variant.gate_bias is not None:
-            start_gate(student, variant.gate_bias)
+            melt = AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32)
+            student = student_of(self.teacher, seed, melt.config, start="mean")
+            student.load_state_dict(melt.state_dict())
+        else:
+            student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
                 attention, cheap = layer.self_attn, variant.cheap_gate

@@ -121,10 +121,13 @@ def test_the_distance_is_that_of_the_attention_outputs():
     first = student.model.layers[0].self_attn.o_proj
     first.weight.mul_(2)
     student.model.layers[0].input_layernorm_2.eps *= 4  # the norm after it undoes the scale, eps included
-    given = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention)
+    given = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention, distance="sum")
     expected = sum(o[batch.real].square().sum() for o in wanted.attention[::2])
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(given.distance, expected, atol=1e-2, rtol=1e-3)
+    relative = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention).distance
+    every_loop = 4.0 * batch.real.sum()  # a token's own square at each loop of the first layer
+    torch.testing.assert_close(relative, every_loop, atol=1e-2, rtol=1e-3)
 
 
 def lively_gate(student: Student) -> Student:
