@@ -130,6 +130,8 @@ class Distillation(Stage):
         decode_aware_share: the share of those batches that do.
         decode_aware_by: `tokens` runs it token by token, exactly, and not in packs; `passes` (our choice) runs every
             chunk twice, all its tokens at once, whatever the reply's length (modeling/README.md, section 3).
+        chunk_sizes: each batch runs at one of these C, drawn at random, so that the model can be served at any of them
+            (our choice); by default at the C it is made for.
         loop_price: what a token's loop costs, in nats, mean over all tokens. Above 0, tokens leave their loops as
             the exit gate says, each at a threshold of its own drawn at random, and the gate learns which loops are
             worth their price: by their effect on the replies, also through the rows of tokens that answer nothing
@@ -148,6 +150,7 @@ class Distillation(Stage):
     decode_aware_from: Share = 1.0
     decode_aware_share: Share = 0.5
     decode_aware_by: DecodeAwareBy = "passes"
+    chunk_sizes: tuple[Count, ...] = ()
     loop_price: Rate = 0.0
     exit_share: Share = 0.5
 
@@ -170,10 +173,10 @@ class Recipe:
     teacher: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(4, 4, 5, 8))
     shallow: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(1,))
     transition: Distillation = Distillation(
-        steps=200, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
+        steps=100, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
     )
     alignment: Distillation = Distillation(
-        steps=300,
+        steps=200,
         learning_rate=3e-4,
         loops=DEPTHS,
         alignment=10.0,
@@ -181,7 +184,7 @@ class Recipe:
         decode_aware_by="tokens",
     )
     exits: Distillation = Distillation(
-        steps=400,
+        steps=300,
         learning_rate=3e-4,
         loops=(2, 3, 4, 4, 6, 8, 8),
         decode_aware_from=0.0,
@@ -225,7 +228,8 @@ class PostTraining:
     Attributes:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
-        chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
+        chunk_size: C that the MELT is made for. A sequence may end inside a chunk, and a document begins on a multiple
+            of `grid`.
         decode_mode: how the MELT is served. `chunk` (our choice) decodes from rows as training made them; `token`, as
             we read the paper, from others.
         gate_start: see `GateStart`.
@@ -283,12 +287,34 @@ class PostTraining:
                 f"trained_rank={self.trained_rank} and gate_rank={self.gate_rank}: a gate is trained at a rank or cut "
                 "to one afterwards; leave one of them out"
             )
+        if astray := [size for size in self.chunk_sizes if self.grid % size]:
+            raise ValueError(
+                f"chunk_sizes: {astray[0]} does not divide {self.grid}, the largest; documents of a pack begin on "
+                "multiples of that, so it must be a multiple of all others"
+            )
         for name, stage in self.stages.items():
-            if self.data.pack and stage.decode_aware_from < 1:
+            if stage.decode_aware_from == 1:
+                continue
+            if self.decode_mode == "chunk":
                 raise ValueError(
-                    f"{name}.decode_aware_from={stage.decode_aware_from}: replies run token by token in documents of "
-                    "their own only; set data.pack=false, or decode_aware_from=1"
+                    f"{name}.decode_aware_from={stage.decode_aware_from}: in chunk mode answers are decoded as the "
+                    "grid is trained; set decode_mode=token, or decode_aware_from=1"
                 )
+            if self.data.pack and stage.decode_aware_by == "tokens":
+                raise ValueError(
+                    f"{name}.decode_aware_by='tokens': replies run token by token in documents of their own only; set "
+                    "data.pack=false, or decode_aware_by=passes"
+                )
+
+    @property
+    def chunk_sizes(self) -> set[int]:
+        """All C that the stages run at, and the one that the MELT is made for."""
+        return {self.chunk_size, *(size for stage in self.stages.values() for size in stage.chunk_sizes)}
+
+    @property
+    def grid(self) -> int:
+        """The largest C; a pack's documents begin on multiples of it, so on those of every other C, too."""
+        return max(self.chunk_sizes)
 
     @property
     def sequences(self) -> int:

@@ -72,6 +72,10 @@ def test_a_file_of_ones_own_is_a_recipe_too(tmp_path):
         ([*OWN, "transition.learning_rate=fast"], "transition.learning_rate='fast': input should be a valid number"),
         ([*OWN, "gate_rank=4", "gate_type=scalar"], "gate_rank=4: only an elementwise gate has a rank, not 'scalar'"),
         ([*OWN, "trained_rank=4", "gate_rank=2"], "trained_rank=4 and gate_rank=2: a gate is trained at a rank or cut"),
+        (
+            [*OWN, "alignment.chunk_sizes=[256, 384]"],
+            "chunk_sizes: 384 does not divide 512, the largest; documents of a pack begin on multiples of that",
+        ),
         ([*OWN, "gate_start=fast"], "gate_start='fast': it must be 'mean', or a number"),
         ([*OWN, "gate_start=nan"], "gate_start=nan: it must be 'mean', or a number"),
         ([*OWN, "alignment.distance=far"], "alignment.distance='far': input should be 'relative', 'sum' or 'mean'"),

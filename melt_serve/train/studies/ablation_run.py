@@ -23,6 +23,7 @@ from melt_serve.train.distil import losses
 from melt_serve.train.distil.build import student_of
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
+from melt_serve.train.recipe import DecodeAwareBy
 from melt_serve.train.results import Record
 from melt_serve.train.session import Session
 from melt_serve.train.studies.ablations import Size, Variant
@@ -143,7 +144,8 @@ class AblationRunner:
 @torch.inference_mode()
 def answers(student: Student, batch: Batch, mode: DecodeMode) -> Tensor:
     """Return the last loop's logits before every token of the replies, [tokens, V], as this decode mode makes them."""
-    return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=mode == "token").logits[-1]
+    by: DecodeAwareBy | None = "tokens" if mode == "token" else None
+    return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=by).logits[-1]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:

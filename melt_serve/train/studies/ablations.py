@@ -117,6 +117,7 @@ class Variant:
 GRID_ONLY = {"decode_aware_from": 1.0}
 NO_ALIGNMENT = {"alignment": 0.0}
 TO_THE_LETTER = {"alignment": 0.1, "distance": "sum"}
+DRAWN_CHUNKS = {"chunk_sizes": (8, 16, 32, 64)}
 UNTRAINED = {"steps": 0}
 FULL = Variant("full", "the recipe of the bundled MELT")
 RECIPE = (
@@ -145,6 +146,7 @@ RECIPE = (
         alignment={"detach_rows": True},
     ),
     Variant("grid-only", "no decode-aware batches: the paper's own recipe", alignment=GRID_ONLY),
+    Variant("two-passes", "decode-aware batches by two passes", alignment={"decode_aware_by": "passes"}),
     Variant("summed", "beta = 0.1 of the summed square: the formula to the letter", alignment=TO_THE_LETTER),
     Variant("closed", "the gate starts at b_z = -2 in all loops: z near 0.12", gate_start=-2.0),
 )
@@ -196,6 +198,7 @@ PAPER_GATES = (
 CHUNKS = (
     FULL,
     *(Variant(f"chunk-{size}", f"trained and served with C = {size}", chunk_size=size) for size in (8, 32, 64)),
+    Variant("drawn", "each batch's C drawn of 8, 16, 32 and 64", transition=DRAWN_CHUNKS, alignment=DRAWN_CHUNKS),
 )
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "gates": GATES,

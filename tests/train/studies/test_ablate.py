@@ -117,7 +117,9 @@ def test_a_reply_counts_as_right_when_greedy_decoding_gives_it_word_for_word(run
             expected = tokenizer.encode(question.reply + tokenizer.eos_token)
             output = student.generate(prompt, loops=3, max_new_tokens=len(expected), do_sample=False)
             greedy += output[0, prompt.shape[1] :].tolist() == expected
-        given = student.run_batch(batch, batch.before_reply, 3, decode_aware=mode == "token").logits[-1]
+        given = student.run_batch(
+            batch, batch.before_reply, 3, decode_aware="tokens" if mode == "token" else None
+        ).logits[-1]
         assert right_share([batch], [given]) == greedy / 12
     assert 0 < greedy < 12
 
