@@ -173,10 +173,10 @@ class Recipe:
     teacher: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(4, 4, 5, 8))
     shallow: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(1,))
     transition: Distillation = Distillation(
-        steps=100, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
+        steps=200, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
     )
     alignment: Distillation = Distillation(
-        steps=200,
+        steps=300,
         learning_rate=3e-4,
         loops=DEPTHS,
         alignment=10.0,
@@ -184,7 +184,7 @@ class Recipe:
         decode_aware_by="tokens",
     )
     exits: Distillation = Distillation(
-        steps=300,
+        steps=400,
         learning_rate=3e-4,
         loops=(2, 3, 4, 4, 6, 8, 8),
         decode_aware_from=0.0,

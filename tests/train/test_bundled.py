@@ -75,6 +75,22 @@ def test_what_is_written_is_what_transformers_loads(made):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["looplm-demo", "melt-demo"]
 
 
+def test_a_looplm_that_is_there_is_kept_and_only_its_melt_is_made(made, tmp_path, capsys):
+    teacher = made[0] / "out" / "looplm-demo"
+    short = {name: replace(getattr(TINY, name), steps=1) for name in ("transition", "alignment", "exits")}
+    scores = make_checkpoints(replace(TINY, **short), tmp_path / "run", tmp_path / "out", Session(), 4, teacher)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["melt-demo"]
+    assert [line["stage"] for line in logged(tmp_path / "run")] == ["transition", "alignment", "exits"]
+    assert {score.checkpoint for score in scores} == {"looplm-demo", "converted", "melt-demo"}
+    card = (tmp_path / "out" / "melt-demo" / "README.md").read_text()
+    assert "bundled --teacher " in card and "shallow" not in card
+    words = ["bundled", "--run", str(tmp_path / "another"), "--teacher"]
+    for wrong, says in ((MELT, "is a MELT; name the folder of a LoopLM"), (tmp_path / "none", "does not exist")):
+        assert main([*words, str(wrong)]) == 1
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+
+
 def test_many_sessions_make_the_same_checkpoints_bit_for_bit(made, tmp_path):
     folder, scores = made
     sessions = 0

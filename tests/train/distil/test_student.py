@@ -85,7 +85,7 @@ class PlainTransition(PlainMelt):
                 own[layer] = []
                 for i, x in enumerate(xs):
                     n = self.norm(f"{layer}.input_layernorm", x)
-                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)))
+                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)), loop + 1)
                     own[layer].append(self.row(layer, h, self.position + i))
                     self.looplm[loop, layer].append(self.row(layer, n, self.position + i))
                     rows = map(self.mixed, self.final[layer] + own[layer], self.looplm[loop, layer])
