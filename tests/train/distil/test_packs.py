@@ -103,13 +103,15 @@ def test_two_passes_over_packs_have_the_losses_and_gradients_of_documents_alone(
         thresholds = batch.input_ids.double() % 7 / 7 if exits else None
         options = {"decode_aware": "passes", "thresholds": thresholds}
         given = student.run_batch(batch, batch.real, LOOPS, alpha, wanted.attention, **options)
-        loss = distillation(wanted.logits, given.logits) + given.distance + (given.loops_run if exits else 0)
-        results.append((given.logits, loss, gradients(student, loss)))
+        loss = distillation(wanted.logits, given.logits) + given.distance
+        loops = given.loops_run if exits else torch.zeros(())
+        results.append((given.logits, loss, loops, gradients(student, loss + loops)))
         grid = student.run_batch(batch, batch.real, LOOPS, alpha, wanted.attention, thresholds=thresholds)
         assert (grid.logits - given.logits).abs().max() > 1e-2
-    (logits, loss, of_packed), (logits_alone, loss_alone, of_unpacked) = results
+    (logits, loss, loops, of_packed), (logits_alone, loss_alone, loops_alone, of_unpacked) = results
     torch.testing.assert_close(logits, logits_alone, **EXACT)
     torch.testing.assert_close(loss, loss_alone, **EXACT)
+    torch.testing.assert_close(loops, loops_alone)  # counted in float32
     assert_same(of_packed, of_unpacked)
 
 
