@@ -58,6 +58,9 @@ def settings(variant: Variant, size: Size, seed: int) -> Record:
     for words in ("name", "what", "paper"):
         changes.pop(words, None)
     facts = {"seed": seed, "size": asdict(replace(size, minutes=0)), **changes}
+    if variant.start == "looplm":  # it is trained, by a recipe that may become another
+        recipe = asdict(variant.recipe(size, seed))
+        facts["recipe"] = {key: recipe[key] for key in ("gate_start", "transition", "alignment")}
     return json.loads(json.dumps(facts))  # as it will be read from the file
 
 

@@ -119,7 +119,7 @@ NO_ALIGNMENT = {"alignment": 0.0}
 TO_THE_LETTER = {"alignment": 0.1, "distance": "sum"}
 DRAWN_CHUNKS = {"chunk_sizes": (8, 16, 32, 64)}
 UNTRAINED = {"steps": 0}
-FULL = Variant("full", "the recipe of the bundled MELT")
+FULL = Variant("full", "the recipe `demo`")
 RECIPE = (
     FULL,
     Variant("no-alignment", "beta = 0", alignment=NO_ALIGNMENT, paper="2 to 3 points less"),
