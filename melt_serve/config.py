@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Positions = TypeVar("Positions", int, "Tensor")
 GateType = Literal["elementwise", "scalar", "mean", "ema", "last"]
 InitialState = Literal["input", "zeros"]
+GateBias = Literal["shared", "loop"]
 DecodeMode = Literal["token", "chunk"]
 DECODE_MODES: tuple[DecodeMode, ...] = get_args(DecodeMode)
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -195,7 +196,8 @@ class MeltConfig(LoopLMConfig):
     `chunk_size` (C) and `decode_mode` define which rows a token attends to, so they belong to the checkpoint: the same
     weights under another C are another model.
     `kv_gate_rank`, of an element-wise gate, makes W_z and U_z products of [d, rank] and [rank, d] (our
-    addition); None leaves them whole.
+    addition); None leaves them whole. `kv_gate_bias` says whether all loops share one b_z, or each loop
+    from the second on has its own (our addition).
     """
 
     model_type = "melt"
@@ -203,6 +205,7 @@ class MeltConfig(LoopLMConfig):
     kv_gate_type: GateType = "elementwise"
     kv_gate_initial_state: InitialState = "input"
     kv_gate_rank: int | None = None
+    kv_gate_bias: GateBias = "shared"
     chunk_size: int = 512
     decode_mode: DecodeMode = "token"
 
@@ -212,12 +215,19 @@ class MeltConfig(LoopLMConfig):
         super().__post_init__(**kwargs)
 
     def validate_gate(self) -> None:
-        """Refuse ranks that no gate has."""
+        """Refuse ranks and biases that no gate has."""
         rank = self.kv_gate_rank
         if rank is not None and self.kv_gate_type != "elementwise":
             raise ValueError(f"kv_gate_rank={rank}: only an elementwise gate has a rank, not {self.kv_gate_type!r}")
         if rank is not None and not 1 <= rank <= self.hidden_size:
             raise ValueError(f"kv_gate_rank={rank} is outside 1..hidden_size={self.hidden_size}")
+        if self.kv_gate_bias == "loop" and not gate_width(self):
+            raise ValueError(f"kv_gate_bias='loop': a gate of type {self.kv_gate_type!r} learns no bias")
+        if self.kv_gate_bias == "loop" and self.kv_gate_initial_state != "input":
+            raise ValueError(
+                f"kv_gate_bias='loop': loop 1 has no bias of its own, so kv_gate_initial_state must be 'input', "
+                f"not {self.kv_gate_initial_state!r}"
+            )
 
     def validate_chunks(self) -> None:
         """Refuse chunk sizes that no sequence can be cut by."""
@@ -295,6 +305,12 @@ def gate_width(config: MeltConfig) -> int:
     return {"elementwise": config.hidden_size, "scalar": 1}.get(config.kv_gate_type, 0)
 
 
+def gate_biases(config: MeltConfig) -> int:
+    """Return how many b_z a gate with a bias a loop has: one for each loop from the second to `max_loops`."""
+    assert config.max_loops is not None
+    return max(config.max_loops - 1, 1)  # of one loop none is needed, but an empty tensor is none that files hold well
+
+
 def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield every tensor of a checkpoint of this config, as (key, shape), in the order they are used."""
     assert config.num_key_value_heads is not None and config.head_dim is not None
@@ -310,7 +326,10 @@ def weight_shapes(config: LoopLMConfig) -> Iterator[tuple[str, tuple[int, ...]]]
             if config.kv_gate_rank:
                 yield f"{gate}.input_down.weight", (read, d)
             yield f"{gate}.input_proj.weight", (width, read)
-            yield f"{gate}.input_proj.bias", (width,)
+            if config.kv_gate_bias == "shared":
+                yield f"{gate}.input_proj.bias", (width,)
+            else:
+                yield f"{gate}.loop_bias", (gate_biases(config), width)
             if config.kv_gate_rank:
                 yield f"{gate}.state_down.weight", (read, d)
             yield f"{gate}.state_proj.weight", (width, read)

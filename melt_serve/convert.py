@@ -34,7 +34,7 @@ from melt_serve.checkpoint_files import (
 )
 from melt_serve.checksums import write_sums
 from melt_serve.config import DecodeMode, GateType, InitialState, LoopLMConfig, MeltConfig, sharing_unit, weight_shapes
-from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD
+from melt_serve.modeling.gate import GATE_BIAS, fresh_weight_std
 
 GATE_SHARD_BYTES = 256 << 20
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -119,7 +119,7 @@ def convert(
             weight_map.update(dict.fromkeys(shard.dtypes, name))
         generator = torch.Generator().manual_seed(seed)
         for part, name in zip(gate_parts, names[len(shards) :], strict=True):
-            tensors = {key: fresh(key, shape, generator).to(gate_dtype) for key, shape in part.items()}
+            tensors = {key: fresh(key, shape, melt, generator).to(gate_dtype) for key, shape in part.items()}
             save(tensors, folder / name)
             weight_map.update(dict.fromkeys(part, name))
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
@@ -163,11 +163,11 @@ def split_gate(gate: Shapes, dtype: torch.dtype) -> list[Shapes]:
     return parts
 
 
-def fresh(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Make a gate tensor as the reference model starts it: W_z, U_z ~ N(0, 0.02), b_z = -2."""
+def fresh(key: str, shape: tuple[int, ...], config: MeltConfig, generator: torch.Generator) -> torch.Tensor:
+    """Make a gate tensor as the reference model starts it."""
     if key.endswith(".bias"):
         return torch.full(shape, GATE_BIAS)
-    return torch.empty(shape).normal_(std=GATE_WEIGHT_STD, generator=generator)
+    return torch.empty(shape).normal_(std=fresh_weight_std(config), generator=generator)
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:

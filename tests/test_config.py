@@ -195,6 +195,28 @@ def test_a_melt_survives_saving_and_loading(gate_type, rank, tmp_path):
     torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("max_loops", [1, 2, 8])
+@pytest.mark.parametrize("gate", [{}, {"kv_gate_type": "scalar"}, {"kv_gate_rank": 3}], ids=str)
+def test_a_melt_with_a_bias_a_loop_survives_saving_and_loading(gate, max_loops, tmp_path):
+    loops = {"total_ut_steps": min(max_loops, 4), "max_loops": max_loops}
+    model = tiny_melt(**gate, **loops, kv_gate_bias="loop")
+    assert dict(weight_shapes(model.config)) == {key: tuple(each.shape) for key, each in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.kv_gate_bias == "loop"
+    torch.testing.assert_close(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits, atol=1e-4, rtol=0)
+
+
+def test_a_bias_a_loop_needs_a_gate_that_learns_and_skips_loop_one():
+    for gate, says in (
+        ({"kv_gate_type": "mean"}, "'mean' learns no bias"),
+        ({"kv_gate_initial_state": "zeros"}, "must be 'input', not 'zeros'"),
+        ({"max_loops": 1, "total_ut_steps": 1, "kv_gate_type": "last"}, "'last' learns no bias"),
+    ):
+        with pytest.raises(StrictDataclassError, match=rf"(?s)kv_gate_bias='loop'.*{says}"):
+            MeltConfig(**gate, kv_gate_bias="loop")
+
+
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1, "head_dim": 24}])
 @pytest.mark.parametrize(("gate_type", "rank"), [(None, None), *GATES])
 def test_weight_shapes_are_those_of_the_saved_model(gate_type, rank, overrides):

@@ -40,7 +40,7 @@ def enliven(model: torch.nn.Module) -> torch.nn.Module:
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
-        elif "gate.bias" in name or "input_proj.bias" in name:
+        elif "gate.bias" in name or "input_proj.bias" in name or "loop_bias" in name:
             weight.copy_(torch.randn(weight.shape, generator=generator))
         elif "kv_gate" in name:
             weight.copy_(0.15 * torch.randn(weight.shape, generator=generator))

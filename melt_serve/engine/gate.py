@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
+from melt_serve.config import EMA_KEEP, MeltConfig, gate_biases, gate_width
 from melt_serve.kernels.gate import gate_blend
 
 
@@ -24,7 +24,11 @@ class KVGate(nn.Module):
         self.learned = gate_width(config) > 0
         if width := gate_width(config):
             quant = vllm_config.quant_config
-            self.input_down, self.input_proj = gate_projection(config, width, True, quant, f"{prefix}.input")
+            shared = config.kv_gate_bias == "shared"
+            self.input_down, self.input_proj = gate_projection(config, width, shared, quant, f"{prefix}.input")
+            self.loop_bias = None  # b_z of loops 2, 3, ...
+            if not shared:
+                self.loop_bias = nn.Parameter(torch.empty(gate_biases(config), width), requires_grad=False)
             self.state_down, self.state_proj = gate_projection(config, width, False, quant, f"{prefix}.state")
 
     def forward(
@@ -62,7 +66,13 @@ class KVGate(nn.Module):
         if self.input_down is not None:
             from_input, _ = self.input_proj(from_input)
             from_state, _ = self.state_proj(from_state)
-        return gate_blend(from_input, from_state, self.input_proj.bias, h, n, out=h if self.overwrites else None)
+        return gate_blend(from_input, from_state, self.bias(loop), h, n, out=h if self.overwrites else None)
+
+    def bias(self, loop: Tensor) -> Tensor:
+        """Return b_z of a loop, [width], without waiting for the device to tell which one it is."""
+        if self.loop_bias is None:
+            return self.input_proj.bias
+        return self.loop_bias.index_select(0, (loop - 2).view(1)).squeeze(0)
 
     @property
     def reads_input(self) -> ReplicatedLinear:

@@ -101,7 +101,7 @@ class LoopGraphs:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.x = buffer(most, config.get_hidden_size(), dtype=config.dtype)
-        self.loop = buffer(dtype=torch.int64)
+        self.loop = buffer(dtype=torch.int64).fill_(2)  # a loop that there is: a gate may look up its bias
         self.positions = buffer(most, dtype=torch.int64)
         self.slots = buffer(most, dtype=torch.int64).fill_(PAD_SLOT_ID)  # captures write no rows
         self.blocks = buffer(most, blocks)

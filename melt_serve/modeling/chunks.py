@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from melt_serve.config import MeltConfig, chunk_start
+from melt_serve.config import DecodeMode, chunk_start
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,33 @@ class Chunk:
         padding = query < 0  # padding sees all: its softmax must not be empty
         return torch.cat(((earlier_chunks | padding), (own_chunk | padding)), dim=-1)
 
+    def visible_again(self, final_positions: Tensor, generated: Tensor) -> Tensor:
+        """Mark the rows that the tokens may look at in the second of two passes, at any loop (README.md, section 3).
 
-def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tensor | None = None) -> Iterator[Chunk]:
+        Args:
+            final_positions: [B, W + Q], the positions of the final rows of earlier chunks, and of the first pass.
+            generated: [B, Q], the tokens that look at final rows of their own chunk.
+
+        Returns:
+            [B, Q, W + 2 Q]: those, and the chunk's own rows.
+        """
+        query, start, generated = self.positions[:, :, None], self.start[:, :, None], generated[:, :, None]
+        final, own = final_positions[:, None], self.positions[:, None]
+        final_rows = (final >= 0) & (final < torch.where(generated, query, start))
+        own_rows = (own <= query) & (own >= torch.where(generated, query, start))
+        padding = query < 0
+        return torch.cat((final_rows | padding, own_rows | padding), dim=-1)
+
+
+def cut(
+    real: Tensor, lengths: Tensor, size: int, mode: DecodeMode, prompt_lengths: Tensor | None = None
+) -> Iterator[Chunk]:
     """Cut new tokens into chunks on each sequence's own grid (README.md, section 3).
 
     Args:
         real: [B, S], true for tokens, false for padding, which does not count for the grid.
         lengths: [B], how many tokens of each sequence came in earlier calls.
+        size: C.
         prompt_lengths: [B], `token` mode only: from this position on, every token is a chunk of its
             own, as in decoding. By default a call's tokens are prompt, and a single token is
             generated: a chunk of its own.
@@ -60,10 +80,9 @@ def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tenso
     """
     if ((real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
         raise ValueError("attention_mask has a hole: padding may stand left or right of a sequence, not inside it")
-    size = config.chunk_size
     positions = torch.where(real, lengths[:, None] + real.cumsum(-1) - 1, -1)
     ordinal = positions // size
-    if config.decode_mode == "token":
+    if mode == "token":
         if prompt_lengths is not None:
             generated = positions - prompt_lengths[:, None]
             prompt_chunks = -(-prompt_lengths[:, None] // size)
@@ -85,7 +104,7 @@ def cut(real: Tensor, lengths: Tensor, config: MeltConfig, prompt_lengths: Tenso
         columns = (members.int().argmax(-1, keepdim=True) + within).clamp(max=real.shape[1] - 1)
         chunk_positions = torch.where(within < counts, positions.gather(1, columns), -1)
         first = chunk_positions[:, :1]
-        start = first if config.decode_mode == "token" else chunk_start(first, size)
+        start = first if mode == "token" else chunk_start(first, size)
         yield Chunk(columns, chunk_positions, start, members)
 
 

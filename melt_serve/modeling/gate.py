@@ -1,14 +1,32 @@
 """The KV gate: what a token's latent state h keeps from loop to loop (arXiv 2605.07721; README.md, section 2)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from melt_serve.config import EMA_KEEP, MeltConfig, gate_width
+from melt_serve.config import EMA_KEEP, MeltConfig, gate_biases, gate_width
 
-# Our choice: W_z and U_z start at this standard deviation and b_z at this value, so that z is near
-# 0.12 and a fresh MELT stays close to "the last loop's row".
-GATE_WEIGHT_STD = 0.02
 GATE_BIAS = -2.0
+"""Where a b_z that all loops share starts (our choice): z is near 0.12, and a fresh MELT close to gate type `last`."""
+
+
+def fresh_weight_std(config: MeltConfig) -> float:
+    """Return the standard deviation that the gate's matrices, or their factors, start at (our choice).
+
+    W_z n and U_z h of unit-RMS inputs are then spread by 0.28 whatever the width: 0.02 at a width of 192.
+    """
+    whole = 0.02 * math.sqrt(192 / config.hidden_size)
+    return math.sqrt(whole / math.sqrt(config.kv_gate_rank)) if config.kv_gate_rank else whole
+
+
+def running_mean_biases(config: MeltConfig) -> Tensor:
+    """Return a b_z for each loop, [loops - 1, width], that makes h_t the mean of n_1..n_t if W_z and U_z are 0.
+
+    Our choice: z = (t - 1) / t, so b_t = log(t - 1). Trained gates were found to end near it.
+    """
+    previous_loops = torch.arange(1.0, gate_biases(config) + 1)
+    return previous_loops.log()[:, None].repeat(1, gate_width(config))
 
 
 class KVGate(nn.Module):
@@ -16,7 +34,8 @@ class KVGate(nn.Module):
 
     `elementwise` (the paper's) learns one z a dimension, z_t = sigmoid(W_z n_t + U_z h_{t-1} + b_z);
     `scalar` one z a token by the same formula. With a `kv_gate_rank`, W_z and U_z are products (our
-    addition): `_down` from hidden to rank, `_proj` from there to z. The ablations learn nothing: `mean`
+    addition): `_down` from hidden to rank, `_proj` from there to z. With a `kv_gate_bias` a loop, loop t
+    from the second on adds its own b_z (our addition). The ablations learn nothing: `mean`
     makes h_t the mean of n_1..n_t, `ema` an exponential moving average, `last` takes h_t = n_t.
     """
 
@@ -29,7 +48,9 @@ class KVGate(nn.Module):
             rank = config.kv_gate_rank
             read = rank or config.hidden_size
             self.input_down = GateProjection(config.hidden_size, rank, bias=False) if rank else nn.Identity()
-            self.input_proj = GateProjection(read, width)  # W_z, b_z
+            shared = config.kv_gate_bias == "shared"
+            self.input_proj = GateProjection(read, width, bias=shared)  # W_z, b_z
+            self.loop_bias = None if shared else nn.Parameter(running_mean_biases(config))  # b_z of loops 2, 3, ...
             self.state_down = GateProjection(config.hidden_size, rank, bias=False) if rank else nn.Identity()
             self.state_proj = GateProjection(read, width, bias=False)  # U_z
 
@@ -60,7 +81,12 @@ class KVGate(nn.Module):
                 return EMA_KEEP
             case "last":
                 return 0.0
-        return torch.sigmoid(self.input_proj(self.input_down(n)) + self.state_proj(self.state_down(h)))
+        logits = self.input_proj(self.input_down(n)) + self.state_proj(self.state_down(h))
+        return torch.sigmoid(logits if self.loop_bias is None else logits + self.loop_bias[loop - 2])
+
+    def bias(self, loop: int) -> Tensor:
+        """Return b_z of a loop, [width]."""
+        return self.input_proj.bias if self.loop_bias is None else self.loop_bias[loop - 2]
 
 
 class GateProjection(nn.Linear):

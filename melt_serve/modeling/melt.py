@@ -4,14 +4,16 @@ Source: Memory-Efficient Looped Transformer, arXiv 2605.07721; README.md, sectio
 and n: normed attention input, h: latent state, C: chunk size, Q: tokens of a chunk.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
-from transformers.initialization import constant_, normal_
+from transformers.initialization import constant_, copy_, normal_
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.chunks import Chunk, cut, cut_packs
 from melt_serve.modeling.depth import TokenDepths
-from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, GateProjection, KVGate
+from melt_serve.modeling.gate import GATE_BIAS, GateProjection, KVGate, fresh_weight_std, running_mean_biases
 from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
     LoopedOutput,
@@ -43,9 +45,11 @@ class MeltForCausalLM(LoopedForCausalLM):
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, GateProjection):
-            normal_(module.weight, std=GATE_WEIGHT_STD)
+            normal_(module.weight, std=fresh_weight_std(self.config))
             if module.bias is not None:
                 constant_(module.bias, GATE_BIAS)
+        if isinstance(module, KVGate) and module.learned and module.loop_bias is not None:
+            copy_(module.loop_bias, running_mean_biases(self.config))
 
     def forward(
         self,
@@ -61,6 +65,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         output_states: bool = False,
         logits_to_keep: int = 0,
         document_starts: Tensor | None = None,
+        generated: Tensor | None = None,
         **_: object,
     ) -> LoopedOutput:
         """Run the chunks of the new tokens one after another, each through T loops.
@@ -82,10 +87,13 @@ class MeltForCausalLM(LoopedForCausalLM):
             logits_to_keep: answer only for this many last tokens (0: all).
             document_starts: [B, S], the column where each token's document begins, in packs (README.md, section 3);
                 without a past and `prompt_lengths`.
+            generated: [B, S], `token` mode: true for tokens that run nearly as they are when generated, all those of a
+                chunk at once, in two passes (README.md, section 3); without `prompt_lengths`.
 
         Raises:
             ValueError: loops outside 1..max_loops, a threshold outside (0, 1], a prompt piece that begins
-                inside a chunk; a pack with a past or `prompt_lengths`, or whose documents begin off the grid.
+                inside a chunk; a pack with a past or `prompt_lengths`, or whose documents begin off the grid; two
+                passes in `chunk` mode, or with `prompt_lengths`.
         """
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
@@ -93,19 +101,22 @@ class MeltForCausalLM(LoopedForCausalLM):
         rows = MeltRows(self.config, len(input_ids), input_ids.device) if past_key_values is None else past_key_values
         embeddings = self.model.embed_tokens(input_ids)
 
+        if generated is not None and (self.config.decode_mode == "chunk" or prompt_lengths is not None):
+            raise ValueError("two passes (generated) stand for token mode's own decoding, and for prompt_lengths")
         if document_starts is None:
-            chunks = cut(real, rows.lengths, self.config, prompt_lengths)
+            chunks = cut(real, rows.lengths, rows.chunk_size, self.config.decode_mode, prompt_lengths)
         elif prompt_lengths is not None or rows.lengths.any():
             raise ValueError("packs run in one call and on the grid: without a past, and without prompt_lengths")
         else:
-            chunks = cut_packs(real, document_starts, self.config.chunk_size)
+            chunks = cut_packs(real, document_starts, rows.chunk_size)
         done = 0
         place = torch.zeros_like(input_ids)  # where a token's state will lie once the chunks are joined
         states_by_chunk, depths_by_chunk = [], []
         for chunk in chunks:
             x = embeddings.gather(1, chunk.columns[:, :, None].expand(-1, -1, embeddings.shape[-1]))
             depths = TokenDepths(chunk.positions >= 0, each_loops, thresholds)
-            states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths))
+            again = None if generated is None else generated.gather(1, chunk.columns) & (chunk.positions >= 0)
+            states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths, again))
             depths_by_chunk.append(depths.ran)
             place = torch.where(chunk.members, done + chunk.members.cumsum(-1) - 1, place)
             done += x.shape[1]
@@ -116,20 +127,52 @@ class MeltForCausalLM(LoopedForCausalLM):
         output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
         return output
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths) -> list[Tensor]:
-        """Run T loops over one chunk and write its rows.
+    def run_chunk(
+        self,
+        x: Tensor,
+        chunk: Chunk,
+        rows: MeltRows,
+        loops: int,
+        depths: TokenDepths,
+        generated: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run T loops over one chunk and write its rows; twice where tokens of it are to run as generated ones.
+
+        Args:
+            x: [B, Q, d], the chunk's embeddings.
+            loops: T, the most that any sequence runs.
+            generated: [B, Q], the tokens that see the final rows of a first pass in a second.
+
+        Returns:
+            The states after each loop: T of [B, Q, d].
+        """
+        visible = rows.begin(chunk, loops)
+        if generated is not None and generated.any():
+            self.run_loops(x, chunk, rows, loops, copy(depths), visible)
+            again = rows.begin_again(chunk, generated)
+            states = self.run_loops(x, chunk, rows, loops, depths, (again, again))
+            rows.forget_first_pass(chunk)
+        else:
+            states = self.run_loops(x, chunk, rows, loops, depths, visible)
+        rows.finish(chunk)
+        return states
+
+    def run_loops(
+        self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths, visible: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
+        """Run T loops over one chunk, whose rows there is room for.
 
         A token that has left keeps its state and its h; so it keeps its rows, too, which are a function of h.
 
         Args:
             x: [B, Q, d], the chunk's embeddings.
-            loops: T, the most that any sequence runs.
+            visible: see `MeltRows.begin`.
 
         Returns:
             The states after each loop: T of [B, Q, d].
         """
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = (additive_mask(visible, x.dtype) for visible in rows.begin(chunk, loops))
+        before_last, at_last = (additive_mask(seen, x.dtype) for seen in visible)
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):
@@ -146,7 +189,6 @@ class MeltForCausalLM(LoopedForCausalLM):
             x = depths.keep(self.model.norm(x), before)
             states.append(x)
             depths.after(loop, self.exit_probabilities(x))
-        rows.finish(chunk)
         return states
 
     def token_sequential(

@@ -23,6 +23,7 @@ class MeltRows(Cache):
     def __init__(self, config: MeltConfig, batch_size: int, device: torch.device | str = "cpu"):
         super().__init__(layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
         self.config = config
+        self.chunk_size = config.chunk_size
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.final_positions = self.lengths.new_empty(batch_size, 0)
         self.open_positions = self.lengths.new_empty(batch_size, 0)
@@ -52,20 +53,37 @@ class MeltRows(Cache):
         at_last = ((final >= 0) & (final <= query)) | (query < 0)
         return before_last, at_last
 
-    def forget(self, begins: Tensor) -> Tensor:
-        """Drop the rows of a pack's earlier documents where the next one begins, [B, 1].
+    def begin_again(self, chunk: Chunk, generated: Tensor) -> Tensor:
+        """Make room for the rows of a chunk's second pass, beside those of its first.
+
+        Args:
+            generated: [B, Q], the tokens that see the first pass's final rows.
 
         Returns:
-            [W], which columns of final rows stay: those that any sequence still needs.
+            Which rows a token may look at, at any loop: [B, Q, keys].
         """
+        return chunk.visible_again(self.final_positions, generated)
+
+    def forget_first_pass(self, chunk: Chunk) -> None:
+        """Drop the rows of a chunk's first pass: those of its second come after them, and stay."""
+        width = chunk.positions.shape[1]
+        needed = torch.ones(self.final_positions.shape[1] + width, dtype=torch.bool, device=self.lengths.device)
+        needed[-2 * width : -width] = False
+        self.keep_columns(self.whole_rows(), needed)
+
+    def whole_rows(self) -> list[DynamicLayer]:
+        """Return, for each layer, the rows with a column for every final position."""
+        return self.layers[: self.config.num_hidden_layers]
+
+    def forget(self, begins: Tensor) -> None:
+        """Drop the rows of a pack's earlier documents where the next one begins, [B, 1]."""
         self.lengths = self.lengths.masked_fill(begins[:, 0], 0)
         self.open_positions = self.open_positions.masked_fill(begins, -1)
         self.final_positions = self.final_positions.masked_fill(begins, -1)
         needed = (self.final_positions >= 0).any(0)
         if not needed.all():
             self.final_positions = self.final_positions[:, needed]
-            self.keep_columns(self.layers[: self.config.num_hidden_layers], needed)
-        return needed
+            self.keep_columns(self.whole_rows(), needed)
 
     def begin_loop(self, chunk: Chunk, depths: TokenDepths) -> None:
         """Do nothing before a loop. Training counts here who runs it."""
@@ -105,7 +123,7 @@ class MeltRows(Cache):
         if self.config.decode_mode == "token":
             self.open_positions = self.open_positions[:, :0]
             return
-        open_start = chunk_start(self.lengths, self.config.chunk_size)
+        open_start = chunk_start(self.lengths, self.chunk_size)
         needed = (self.open_positions >= open_start[:, None]).any(0)
         self.open_positions = self.open_positions[:, needed]
         if not needed.any():

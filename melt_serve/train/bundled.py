@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train.commands import Commands, add_minutes, add_questions, add_resume, new_command, run_stages
-from melt_serve.train.session import Session
+from melt_serve.train.session import Session, TrainingError
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import Recipe
@@ -24,6 +24,8 @@ examples:
   python -m melt_serve.train bundled --minutes 20           the first twenty minutes of it
   python -m melt_serve.train bundled --resume               ... and the rest
   python -m melt_serve.train bundled --out ./mine --seed 1  others of their kind, elsewhere
+  python -m melt_serve.train bundled --teacher melt_serve/checkpoints/looplm-demo
+      remake the bundled MELT only, from the bundled LoopLM
 """
 
 
@@ -35,6 +37,7 @@ def add_command(commands: Commands) -> None:
     add = command.add_argument
     add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
     add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
+    add("--teacher", type=Path, metavar="FOLDER", help="post-train this LoopLM of the task; make no other")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
     add_resume(command)
     add_minutes(command)
@@ -43,19 +46,25 @@ def add_command(commands: Commands) -> None:
 
 def bundled(arguments: argparse.Namespace) -> int:
     """Make the bundled checkpoints, for one session; return the exit code."""
+    from melt_serve.config import MeltConfig, load_config
     from melt_serve.train.recipe import Recipe
 
-    recipe = Recipe(output=str(arguments.out)).seeded(arguments.seed)
+    recipe, kept = Recipe(output=str(arguments.out)).seeded(arguments.seed), arguments.teacher
+    if kept is not None and isinstance(load_config(kept), MeltConfig):
+        raise TrainingError(f"--teacher {kept} is a MELT; name the folder of a LoopLM")
     return run_stages(
-        lambda session: make_bundled(recipe, arguments.run, session, arguments.questions),
+        lambda session: make_bundled(recipe, arguments.run, session, arguments.questions, kept),
         arguments.run,
         arguments,
-        f"bundled --resume --run {arguments.run}",
+        f"bundled {f'--teacher {kept} ' if kept else ''}--resume --run {arguments.run}",
     )
 
 
-def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: int) -> str:
-    """Make both checkpoints of the bundled kind, print their table, and return where they are.
+def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: int, kept: Path | None = None) -> str:
+    """Make the checkpoints of the bundled kind, print their table, and return where they are.
+
+    Args:
+        kept: see `make_checkpoints`.
 
     Raises:
         Paused, TrainingError: see `make_checkpoints`.
@@ -64,5 +73,5 @@ def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: in
     from melt_serve.train.bundled_run import make_checkpoints
 
     target = Path(recipe.output or CHECKPOINTS)
-    print(table(make_checkpoints(recipe, folder, target, session, questions)))
-    return f"{target}/looplm-demo and {target}/melt-demo"
+    print(table(make_checkpoints(recipe, folder, target, session, questions, kept)))
+    return f"{target}/melt-demo" if kept else f"{target}/looplm-demo and {target}/melt-demo"

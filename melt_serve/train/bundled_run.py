@@ -17,7 +17,7 @@ from melt_serve.task.evaluate import Score, score
 from melt_serve.task.tokenizer import MAX_TOKENS, VOCABULARY, build_tokenizer
 from melt_serve.task.who_is_where import KINDS
 from melt_serve.train.data.task_batches import training_batch
-from melt_serve.train.distil.build import melt_config, plain, student_of
+from melt_serve.train.distil.build import fresh_config, plain, student_of
 from melt_serve.train.distil.losses import cross_entropy_over_loops
 from melt_serve.train.distil.phase import loops_of, run_phase
 from melt_serve.train.distil.student import Student
@@ -35,20 +35,27 @@ EFFORTS = {"none": 2, "minimal": 2}
 """Loops of the least efforts: after one loop the model repeats a name and never ends."""
 
 
-def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Session, count: int) -> list[Score]:
+def make_checkpoints(
+    recipe: Recipe, folder: Path, target: Path, session: Session, count: int, kept: Path | None = None
+) -> list[Score]:
     """Run all stages, measure on `count` held-out questions, and write both checkpoints with their cards.
 
     Args:
         folder: holds states and logs; what an earlier session left there is gone on with.
         target: `looplm-demo` and `melt-demo` in it are replaced when everything is done, and not before.
+        kept: a LoopLM of the task to post-train, instead of one from nothing; only `melt-demo` is written then.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
-    shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
+    shallow = None
+    if kept is None:
+        teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
+        shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
+    else:
+        teacher = OuroForCausalLM.from_pretrained(kept, dtype=torch.float32).eval().requires_grad_(False)
     student = fresh_student(teacher, recipe)
     phases = (("transition", recipe.transition), ("alignment", recipe.alignment), ("exits", recipe.exits))
     for name, stage in phases:
@@ -58,7 +65,8 @@ def make_checkpoints(recipe: Recipe, folder: Path, target: Path, session: Sessio
     scores = measure(teacher, shallow, melt, recipe, count)
     minutes = minutes_trained(folder / LOG)
     target.mkdir(parents=True, exist_ok=True)
-    export(teacher, tokenizer, teacher_card(teacher, recipe, minutes, scores), target / LOOPLM.name)
+    if kept is None:
+        export(teacher, tokenizer, teacher_card(teacher, recipe, minutes, scores), target / LOOPLM.name)
     export(melt, tokenizer, student_card(melt, recipe, minutes, scores), target / MELT.name)
     return scores
 
@@ -141,24 +149,24 @@ def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokeni
 
 
 def fresh_student(teacher: OuroForCausalLM, recipe: Recipe, **gate: str) -> Student:
-    """Build a MELT of the teacher's weights with a fresh gate, as `melt-serve convert` does; `gate` are its fields."""
-    shape = recipe.shape
-    config = melt_config(
-        teacher.config, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate
+    """Build a MELT of the teacher's weights with a fresh gate; `gate` are its fields."""
+    shape, start = recipe.shape, recipe.gate_start
+    config = fresh_config(
+        teacher.config, start, chunk_size=shape.chunk_size, decode_mode="token", max_loops=shape.max_loops, **gate
     )
-    return student_of(teacher, recipe.seed + 1, config)
+    return student_of(teacher, recipe.seed + 1, config, start)
 
 
 def measure(
-    teacher: OuroForCausalLM, shallow: OuroForCausalLM, melt: MeltForCausalLM, recipe: Recipe, count: int
+    teacher: OuroForCausalLM, shallow: OuroForCausalLM | None, melt: MeltForCausalLM, recipe: Recipe, count: int
 ) -> list[Score]:
-    """Score what shows what depth, the gate and post-training are worth."""
+    """Score what shows what depth, the gate and post-training are worth; `shallow` only if it was trained."""
     tokenizer, loops = build_tokenizer(), recipe.shape.loops
     depths = [t for t in (1, 2, 3, 4, 6, 8) if t <= recipe.shape.max_loops]
     converted = plain(fresh_student(teacher, recipe, kv_gate_type="last"))
     return [
         *score(teacher, tokenizer, "looplm-demo", depths, count),
-        *score(shallow, tokenizer, "shallow", [1], count),
+        *([] if shallow is None else score(shallow, tokenizer, "shallow", [1], count)),
         *score(converted, tokenizer, "converted", [loops], count, DECODE_MODES),
         *score(melt, tokenizer, "melt-demo", depths, count, DECODE_MODES),
         *score(melt, tokenizer, "melt-demo", [loops], count, DECODE_MODES, EXIT_THRESHOLDS),

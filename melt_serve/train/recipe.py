@@ -3,6 +3,7 @@
 Plain dataclasses; `recipe_files.py` checks what files and command lines say against the types here.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -21,6 +22,26 @@ Paths = Annotated[
 ]
 FORBID: ConfigDict = {"extra": "forbid"}
 Loops = Literal["all", "last"]
+Distance = Literal["relative", "sum", "mean"]
+DecodeAwareBy = Literal["tokens", "passes"]
+
+
+def known_start(value: object) -> object:
+    """Refuse what is no start of a gate.
+
+    Raises:
+        ValueError: it is neither `mean` nor a finite number.
+    """
+    if value == "mean" or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
+        return value
+    raise ValueError(f"gate_start={value!r}: it must be 'mean', or a number, the b_z that all loops share")
+
+
+GateStart = Annotated[Literal["mean"] | float, BeforeValidator(known_start)]
+"""How a fresh gate starts: `mean`, with a bias a loop, as the running mean of n_1..n_t; or with this b_z in all loops.
+
+Our choice. AdamW moves a weight by at most its rate a step, so a gate that starts at b_z = -2 hardly leaves it in the
+paper's 800 steps; and the mean is near to where trained gates were found to end."""
 
 DEPTHS = (1, 2, 3, 4, 4, 4, 6, 8)
 """Loops that the bundled MELT is post-trained at."""
@@ -99,11 +120,18 @@ class Distillation(Stage):
         kd_at: the loops whose answers are compared.
         interpolate: phase 1: rows go from the LoopLM's (alpha 0) to MELT's (alpha 1) over the steps.
         alignment: beta, the weight of the attention outputs' squared distance; 0 leaves it out.
+        distance: what is squared and weighed, for each layer, loop and token: `relative` to the square of the teacher's
+            own output, so that beta means the same for any teacher, width, layer and loop (our choice); or the square's
+            `sum` over the width, as the paper writes it, or its `mean`, as the paper may mean it.
         detach_rows: let no gradient flow from a chunk into the rows of earlier ones: less to compute, but no row learns
             what later chunks need of it.
-        decode_aware_from: the share of the steps after which batches may run the reply token by token,
-            as `token` mode decodes it; 1 never does.
+        decode_aware_from: the share of the steps after which batches may run the reply as `token` mode decodes it; 1
+            never does.
         decode_aware_share: the share of those batches that do.
+        decode_aware_by: `tokens` runs it token by token, exactly, and not in packs; `passes` (our choice) runs every
+            chunk twice, all its tokens at once, whatever the reply's length (modeling/README.md, section 3).
+        chunk_sizes: each batch runs at one of these C, drawn at random, so that the model can be served at any of them
+            (our choice); by default at the C it is made for.
         loop_price: what a token's loop costs, in nats, mean over all tokens. Above 0, tokens leave their loops as
             the exit gate says, each at a threshold of its own drawn at random, and the gate learns which loops are
             worth their price: by their effect on the replies, also through the rows of tokens that answer nothing
@@ -117,9 +145,12 @@ class Distillation(Stage):
     kd_at: Loops = "all"
     interpolate: bool = False
     alignment: Rate = 0.0
+    distance: Distance = "relative"
     detach_rows: bool = False
     decode_aware_from: Share = 1.0
     decode_aware_share: Share = 0.5
+    decode_aware_by: DecodeAwareBy = "passes"
+    chunk_sizes: tuple[Count, ...] = ()
     loop_price: Rate = 0.0
     exit_share: Share = 0.5
 
@@ -129,6 +160,7 @@ class Recipe:
     """The recipe of the bundled checkpoints, made from nothing.
 
     Attributes:
+        gate_start: see `GateStart`.
         shallow: a LoopLM of one loop on the teacher's data: what the same weights learn without depth.
         output: folder for both; by default they replace the bundled ones.
     """
@@ -136,17 +168,28 @@ class Recipe:
     __pydantic_config__: ClassVar = FORBID
 
     shape: Shape = field(default_factory=Shape)
+    gate_start: GateStart = "mean"
     seed: int = 0
     teacher: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(4, 4, 5, 8))
     shallow: Pretraining = Pretraining(steps=1500, learning_rate=3e-3, loops=(1,))
     transition: Distillation = Distillation(
-        steps=300, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
+        steps=200, learning_rate=3e-4, loops=DEPTHS, interpolate=True, decay_from=1.0
     )
     alignment: Distillation = Distillation(
-        steps=500, learning_rate=3e-4, loops=DEPTHS, alignment=0.1, decode_aware_from=0.0
+        steps=300,
+        learning_rate=3e-4,
+        loops=DEPTHS,
+        alignment=10.0,
+        decode_aware_from=0.0,
+        decode_aware_by="tokens",
     )
     exits: Distillation = Distillation(
-        steps=600, learning_rate=3e-4, loops=(2, 3, 4, 4, 6, 8, 8), decode_aware_from=0.0, loop_price=0.02
+        steps=400,
+        learning_rate=3e-4,
+        loops=(2, 3, 4, 4, 6, 8, 8),
+        decode_aware_from=0.0,
+        decode_aware_by="tokens",
+        loop_price=0.02,
     )
 
     output: str | None = None
@@ -185,11 +228,14 @@ class PostTraining:
     Attributes:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
-        chunk_size: C. A sequence may end inside a chunk, and a document begins on a multiple of it.
-        gate_bias: b_z of the fresh gate: at -2, our choice, z is near 0.12 and the MELT starts close to gate type
-            `last`; at 0 the gate starts half open.
+        chunk_size: C that the MELT is made for. A sequence may end inside a chunk, and a document begins on a multiple
+            of `grid`.
+        decode_mode: how the MELT is served. `chunk` (our choice) decodes from rows as training made them; `token`, as
+            we read the paper, from others.
+        gate_start: see `GateStart`.
+        trained_rank: W_z and U_z are products of this rank from the start (our addition); by default they are whole.
         gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
-            store (our addition; README.md, Ablations, says what it costs). By default they stay whole.
+            store (our addition; README.md, Ablations, says what it costs). By default they stay as they were trained.
         max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
         sequence_length: tokens; see `Data` for longer documents.
         batch_tokens: sequences a step times their length, padding included.
@@ -211,9 +257,10 @@ class PostTraining:
     alignment: Distillation
     exits: Distillation | None = None
     chunk_size: Count = 512
-    decode_mode: DecodeMode = "token"
+    decode_mode: DecodeMode = "chunk"
     gate_type: GateType = "elementwise"
-    gate_bias: Annotated[float, Field(allow_inf_nan=False)] = -2.0
+    gate_start: GateStart = "mean"
+    trained_rank: Count | None = None
     gate_rank: Count | None = None
     max_loops: Count | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 10_000
@@ -232,14 +279,42 @@ class PostTraining:
                 f"batch_tokens={self.batch_tokens} is not a multiple of sequence_length={self.sequence_length} * "
                 f"micro_batch={self.micro_batch}; set one of them so that whole micro-batches fill a step"
             )
-        if self.gate_rank is not None and self.gate_type != "elementwise":
-            raise ValueError(f"gate_rank={self.gate_rank}: only an elementwise gate has a rank, not {self.gate_type!r}")
+        for name in ("trained_rank", "gate_rank"):
+            if (rank := getattr(self, name)) is not None and self.gate_type != "elementwise":
+                raise ValueError(f"{name}={rank}: only an elementwise gate has a rank, not {self.gate_type!r}")
+        if self.trained_rank is not None and self.gate_rank is not None:
+            raise ValueError(
+                f"trained_rank={self.trained_rank} and gate_rank={self.gate_rank}: a gate is trained at a rank or cut "
+                "to one afterwards; leave one of them out"
+            )
+        if astray := [size for size in self.chunk_sizes if self.grid % size]:
+            raise ValueError(
+                f"chunk_sizes: {astray[0]} does not divide {self.grid}, the largest; documents of a pack begin on "
+                "multiples of that, so it must be a multiple of all others"
+            )
         for name, stage in self.stages.items():
-            if self.data.pack and stage.decode_aware_from < 1:
+            if stage.decode_aware_from == 1:
+                continue
+            if self.decode_mode == "chunk":
                 raise ValueError(
-                    f"{name}.decode_aware_from={stage.decode_aware_from}: replies run token by token in documents of "
-                    "their own only; set data.pack=false, or decode_aware_from=1"
+                    f"{name}.decode_aware_from={stage.decode_aware_from}: in chunk mode answers are decoded as the "
+                    "grid is trained; set decode_mode=token, or decode_aware_from=1"
                 )
+            if self.data.pack and stage.decode_aware_by == "tokens":
+                raise ValueError(
+                    f"{name}.decode_aware_by='tokens': replies run token by token in documents of their own only; set "
+                    "data.pack=false, or decode_aware_by=passes"
+                )
+
+    @property
+    def chunk_sizes(self) -> set[int]:
+        """All C that the stages run at, and the one that the MELT is made for."""
+        return {self.chunk_size, *(size for stage in self.stages.values() for size in stage.chunk_sizes)}
+
+    @property
+    def grid(self) -> int:
+        """The largest C; a pack's documents begin on multiples of it, so on those of every other C, too."""
+        return max(self.chunk_sizes)
 
     @property
     def sequences(self) -> int:

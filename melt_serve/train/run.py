@@ -32,10 +32,10 @@ Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C,
 EXAMPLES = """\
 examples:
   python -m melt_serve.train run melt-1.6b teacher=./Ouro-1.4B-Thinking data.files=chats.jsonl output=./melt-1.6b
-      the paper's run; a line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, ...]}
+      with the paper's data and rates; a line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}, ...]}
       or {"text": "..."}
-  python -m melt_serve.train run melt-1.6b ... chunk_size=500 alignment.alignment=0
-      with the paper's chunks, and without aligned attention
+  python -m melt_serve.train run melt-1.6b-paper ... chunk_size=500
+      the paper's own loss and decode mode, as we read them, and its chunks
   python -m melt_serve.train run ./mine.toml --run runs/mine --minutes 60
   python -m melt_serve.train run ./mine.toml --run runs/mine --resume
       an hour of a recipe of your own, and the rest

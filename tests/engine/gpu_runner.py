@@ -288,10 +288,10 @@ def capturing(monkeypatch):
 
 
 @pytest.mark.usefixtures("triton_attention")
-@pytest.mark.parametrize("mode", ["token", "chunk"])
-def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode):
+@pytest.mark.parametrize(("mode", "bias"), [("token", "shared"), ("chunk", "loop")])
+def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode, bias):
     """Depths that change between steps, tokens that leave, exits, sizes between two captured ones."""
-    model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1)
+    model = save_melt(tmp_path, decode_mode=mode, num_hidden_layers=1, kv_gate_bias=bias)
     asked, loops, exits = prompts(40, 5, 33, 20, 7), [3, 1, 6, 3, 2], [1.0, 1.0, 0.5, 0.6, 1.0]
     with engine(tmp_path, block_size=32) as llm:
         replayed = capturing(runner_of(llm))

@@ -17,9 +17,11 @@ from tests.engine.engines import (
 )
 
 
-@pytest.mark.parametrize("mode", ["token", "chunk"])
-def test_one_depth_and_mixed_depths_equal_the_reference(tmp_path, mode):
-    model, asked = save_melt(tmp_path, num_hidden_layers=1, decode_mode=mode), prompts(*AROUND_CUTS)
+@pytest.mark.parametrize(("mode", "bias"), [("token", "shared"), ("chunk", "loop")])
+def test_one_depth_and_mixed_depths_equal_the_reference(tmp_path, mode, bias):
+    """All later loops are one graph, also where each has a bias of its own."""
+    model = save_melt(tmp_path, num_hidden_layers=1, decode_mode=mode, kv_gate_bias=bias)
+    asked = prompts(*AROUND_CUTS)
     with engine(tmp_path, enforce_eager=False) as llm:
         assert distance(model, asked, generate(llm, asked, loops=3), loops=3) <= RIGHT
         assert distance_at_mixed_depths(llm, model) <= RIGHT

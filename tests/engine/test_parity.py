@@ -49,6 +49,8 @@ def test_the_checkpoints_own_depth_may_be_overridden(tmp_path):
         {"kv_gate_rank": 5, "kv_gate_initial_state": "zeros"},
         {"num_key_value_heads": 4, "tie_word_embeddings": True},
         {"num_key_value_heads": 1, "num_hidden_layers": 3, "rope_theta": 1e6},
+        {"kv_gate_bias": "loop", "decode_mode": "chunk"},
+        {"kv_gate_bias": "loop", "kv_gate_type": "scalar"},
         {"chunk_size": 1},
         {"chunk_size": 24},
         {"chunk_size": 512},

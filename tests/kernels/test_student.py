@@ -20,9 +20,12 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("gate_type", ["elementwise", "scalar", "mean"])
-def test_loss_and_gradients_are_the_reference_models(gate_type, calls):
-    reference = tiny_melt(kv_gate_type=gate_type, num_hidden_layers=1).double().to(DEVICE)
+@pytest.mark.parametrize(
+    ("gate_type", "bias"),
+    [("elementwise", "shared"), ("scalar", "shared"), ("mean", "shared"), ("elementwise", "loop"), ("scalar", "loop")],
+)
+def test_loss_and_gradients_are_the_reference_models(gate_type, bias, calls):
+    reference = tiny_melt(kv_gate_type=gate_type, kv_gate_bias=bias, num_hidden_layers=1).double().to(DEVICE)
     student = Student(reference.config).double().to(DEVICE)
     student.load_state_dict(reference.state_dict())
     ids = tokens(2, 6).to(DEVICE)

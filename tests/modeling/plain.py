@@ -105,11 +105,11 @@ class PlainMelt(Plain):
         states: dict[tuple[str, int], Tensor] = {}
         own: dict[str, dict[int, Row]] = {layer: {} for layer in self.layers()}
         stayed = dict.fromkeys(range(len(xs)), 1.0)
-        for _ in range(loops):
+        for loop in range(1, loops + 1):
             for layer in self.layers():
                 for i in stayed:
                     n = self.norm(f"{layer}.input_layernorm", xs[i])
-                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)))
+                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)), loop)
                     own[layer][i] = self.row(layer, h, self.position + i)
                     rows = self.final[layer] + [own[layer][j] for j in range(i + 1)]
                     xs[i] = self.finished(layer, xs[i], self.attended(layer, n, self.position + i, rows))
@@ -123,9 +123,12 @@ class PlainMelt(Plain):
         self.position += len(tokens)
         return torch.stack([self.linear("lm_head", x) for x in xs])
 
-    def gated(self, layer: str, n: Tensor, h: Tensor | None) -> Tensor:
+    def gated(self, layer: str, n: Tensor, h: Tensor | None, loop: int) -> Tensor:
         if h is None:
             return n
         gate = f"{layer}.self_attn.kv_gate"
-        z = torch.sigmoid(self.linear(f"{gate}.input_proj", n) + self.linear(f"{gate}.state_proj", h))
+        logits = self.linear(f"{gate}.input_proj", n) + self.linear(f"{gate}.state_proj", h)
+        if f"{gate}.loop_bias" in self.weights:
+            logits = logits + self.weights[f"{gate}.loop_bias"][loop - 2]
+        z = torch.sigmoid(logits)
         return z * h + (1 - z) * n

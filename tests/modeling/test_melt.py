@@ -37,6 +37,18 @@ def test_chunks_of_one_token_are_the_exact_model(gate_type, initial_state, loops
         torch.testing.assert_close(model(prompt, loops=loops).logits[0], exact, **CLOSE)
 
 
+@pytest.mark.parametrize("gate_type", ["elementwise", "scalar"])
+@torch.no_grad()
+def test_a_bias_a_loop_is_the_same_in_chunks_exactly_and_plainly(gate_type):
+    model, prompt = tiny_melt(chunk_size=1, kv_gate_type=gate_type, kv_gate_bias="loop"), tokens(1, 7)
+    plain = PlainMelt(model)
+    expected = torch.cat([plain.chunk(token.tolist(), 5) for token in prompt[0].split(1)])
+    torch.testing.assert_close(model.token_sequential(prompt[0], loops=5), expected, **CLOSE)
+    for mode in MODES:
+        model.config.decode_mode = mode
+        torch.testing.assert_close(model(prompt, loops=5).logits[0], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("chunk_size", "loops"), [(1, 3), (4, 1), (4, 4), (5, 2), (16, 3)])
@@ -58,6 +70,80 @@ def test_in_token_mode_generated_tokens_equal_a_plain_implementation(chunk_size,
     expected = torch.cat([plain.chunk(chunk.tolist(), loops=4) for chunk in chunks])
     decoded = feed(model, sequence, [prompt_length] + [1] * (12 - prompt_length))
     torch.testing.assert_close(decoded[0], expected, **CLOSE)
+
+
+def two_plain_passes(
+    model: MeltForCausalLM, sequence: torch.Tensor, prompt: int, loops: int, threshold: float
+) -> torch.Tensor:
+    """Run every chunk once; then each generated token anew, after the final rows that the first pass made before it."""
+    plain, logits = PlainMelt(model), []
+    for chunk in sequence.split(model.config.chunk_size):
+        earlier, start = {layer: list(rows) for layer, rows in plain.final.items()}, plain.position
+        answers = plain.chunk(chunk.tolist(), loops, threshold)
+        first, second = ({layer: list(rows) for layer, rows in plain.final.items()} for _ in range(2))
+        for i, token in enumerate(chunk.tolist(), start=start):
+            if i >= prompt:
+                plain.final.update({layer: rows[:i] for layer, rows in first.items()})
+                plain.position = i
+                answers[i - start] = plain.chunk([token], loops, threshold)[0]
+                for layer, rows in plain.final.items():
+                    second[layer][i] = rows[i]
+        plain.final.update(second)
+        plain.position = start + len(chunk)
+        assert all(second[layer][:start] == rows for layer, rows in earlier.items())
+        logits.append(answers)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize(("chunk_size", "prompt"), [(4, 1), (4, 6), (5, 5), (16, 3)])
+@pytest.mark.parametrize("threshold", [1.0, 0.5])
+@torch.no_grad()
+def test_two_passes_equal_a_plain_implementation(chunk_size, prompt, threshold):
+    model, sequence = tiny_melt(chunk_size=chunk_size), tokens(1, 13)
+    model.model.early_exit_gate.weight.normal_(generator=torch.Generator().manual_seed(3))
+    generated = torch.arange(13)[None] >= prompt
+    given = model(sequence, generated=generated, exit_threshold=threshold, loops=3).logits[0]
+    torch.testing.assert_close(given, two_plain_passes(model, sequence[0], prompt, 3, threshold), **CLOSE)
+
+
+@pytest.mark.parametrize(("chunk_size", "prompt", "length"), [(1, 3, 9), (4, 7, 9), (4, 4, 5), (16, 15, 16)])
+@torch.no_grad()
+def test_two_passes_are_token_by_token_where_a_chunk_holds_one_generated_token(chunk_size, prompt, length):
+    model, sequence = tiny_melt(chunk_size=chunk_size), tokens(2, length)
+    generated = torch.arange(length).expand(2, -1) >= prompt
+    exact = model(sequence, prompt_lengths=torch.tensor([prompt, prompt])).logits
+    torch.testing.assert_close(model(sequence, generated=generated).logits, exact, **CLOSE)
+
+
+@torch.no_grad()
+def test_two_passes_come_nearer_to_token_by_token_than_the_grid():
+    model, sequence = tiny_melt(chunk_size=16), tokens(8, 32)
+    exact = model(sequence, prompt_lengths=torch.full((8,), 6)).logits
+    errors = [
+        (model(sequence, generated=generated).logits - exact)[:, 6:].square().mean()
+        for generated in (None, torch.arange(32).expand(8, -1) >= 6)
+    ]
+    assert 0 < errors[1] < 0.5 * errors[0]
+
+
+@torch.no_grad()
+def test_two_passes_of_a_padded_batch_are_those_of_each_sequence():
+    model, lengths, prompts = tiny_melt(), (11, 5, 8), (4, 2, 7)
+    sequences = [tokens(length, seed=length) for length in lengths]
+    for side in ("left", "right"):
+        padded, mask = pad(sequences, side)
+        generated = torch.stack([mask[row].cumsum(-1) > prompt for row, prompt in enumerate(prompts)])
+        together = model(padded, attention_mask=mask, generated=generated).logits
+        for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            alone = model(sequence[None], generated=torch.arange(len(sequence))[None] >= prompt).logits[0]
+            torch.testing.assert_close(together[row][mask[row].bool()], alone, **CLOSE)
+
+
+def test_two_passes_are_of_token_mode_and_stand_for_prompt_lengths():
+    prompt, generated = tokens(1, 6), torch.ones(1, 6, dtype=torch.bool)
+    for mode, words in (("chunk", {}), ("token", {"prompt_lengths": torch.tensor([3])})):
+        with pytest.raises(ValueError, match="two passes"):
+            tiny_melt(decode_mode=mode)(prompt, generated=generated, **words)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 16])

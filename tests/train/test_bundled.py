@@ -18,10 +18,11 @@ from melt_serve.train.session import Paused, Session
 RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}
 TINY = Recipe(
     shape=Shape(hidden_size=32, intermediate_size=64, heads=2, max_loops=5),
+    gate_start=-2.0,  # so far away that a few steps come nearer
     teacher=Pretraining(steps=30, **RATE),
     shallow=Pretraining(steps=2, **RATE),
     transition=Distillation(steps=8, interpolate=True, decay_from=1.0, **RATE),
-    alignment=Distillation(steps=16, loops=(2, 4), alignment=0.1, decode_aware_from=0.5, **RATE),
+    alignment=Distillation(steps=16, loops=(2, 4), alignment=0.1, distance="sum", decode_aware_from=0.5, **RATE),
     exits=Distillation(steps=16, decode_aware_from=0.5, loop_price=0.5, gate_learning_rate=0.1, **RATE),
 )
 
@@ -73,6 +74,25 @@ def test_what_is_written_is_what_transformers_loads(made):
     card = (folder / "out" / "melt-demo" / "README.md").read_text()
     assert all(f"| {score.checkpoint} | {score.loops} |" in card for score in scores)
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["looplm-demo", "melt-demo"]
+
+
+def test_a_looplm_that_is_there_is_kept_and_only_its_melt_is_made(made, tmp_path, capsys):
+    teacher = made[0] / "out" / "looplm-demo"
+    short = {name: replace(getattr(TINY, name), steps=1) for name in ("transition", "alignment", "exits")}
+    recipe = replace(TINY, gate_start="mean", **short)
+    scores = make_checkpoints(recipe, tmp_path / "run", tmp_path / "out", Session(), 4, teacher)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["melt-demo"]
+    assert [line["stage"] for line in logged(tmp_path / "run")] == ["transition", "alignment", "exits"]
+    assert {score.checkpoint for score in scores} == {"looplm-demo", "converted", "melt-demo"}
+    card = (tmp_path / "out" / "melt-demo" / "README.md").read_text()
+    assert "bundled --teacher " in card and "shallow" not in card
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "melt-demo").config.kv_gate_bias == "loop"
+    words = ["bundled", "--run", str(tmp_path / "another"), "--teacher"]
+    capsys.readouterr()
+    for wrong, says in ((MELT, "is a MELT; name the folder of a LoopLM"), (tmp_path / "none", "does not exist")):
+        assert main([*words, str(wrong)]) == 1
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
 
 
 def test_many_sessions_make_the_same_checkpoints_bit_for_bit(made, tmp_path):

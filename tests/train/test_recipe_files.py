@@ -15,8 +15,9 @@ def test_demo_is_the_bundled_recipe():
     assert load_recipe("demo", ["seed=3", "output=./mine"]) == replace(Recipe().seeded(3), output="./mine")
 
 
-def test_melt_16b_is_the_papers_run():
-    recipe = load_recipe("melt-1.6b", OWN)
+@pytest.mark.parametrize("name", ["melt-1.6b", "melt-1.6b-paper"])
+def test_melt_16b_has_the_papers_data_lengths_and_rates(name):
+    recipe = load_recipe(name, OWN)
     assert isinstance(recipe, PostTraining) and recipe.data == Data(("chats.jsonl",))
     assert (recipe.chunk_size, recipe.sequence_length, recipe.batch_tokens, recipe.sequences) == (
         512,
@@ -31,7 +32,19 @@ def test_melt_16b_is_the_papers_run():
         assert (stage.learning_rate, stage.gate_learning_rate) == (8e-6, 5e-4)
         assert stage.decode_aware_from == 1.0
     assert transition.interpolate and not transition.alignment
-    assert alignment.alignment == 0.1 and not alignment.interpolate
+    assert not alignment.interpolate
+
+
+def test_melt_16b_is_how_a_new_recipe_starts_and_its_papers_twin_is_the_formula_to_the_letter():
+    ours, papers = (load_recipe(name, OWN) for name in ("melt-1.6b", "melt-1.6b-paper"))
+    assert (ours.gate_start, ours.decode_mode, ours.alignment.distance) == ("mean", "chunk", "relative")
+    changed = {"gate_start": -2.0, "decode_mode": "token"}
+    stage = replace(ours.alignment, alignment=0.1, distance="sum")
+    assert papers == replace(ours, **changed, alignment=stage)
+    words = ["kind=post-training", *OWN, "transition.steps=1", "transition.learning_rate=1"]
+    words += ["alignment.steps=1", "alignment.learning_rate=1"]
+    plain = load_recipe("melt-1.6b", words)
+    assert (plain.gate_start, plain.decode_mode, plain.alignment.distance) == ("mean", "chunk", "relative")
 
 
 def test_words_on_the_command_line_change_any_field():
@@ -58,6 +71,14 @@ def test_a_file_of_ones_own_is_a_recipe_too(tmp_path):
         ([*OWN, "transition.steps=0"], "transition.steps=0: input should be greater than or equal to 1"),
         ([*OWN, "transition.learning_rate=fast"], "transition.learning_rate='fast': input should be a valid number"),
         ([*OWN, "gate_rank=4", "gate_type=scalar"], "gate_rank=4: only an elementwise gate has a rank, not 'scalar'"),
+        ([*OWN, "trained_rank=4", "gate_rank=2"], "trained_rank=4 and gate_rank=2: a gate is trained at a rank or cut"),
+        (
+            [*OWN, "alignment.chunk_sizes=[256, 384]"],
+            "chunk_sizes: 384 does not divide 512, the largest; documents of a pack begin on multiples of that",
+        ),
+        ([*OWN, "gate_start=fast"], "gate_start='fast': it must be 'mean', or a number"),
+        ([*OWN, "gate_start=nan"], "gate_start=nan: it must be 'mean', or a number"),
+        ([*OWN, "alignment.distance=far"], "alignment.distance='far': input should be 'relative', 'sum' or 'mean'"),
         ([*OWN, "dtype=fp8"], "dtype='fp8': input should be 'float32' or 'bfloat16'"),
         ([*OWN, "decode_mode=fast"], "decode_mode='fast': input should be 'token' or 'chunk'"),
         ([*OWN, "batch_tokens=15000"], "batch_tokens=15000 is not a multiple of sequence_length=10000"),
@@ -77,7 +98,7 @@ def test_a_wrong_word_is_named_with_its_remedy(words, says):
 def test_a_recipe_that_is_not_there_is_told_of_those_that_are():
     with pytest.raises(RecipeError, match=r"no recipe melt-9b: name a TOML file, or one of demo, melt-1\.6b"):
         load_recipe("melt-9b")
-    assert bundled_recipes() == ["demo", "melt-1.6b"]
+    assert bundled_recipes() == ["demo", "melt-1.6b", "melt-1.6b-paper"]
 
 
 def test_a_file_that_is_no_toml_is_named_with_the_line(tmp_path):

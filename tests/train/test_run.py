@@ -1,6 +1,7 @@
 """A LoopLM of one's own into a MELT, on the command line: it learns, survives, and writes what is served."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +19,8 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import build_tokenizer
 from melt_serve.train.__main__ import main
 from melt_serve.train.distil.build import fresh_student
+from melt_serve.train.distil.phase import drawn_chunk_size
+from melt_serve.train.recipe import Distillation
 from melt_serve.train.recipe_files import load_recipe
 from tests.signals import hear_ctrl_c
 from tests.train.tiny_run import assert_close, logged, prepare, wait_for
@@ -58,7 +61,7 @@ def test_what_comes_out_is_a_plain_melt_checkpoint(unbroken):
     assert type(melt) is MeltForCausalLM and melt.dtype == torch.float32
     config = json.loads((unbroken / "melt" / "config.json").read_text())
     assert config["model_type"] == "melt" and config["architectures"] == ["MeltForCausalLM"]
-    assert (config["chunk_size"], config["decode_mode"], config["max_loops"]) == (16, "token", 3)
+    assert (config["chunk_size"], config["decode_mode"], config["max_loops"]) == (16, "chunk", 3)
     tokenizer = AutoTokenizer.from_pretrained(unbroken / "melt")
     assert tokenizer.chat_template == build_tokenizer().chat_template
     card = (unbroken / "melt" / "README.md").read_text()
@@ -199,7 +202,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_is_saved(unbroken,
         (["data.files={folder}/recipe.toml"], "is none of: a .jsonl or .parquet file"),
         (["output={folder}"], "holds something that is not a MELT checkpoint"),
         (["sequence_length=512", "batch_tokens=4096"], "max_position_embeddings=256"),
-        (["alignment.decode_aware_from=0.5"], "set data.pack=false"),
+        (["alignment.decode_aware_from=0.5"], "in chunk mode answers are decoded as the grid is trained"),
+        (
+            ["alignment.decode_aware_from=0.5", "alignment.decode_aware_by=tokens", "decode_mode=token"],
+            "set data.pack=false, or decode_aware_by=passes",
+        ),
         (["stages=3"], "there is no field stages"),
         (["chunk_size=1000000", "sequence_length=128"], "no MELT: chunk_size must be at most 262144, not 1000000"),
         (["chunk_size=8", "--run", "{folder}/run", "--resume"], "another recipe (chunk_size differ)"),
@@ -297,7 +304,8 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
     said = capsys.readouterr().out
-    assert "demo, melt-1.6b" in said and '{"messages"' in said and "--resume" in said and "chunk_size=500" in said
+    for taught in ("demo, melt-1.6b, melt-1.6b-paper", '{"messages"', "--resume", "chunk_size=500"):
+        assert taught in said
 
 
 def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
@@ -315,7 +323,29 @@ def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
 
 
 def test_the_gate_starts_where_the_recipe_says(unbroken):
+    teacher = AutoModelForCausalLM.from_pretrained(unbroken / "teacher")
+
+    def gates(*words):
+        recipe = load_recipe(str(unbroken / "recipe.toml"), words)
+        return [layer.self_attn.kv_gate for layer in fresh_student(recipe, teacher).model.layers]
+
     for bias in (-2.0, 0.0):
-        recipe = load_recipe(str(unbroken / "recipe.toml"), [f"gate_bias={bias}"])
-        student = fresh_student(recipe, AutoModelForCausalLM.from_pretrained(unbroken / "teacher"))
-        assert all((layer.self_attn.kv_gate.input_proj.bias == bias).all() for layer in student.model.layers)
+        assert all((gate.input_proj.bias == bias).all() for gate in gates(f"gate_start={bias}"))
+    means = torch.tensor([0, math.log(2)])[:, None]  # loops 2 and 3 of three
+    for words in ([], ["gate_type=scalar"], ["trained_rank=3"]):
+        assert all(torch.equal(gate.loop_bias, means.expand_as(gate.loop_bias)) for gate in gates(*words))
+    assert gates("trained_rank=3")[1].input_down.weight.shape == (3, 32)
+    assert not any(gate.learned for gate in gates("gate_type=mean"))
+
+
+def test_packs_run_at_chunk_sizes_drawn_for_each_batch_and_in_two_passes(unbroken):
+    """Documents that began on multiples of 16 only would be refused at 32."""
+    words = ["decode_mode=token", "alignment.chunk_sizes=[8, 16, 32]", "alignment.decode_aware_from=0"]
+    assert run(unbroken, "drawn", *words) == 0
+    before, drawn = ([line["kd"] for line in logged(unbroken / each)] for each in ("run", "drawn"))
+    assert drawn[:4] == before[:4] and len(drawn) == len(before)
+    assert not set(drawn[5:]) & set(before[5:])
+    assert AutoModelForCausalLM.from_pretrained(unbroken / "drawn-melt").config.chunk_size == 16
+    stage = Distillation(steps=40, learning_rate=1.0, chunk_sizes=(8, 16, 32))
+    sizes = [drawn_chunk_size(stage, step) for step in range(40)]
+    assert set(sizes) == {8, 16, 32} and sizes == [drawn_chunk_size(stage, step) for step in range(40)]

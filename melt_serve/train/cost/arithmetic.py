@@ -21,10 +21,16 @@ def sequence_flops(student: MeltConfig, recipe: PostTraining, stage: Distillatio
     extra = 4 * d * gate_width(student) + (4 * d * kv if stage.interpolate else 0)
     head = 2 * d * student.vocab_size
     layers, depth = student.num_hidden_layers, length * loops
-    student_layers = depth * layers * (layer + extra)
+    student_layers = depth * layers * (layer + extra) * chunk_passes(stage)
     forward = depth * (layers * layer + head) + student_layers + depth * head
     recomputed = student_layers if recipe.checkpoint_chunks else 0
     return forward + 2 * (student_layers + depth * head) + recomputed
+
+
+def chunk_passes(stage: Distillation) -> float:
+    """Return how often a chunk runs, mean over the stage: twice where batches are decode-aware by two passes."""
+    by_passes = stage.decode_aware_by == "passes"
+    return 1 + (1 - stage.decode_aware_from) * stage.decode_aware_share * by_passes
 
 
 def memory(

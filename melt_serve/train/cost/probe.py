@@ -89,14 +89,15 @@ def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distil
 def random_step(
     teacher_config: LoopLMConfig, recipe: PostTraining, stage: Distillation
 ) -> tuple[Student, Callable[[], Tensor]]:
-    """Build a student with random weights, and a step's loss on random tokens, all learnt, at the most loops."""
+    """Build a student with random weights, and a step's loss on random tokens, all learnt, at most loops and passes."""
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[recipe.dtype]
     torch.manual_seed(recipe.seed)
     teacher = OuroForCausalLM(teacher_config).to(device, dtype).eval().requires_grad_(False)
     student = Student(student_config(recipe, teacher_config)).to(device, dtype).train()
     ids = torch.randint(teacher_config.vocab_size, (recipe.micro_batch, recipe.sequence_length), device=device)
     batch = Batch(ids, torch.ones_like(ids), ids, torch.zeros(len(ids), dtype=torch.long, device=device), ids[:1])
-    deepest = replace(stage, loops=(max(stage.loops),), decode_aware_from=1.0)
+    twice = stage.decode_aware_by == "passes" and stage.decode_aware_from < 1
+    deepest = replace(stage, loops=(max(stage.loops),), decode_aware_from=0.0 if twice else 1.0, decode_aware_share=1.0)
 
     def loss() -> Tensor:
         middle = stage.steps // 2

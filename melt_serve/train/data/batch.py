@@ -41,6 +41,17 @@ class Batch:
         """The mask of answers, [B, S]: true where the next token is one of the reply."""
         return torch.nn.functional.pad(self.labels[:, 1:] != IGNORED, (0, 1))
 
+    @property
+    def generated(self) -> Tensor:
+        """The mask of what is not prompt, [B, S]: true from the first learnt token of each document on."""
+        columns = torch.arange(self.labels.shape[1], device=self.labels.device)
+        if self.prompt_lengths is not None:
+            return self.real & (columns >= self.prompt_lengths[:, None])
+        starts = torch.zeros_like(self.labels) if self.document_starts is None else self.document_starts
+        learnt = (self.labels != IGNORED).long()
+        before = learnt.cumsum(-1) - learnt
+        return self.real & (before + learnt > before.gather(1, starts))
+
     def reply_by_loop(self, loops: int) -> Tensor:
         """Return what each loop is to answer, [T, tokens]: loop t the reply within t - 1 steps, the last one all."""
         assert self.replies is not None

@@ -33,7 +33,7 @@ class Sequences:
         data = recipe.data
         self.packing = Packing(
             length=recipe.sequence_length,
-            chunk_size=recipe.chunk_size,
+            chunk_size=recipe.grid,
             seed=recipe.seed,
             streaming=data.streaming,
             window=data.window,

@@ -6,11 +6,11 @@ import shutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from melt_serve.config import LoopLMConfig, MeltConfig, shape_facts
+from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.distil.student import Student
 from melt_serve.train.loop.distributed import full_tensors, shard
-from melt_serve.train.recipe import PostTraining
+from melt_serve.train.recipe import GateStart, PostTraining
 from melt_serve.train.session import TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -18,8 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     """Build the recipe's MELT as it is before its first step."""
-    student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config))
-    start_gate(student, recipe.gate_bias)
+    student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config), recipe.gate_start)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 
@@ -27,13 +26,25 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
 def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
     """Return the config of the MELT that the recipe makes of a teacher."""
     deepest = max(teacher.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
-    return melt_config(
+    return fresh_config(
         teacher,
+        recipe.gate_start,
         chunk_size=recipe.chunk_size,
         decode_mode=recipe.decode_mode,
-        kv_gate_type=recipe.gate_type,
         max_loops=recipe.max_loops or deepest,
+        kv_gate_type=recipe.gate_type,
+        kv_gate_rank=recipe.trained_rank,
     )
+
+
+def fresh_config(config: LoopLMConfig, start: GateStart, **melt: object) -> MeltConfig:
+    """Return `melt_config` with the biases that its gate, if it learns, needs to start like that.
+
+    Raises:
+        TrainingError: see `melt_config`.
+    """
+    made = melt_config(config, **melt)
+    return melt_config(made, kv_gate_bias="loop") if start == "mean" and gate_width(made) else made
 
 
 def melt_config(config: LoopLMConfig, **melt: object) -> MeltConfig:
@@ -48,20 +59,20 @@ def melt_config(config: LoopLMConfig, **melt: object) -> MeltConfig:
         raise TrainingError(f"the recipe makes no MELT: {error.__cause__ or error}") from error
 
 
-def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig) -> Student:
-    """Build a student of this config with the teacher's weights and a fresh gate, as `melt-serve convert` does."""
+@torch.no_grad()
+def student_of(teacher: OuroForCausalLM, seed: int, config: MeltConfig, start: GateStart) -> Student:
+    """Build a student of this config with the teacher's weights and a fresh gate.
+
+    Args:
+        start: `mean` is what a gate with a bias a loop is when it is fresh; a number is every layer's b_z.
+    """
     torch.manual_seed(seed)
     student = Student(config).train()
     student.load_state_dict(teacher.state_dict(), strict=False)
-    return student
-
-
-@torch.no_grad()
-def start_gate(student: Student, bias: float) -> None:
-    """Set b_z in all layers, where the gate learns one."""
     for layer in student.model.layers:
-        if layer.self_attn.kv_gate.learned:
-            layer.self_attn.kv_gate.input_proj.bias.fill_(bias)
+        if start != "mean" and layer.self_attn.kv_gate.learned:
+            layer.self_attn.kv_gate.input_proj.bias.fill_(start)
+    return student
 
 
 def place(recipe: PostTraining, teacher: OuroForCausalLM, student: Student, device: torch.device) -> None:

@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from melt_serve.train.recipe import Distance
+
 ANSWERS_AT_ONCE = 1024
 """Answers, of one token at one loop each, whose logits exist together in `distillation_from_states`."""
+SMALLEST_SQUARE = 1e-6
+"""Added to what a relative distance is divided by: an output of nothing has no scale."""
 
 
 def cross_entropy_over_loops(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,13 +96,20 @@ class SlicedDivergence(torch.autograd.Function):
         return of_total[0] * of_states, of_total[0] * of_head, None, None, None
 
 
-def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor) -> Tensor:
-    """Compute || o_MELT - o_LoopLM ||^2 of one layer at one loop, summed over d and over the member tokens.
+def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor, distance: Distance) -> Tensor:
+    """Compute || o_MELT - o_LoopLM ||^2 of one layer at one loop, summed over the member tokens.
 
     Args:
         teacher_output, student_output: [B, Q, d], attention outputs after W_O, before the sandwich norm.
         members: [B, Q], true where there is a token.
+        distance: `relative` divides each token's square by || o_LoopLM ||^2 (our choice), `mean` by d.
     """
     wide = torch.promote_types(student_output.dtype, torch.float32)
-    distance = (student_output.to(wide) - teacher_output.detach().to(wide)).square().sum(-1)
-    return distance.masked_fill(~members, 0.0).sum()
+    teacher = teacher_output.detach().to(wide)
+    squares = (student_output.to(wide) - teacher).square().sum(-1)
+    match distance:
+        case "relative":
+            squares = squares / (teacher.square().sum(-1) + SMALLEST_SQUARE)
+        case "mean":
+            squares = squares / teacher.shape[-1]
+    return squares.masked_fill(~members, 0.0).sum()

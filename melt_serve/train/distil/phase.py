@@ -97,9 +97,11 @@ def phase_losses(
         loops,
         alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
         teacher_attention=wanted.attention,
-        decode_aware=runs_as_decoded(stage, step),
+        distance=stage.distance,
+        decode_aware=stage.decode_aware_by if runs_as_decoded(stage, step) else None,
         thresholds=drawn_thresholds(stage, step, batch, number),
         detach_rows=stage.detach_rows,
+        chunk_size=drawn_chunk_size(stage, step),
     )
     compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
     of_teacher, of_student = wanted.states[compared], given.states[compared]
@@ -124,6 +126,13 @@ def loops_of(stage: Stage, step: int) -> int:
     return random.Random(f"loops {stage.seed} {step}").choice(stage.loops)
 
 
+def drawn_chunk_size(stage: Distillation, step: int) -> int | None:
+    """Draw C of a step's batch; None for the student's own."""
+    if not stage.chunk_sizes:
+        return None
+    return random.Random(f"chunk size {stage.seed} {step}").choice(stage.chunk_sizes)
+
+
 def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int = 0) -> Tensor | None:
     """Draw an exit threshold for every token, evenly from [0, 1): [B, S]; None where no token of this batch leaves."""
     draw = random.Random(f"thresholds {stage.seed} {step}")
@@ -134,7 +143,7 @@ def drawn_thresholds(stage: Distillation, step: int, batch: Batch, number: int =
 
 
 def runs_as_decoded(stage: Distillation, step: int) -> bool:
-    """Draw whether a step's replies run token by token, as `token` mode decodes them."""
+    """Draw whether a step's replies run as `token` mode decodes them."""
     if step < stage.decode_aware_from * stage.steps:
         return False
     return random.Random(f"decode-aware {stage.seed} {step}").random() < stage.decode_aware_share

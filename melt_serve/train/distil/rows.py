@@ -15,13 +15,14 @@ from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import squared_distance
+from melt_serve.train.recipe import Distance
 
 
 class TrainingRows(MeltRows):
     """A MELT's rows; with alpha below 1 also the LoopLM's of every loop, which only phase 1 needs.
 
     Attributes:
-        distance: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2; 0 without a teacher.
+        distance: the sum over loops, layers and tokens of `squared_distance`; 0 without a teacher.
         loops_run: the loops that the tokens are expected to run, summed over tokens; None where none leaves early.
     """
 
@@ -31,30 +32,46 @@ class TrainingRows(MeltRows):
         batch: Batch,
         alpha: float,
         teacher_attention: list[Tensor] | None,
+        distance: Distance,
         thresholds: Tensor | None,
         detached: bool,
         chunked: bool,
+        chunk_size: int | None,
     ):
         """Hold no rows yet.
 
         Args:
             alpha: the MELT's share in the rows that are seen.
             teacher_attention: see `Answers.attention`; None measures no distance.
+            distance: see `squared_distance`.
             thresholds: [B, S], each token's exit threshold; None lets none leave early.
             detached: let no gradient flow from later chunks into a chunk's rows.
             chunked: let many copies of the rows share their memory.
+            chunk_size: C, by default the config's.
         """
         device = batch.input_ids.device
         super().__init__(config, len(batch.input_ids), device)
+        self.chunk_size = chunk_size or config.chunk_size
         self.alpha = alpha
         self.looplm: dict[tuple[int, int], DynamicLayer | ChunkedRows] = {}
         self.kind = ChunkedRows if chunked else DynamicLayer
         self.layers: list[DynamicLayer | ChunkedRows] = [self.kind() for _ in range(config.num_hidden_layers)]
         self.teacher_attention = teacher_attention
+        self.distance_kind = distance
         self.thresholds = thresholds
         self.detached = detached
         self.distance = torch.zeros((), device=device)
         self.loops_run = None if thresholds is None else torch.zeros((), device=device)
+
+    def begin(self, chunk: Chunk, loops: int) -> tuple[Tensor, Tensor]:
+        """Make room for a chunk's rows, and remember what was counted before it."""
+        self.counted = self.distance, self.loops_run
+        return super().begin(chunk, loops)
+
+    def begin_again(self, chunk: Chunk, generated: Tensor) -> Tensor:
+        """Make room for the rows of a chunk's second pass, and count that one alone."""
+        self.distance, self.loops_run = self.counted
+        return super().begin_again(chunk, generated)
 
     def begin_loop(self, chunk: Chunk, depths: TokenDepths) -> None:
         """Count the loop that is about to run, weighed by each token's probability to run it."""
@@ -78,14 +95,11 @@ class TrainingRows(MeltRows):
             return
         o_teacher = self.teacher_attention[(loop - 1) * self.config.num_hidden_layers + layer]
         o_teacher = o_teacher.gather(1, chunk.columns[:, :, None].expand_as(o))
-        self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0)
+        self.distance = self.distance + squared_distance(o_teacher, o, chunk.positions >= 0, self.distance_kind)
 
-    def forget(self, begins: Tensor) -> Tensor:
-        """Drop a pack's earlier documents' rows, the LoopLM's too."""
-        needed = super().forget(begins)
-        if not needed.all():
-            self.keep_columns(self.looplm.values(), needed)
-        return needed
+    def whole_rows(self) -> list[Any]:
+        """Return the rows with a column for every final position: the MELT's, and the LoopLM's of every loop."""
+        return [*super().whole_rows(), *self.looplm.values()]
 
     def keep_columns(self, layers: Iterable[Any], needed: Tensor) -> None:
         """Drop the columns of these rows that are not needed, also where they are in pieces; needed is [columns]."""

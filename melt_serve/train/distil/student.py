@@ -20,6 +20,7 @@ from melt_serve.modeling.melt import MeltAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.rows import TrainingRows
 from melt_serve.train.distil.teacher import Answers
+from melt_serve.train.recipe import DecodeAwareBy, Distance
 
 
 class FusedGate(KVGate):
@@ -30,7 +31,7 @@ class FusedGate(KVGate):
         if h is None or not self.learned or not takes_triton("gate_blend", n.device):
             return super().forward(n, h, loop)
         from_input = F.linear(self.input_down(n), self.input_proj.weight)
-        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.input_proj.bias, h, n)
+        return gate_blend(from_input, self.state_proj(self.state_down(h)), self.bias(loop), h, n)
 
 
 class FusedAttention(MeltAttention):
@@ -58,9 +59,11 @@ class Student(MeltForCausalLM):
         loops: int,
         alpha: float = 1.0,
         teacher_attention: list[Tensor] | None = None,
-        decode_aware: bool = False,
+        distance: Distance = "relative",
+        decode_aware: DecodeAwareBy | None = None,
         thresholds: Tensor | None = None,
         detach_rows: bool = False,
+        chunk_size: int | None = None,
     ) -> Answers:
         """Run a batch chunk by chunk.
 
@@ -70,27 +73,39 @@ class Student(MeltForCausalLM):
             alpha: 1 is MELT; below, rows are alpha * KV_MELT + (1 - alpha) * KV_LoopLM, with the LoopLM's
                 rows of every loop kept for the past.
             teacher_attention: see `Answers.attention`; to measure the distance from.
-            decode_aware: run the reply token by token, as `token` mode decodes it; not in packs.
+            distance: see `squared_distance`.
+            decode_aware: run what is from the first learnt token on as `token` mode decodes it, exactly, token by token
+                and not in packs; or nearly, in two passes.
             thresholds: [B, S], each token's exit threshold; by default none leaves early.
             detach_rows: let no gradient flow from a chunk into the rows of earlier ones.
+            chunk_size: C, by default the config's.
 
         Returns:
             Its states at the tokens wanted, the distance, and with thresholds the loops run.
 
         Raises:
-            ValueError: packs run on the grid only, so they cannot be `decode_aware`.
+            ValueError: packs do not run token by token.
         """
-        if decode_aware and batch.prompt_lengths is None:
-            raise ValueError("replies run token by token (decode_aware) need one chat a row, not packs")
+        if decode_aware == "tokens" and batch.prompt_lengths is None:
+            raise ValueError("replies run token by token (decode_aware='tokens') need one chat a row, not packs")
         rows = TrainingRows(
-            self.config, batch, alpha, teacher_attention, thresholds, detach_rows, chunked=self.checkpoint_chunks
+            self.config,
+            batch,
+            alpha,
+            teacher_attention,
+            distance,
+            thresholds,
+            detach_rows,
+            chunked=self.checkpoint_chunks,
+            chunk_size=chunk_size,
         )
         output = self(
             batch.input_ids,
             attention_mask=batch.attention_mask,
             past_key_values=rows,
             document_starts=batch.document_starts,
-            prompt_lengths=batch.prompt_lengths if decode_aware else None,
+            prompt_lengths=batch.prompt_lengths if decode_aware == "tokens" else None,
+            generated=batch.generated if decode_aware == "passes" else None,
             loops=loops,
             exit_threshold=1.0,  # in training only drawn thresholds count, not the config's
             output_states=True,
@@ -98,20 +113,28 @@ class Student(MeltForCausalLM):
         states, head = output.loop_states[:, tokens], self.lm_head.weight
         return Answers(states, head, distance=rows.distance, loops_run=rows.loops_run)
 
-    def run_chunk(self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths) -> list[Tensor]:
+    def run_chunk(
+        self,
+        x: Tensor,
+        chunk: Chunk,
+        rows: MeltRows,
+        loops: int,
+        depths: TokenDepths,
+        generated: Tensor | None = None,
+    ) -> list[Tensor]:
         """Run T loops over one chunk; of a training batch, at drawn depths and checkpointed where that is asked for."""
-        run_loops = super().run_chunk
+        run_once = super().run_chunk
         if not isinstance(rows, TrainingRows):
-            return run_loops(x, chunk, rows, loops, depths)
+            return run_once(x, chunk, rows, loops, depths, generated)
         if rows.thresholds is not None:
             depths = DrawnDepths(chunk, loops, rows.thresholds.gather(1, chunk.columns))
         if not self.checkpoint_chunks:
-            return run_loops(x, chunk, rows, loops, depths)
+            return run_once(x, chunk, rows, loops, depths, generated)
         before = rows.copied()  # a second run must find what the first one found, and write nothing
 
         def run(x: Tensor) -> tuple[list[Tensor], TrainingRows]:
             after = before.copied()
-            return run_loops(x, chunk, after, loops, copy(depths)), after
+            return run_once(x, chunk, after, loops, copy(depths), generated), after
 
         states, after = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         rows.__dict__.update(after.__dict__)

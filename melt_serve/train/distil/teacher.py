@@ -31,8 +31,10 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
         read_headers(path, dict(weight_shapes(config)))
     except CheckpointError as error:
         raise TrainingError(f"teacher={path} cannot be post-trained: {error}") from error
-    if recipe.gate_rank is not None and recipe.gate_rank > config.hidden_size:
-        raise TrainingError(f"gate_rank={recipe.gate_rank} is more than the teacher's hidden_size={config.hidden_size}")
+    for name in ("trained_rank", "gate_rank"):
+        if (getattr(recipe, name) or 0) > config.hidden_size:
+            rank, width = getattr(recipe, name), config.hidden_size
+            raise TrainingError(f"{name}={rank} is more than the teacher's hidden_size={width}")
     if recipe.sequence_length > config.max_position_embeddings:
         raise TrainingError(
             f"sequence_length={recipe.sequence_length} is more than the teacher's "
@@ -50,7 +52,7 @@ class Answers:
         states: [T, tokens, d], after every loop, of the tokens asked for.
         head: [V, d], the vocabulary head's weight.
         attention: teacher only: o of every loop and layer, T times N of [B, S, d].
-        distance: student only: the sum over loops, layers and tokens of || o_MELT - o_LoopLM ||^2.
+        distance: student only: the sum over loops, layers and tokens of the attention outputs' squared distance.
         loops_run: the loops that a student's tokens, where they leave, are expected to run, summed over tokens.
     """
 

@@ -88,19 +88,20 @@ def card(
     task = (
         "It answers one kind of question, made up endlessly by `melt_serve.task.who_is_where`: who is where, when most "
         f"people are said to be with somebody else. It knows nothing else. Seed {recipe.seed}; all stages together "
-        f"took {minutes:.0f} minutes with {torch.get_num_threads()} CPU threads. Remake both checkpoints with"
+        f"took {minutes:.0f} minutes with {torch.get_num_threads()} CPU threads. Remake it with"
     )
+    from_nothing = any(score.checkpoint == "shallow" for score in scores)
+    shallow = "`shallow` the same model with one loop on the same data, " * from_nothing
     names = (
-        "`looplm-demo` is the teacher, `shallow` the same model with one loop on the same data, `converted` the "
-        "teacher with shared rows (gate type `last`) and no post-training. Greedy, whole answers right, of "
-        f"{scores[0].questions:,}; reference model, float32."
+        f"`looplm-demo` is the teacher, {shallow}`converted` the teacher with shared rows (gate type `last`) and no "
+        f"post-training. Greedy, whole answers right, of {scores[0].questions:,}; reference model, float32."
     )
     made = {stage: getattr(recipe, stage) for stage in stages}
     parts = [
         f"---\nlicense: apache-2.0\nlibrary_name: melt_serve\n---\n\n# {name}",
         fill(what, WIDTH),
         fill(task, WIDTH),
-        "    python -m melt_serve.train bundled",
+        "    python -m melt_serve.train bundled" + " --teacher melt_serve/checkpoints/looplm-demo" * (not from_nothing),
         "## Recipe",
         fill(how, WIDTH),
         stage_table(made),

@@ -20,9 +20,10 @@ from melt_serve.train.bundled_run import distil, fresh_student
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil import losses
-from melt_serve.train.distil.build import start_gate
+from melt_serve.train.distil.build import student_of
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
+from melt_serve.train.recipe import DecodeAwareBy
 from melt_serve.train.results import Record
 from melt_serve.train.session import Session
 from melt_serve.train.studies.ablations import Size, Variant
@@ -57,6 +58,9 @@ def settings(variant: Variant, size: Size, seed: int) -> Record:
     for words in ("name", "what", "paper"):
         changes.pop(words, None)
     facts = {"seed": seed, "size": asdict(replace(size, minutes=0)), **changes}
+    if variant.start == "looplm":  # it is trained, by a recipe that may become another
+        recipe = asdict(variant.recipe(size, seed))
+        facts["recipe"] = {key: recipe[key] for key in ("gate_start", "transition", "alignment")}
     return json.loads(json.dumps(facts))  # as it will be read from the file
 
 
@@ -99,11 +103,12 @@ class AblationRunner:
 
     def student(self, variant: Variant, size: Size, seed: int) -> Student:
         """Build the variant before its first step."""
-        student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.start == "melt":
-            student.load_state_dict(AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32).state_dict())
-        if variant.gate_bias is not None:
-            start_gate(student, variant.gate_bias)
+            melt = AutoModelForCausalLM.from_pretrained(MELT, dtype=torch.float32)
+            student = student_of(self.teacher, seed, melt.config, start="mean")
+            student.load_state_dict(melt.state_dict())
+        else:
+            student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
                 attention, cheap = layer.self_attn, variant.cheap_gate
@@ -142,7 +147,8 @@ class AblationRunner:
 @torch.inference_mode()
 def answers(student: Student, batch: Batch, mode: DecodeMode) -> Tensor:
     """Return the last loop's logits before every token of the replies, [tokens, V], as this decode mode makes them."""
-    return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=mode == "token").logits[-1]
+    by: DecodeAwareBy | None = "tokens" if mode == "token" else None
+    return student.run_batch(batch, batch.before_reply, MEASURED_LOOPS, decode_aware=by).logits[-1]
 
 
 def divergence(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:

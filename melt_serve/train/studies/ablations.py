@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from melt_serve.config import GateType
-from melt_serve.train.recipe import DEPTHS, Recipe
+from melt_serve.train.recipe import DEPTHS, GateStart, Recipe
 from melt_serve.train.studies.cheap_gates import CheapGate
 
 WHOLE_SEQUENCE = 2048
@@ -66,7 +66,7 @@ class Variant:
         start: the bundled checkpoint it begins with: the LoopLM with a fresh gate, or the MELT, whose trained gate is
             made as cheap as `cheap_gate` says.
         gate_type, cheap_gate: the gate.
-        gate_bias: b_z of a fresh gate; None for the recipe's.
+        gate_start: how a fresh gate starts; None for the recipe's.
         chunk_size: C in training; None for the size's.
         transition, alignment: changed fields of phases 1 and 2.
         paper: what the paper reports of it.
@@ -77,7 +77,7 @@ class Variant:
     start: Literal["looplm", "melt"] = "looplm"
     gate_type: GateType = "elementwise"
     cheap_gate: CheapGate | None = None
-    gate_bias: float | None = None
+    gate_start: GateStart | None = None
     chunk_size: int | None = None
     transition: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)
@@ -94,12 +94,13 @@ class Variant:
         return (self.chunk_size or size.chunk_size,)
 
     def recipe(self, size: Size, seed: int) -> Recipe:
-        """Return the whole recipe; only shape, seed, `transition` and `alignment` are used."""
+        """Return the whole recipe; only shape, gate_start, seed, `transition` and `alignment` are used."""
         demo = Recipe().seeded(seed)
         common = {"batch": size.batch, "loops": size.loops, "warmup": size.warmup}
         first, second = ({"steps": steps, **common} for steps in size.steps)
         return replace(
             demo,
+            gate_start=demo.gate_start if self.gate_start is None else self.gate_start,
             shape=replace(demo.shape, chunk_size=self.chunk_size or size.chunk_size),
             transition=replace(demo.transition, **{**first, **self.transition}),
             alignment=replace(demo.alignment, **{**second, **self.alignment}),
@@ -115,8 +116,10 @@ class Variant:
 
 GRID_ONLY = {"decode_aware_from": 1.0}
 NO_ALIGNMENT = {"alignment": 0.0}
+TO_THE_LETTER = {"alignment": 0.1, "distance": "sum"}
+DRAWN_CHUNKS = {"chunk_sizes": (8, 16, 32, 64)}
 UNTRAINED = {"steps": 0}
-FULL = Variant("full", "the recipe of the bundled MELT")
+FULL = Variant("full", "the recipe `demo`")
 RECIPE = (
     FULL,
     Variant("no-alignment", "beta = 0", alignment=NO_ALIGNMENT, paper="2 to 3 points less"),
@@ -143,7 +146,9 @@ RECIPE = (
         alignment={"detach_rows": True},
     ),
     Variant("grid-only", "no decode-aware batches: the paper's own recipe", alignment=GRID_ONLY),
-    Variant("small-beta", "beta = 0.0001: both parts of the loss weigh alike", alignment={"alignment": 1e-4}),
+    Variant("two-passes", "decode-aware batches by two passes", alignment={"decode_aware_by": "passes"}),
+    Variant("summed", "beta = 0.1 of the summed square: the formula to the letter", alignment=TO_THE_LETTER),
+    Variant("closed", "the gate starts at b_z = -2 in all loops: z near 0.12", gate_start=-2.0),
 )
 
 
@@ -187,11 +192,13 @@ PAPER_GATES = (
     gated("mean", "h_t is the mean of n_1..n_t", "68.8", gate_type="mean"),
     gated("ema", "h_t = 0.2 h_{t-1} + 0.8 n_t", "68.6", gate_type="ema"),
     SCALAR,
-    gated("half-open", "element-wise, b_z = 0 at the start instead of -2: z near 1/2", gate_bias=0.0),
+    gated("half-open", "element-wise, starts at b_z = 0 in all loops: z near 1/2", gate_start=0.0),
+    gated("closed", "element-wise, starts at b_z = -2 in all loops: z near 0.12", gate_start=-2.0),
 )
 CHUNKS = (
     FULL,
     *(Variant(f"chunk-{size}", f"trained and served with C = {size}", chunk_size=size) for size in (8, 32, 64)),
+    Variant("drawn", "each batch's C drawn of 8, 16, 32 and 64", transition=DRAWN_CHUNKS, alignment=DRAWN_CHUNKS),
 )
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "gates": GATES,

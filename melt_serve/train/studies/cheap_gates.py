@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from melt_serve.config import MeltConfig
-from melt_serve.modeling.gate import GATE_BIAS, GATE_WEIGHT_STD, KVGate
+from melt_serve.modeling.gate import GATE_BIAS, KVGate, fresh_weight_std
 from melt_serve.train.distil.gate_rank import nearest_factors
 
 
@@ -33,8 +33,8 @@ class CheapGate:
     def build(self, config: MeltConfig) -> KVGate:
         """Build a fresh gate; the product of factors starts as W_z and U_z do."""
         gate = LoopSharedGate(config) if self.shared else KVGate(config)
-        gate.input_proj = self.projection(config.hidden_size, bias=True)
-        gate.state_proj = self.projection(config.hidden_size, bias=False)
+        gate.input_proj = self.projection(config, bias=config.kv_gate_bias == "shared")
+        gate.state_proj = self.projection(config, bias=False)
         return gate
 
     def approximate(self, trained: KVGate, config: MeltConfig) -> KVGate:
@@ -42,6 +42,7 @@ class CheapGate:
         gate = self.build(config)
         gate.input_proj.approximate(trained.input_proj)
         gate.state_proj.approximate(trained.state_proj)
+        gate.loop_bias = trained.loop_bias
         return gate
 
     def multiply_adds(self, size: int, loops: int) -> int:
@@ -50,9 +51,9 @@ class CheapGate:
         computing = loops - 1 - (max(0, last_sharing(loops) - 2) if self.shared else 0)
         return 2 * matrix * computing
 
-    def projection(self, size: int, bias: bool) -> "LowRank | BlockDiagonal":
-        """Build what stands for W_z with b_z, or for U_z."""
-        return LowRank(size, self.rank, bias) if self.rank is not None else BlockDiagonal(size, self.blocks, bias)
+    def projection(self, config: MeltConfig, bias: bool) -> "LowRank | BlockDiagonal":
+        """Build what stands for W_z, with the b_z that loops share if they do, or for U_z."""
+        return LowRank(config, self.rank, bias) if self.rank is not None else BlockDiagonal(config, self.blocks, bias)
 
 
 class LoopSharedGate(KVGate):
@@ -77,9 +78,10 @@ def last_sharing(loops: int) -> int:
 class LowRank(nn.Module):
     """A linear layer of low rank: x -> B A x + b."""
 
-    def __init__(self, size: int, rank: int, bias: bool):
+    def __init__(self, config: MeltConfig, rank: int, bias: bool):
         super().__init__()
-        std = math.sqrt(GATE_WEIGHT_STD / math.sqrt(max(rank, 1)))  # of each factor: then the product has the gate's
+        size = config.hidden_size
+        std = math.sqrt(fresh_weight_std(config) / math.sqrt(max(rank, 1)))  # then the product has the gate's
         self.down = nn.Parameter(torch.randn(rank, size) * std)
         self.up = nn.Parameter(torch.randn(size, rank) * std)
         self.bias = nn.Parameter(torch.full((size,), GATE_BIAS)) if bias else None
@@ -101,10 +103,11 @@ class LowRank(nn.Module):
 class BlockDiagonal(nn.Module):
     """A linear layer x -> W x + b, where W has square blocks on its diagonal and nothing beside them."""
 
-    def __init__(self, size: int, blocks: int, bias: bool):
+    def __init__(self, config: MeltConfig, blocks: int, bias: bool):
         super().__init__()
+        size = config.hidden_size
         width = size // blocks
-        self.blocks = nn.Parameter(torch.randn(blocks, width, width) * GATE_WEIGHT_STD)
+        self.blocks = nn.Parameter(torch.randn(blocks, width, width) * fresh_weight_std(config))
         self.bias = nn.Parameter(torch.full((size,), GATE_BIAS)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

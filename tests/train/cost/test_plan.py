@@ -39,6 +39,19 @@ def test_the_arithmetic_is_that_of_real_steps(stage, recomputed):
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.15)
 
 
+def test_two_passes_are_counted_twice_and_kept_twice():
+    recipe = small(decode_mode="token", checkpoint_chunks=False)
+    once = recipe.alignment
+    twice = replace(once, decode_aware_from=0.0, decode_aware_share=1.0)
+    _, loss = random_step(TEACHER, recipe, twice)
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    expected = sequence_flops(student_config(recipe, TEACHER), recipe, twice)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.15)
+    assert expected > 1.3 * sequence_flops(student_config(recipe, TEACHER), recipe, once)
+    assert kept_for_backward(TEACHER, recipe, twice, 2) > 1.5 * kept_for_backward(TEACHER, recipe, once, 2)
+
+
 @pytest.mark.parametrize("stage", ["transition", "alignment"])
 def test_bytes_kept_are_those_counted_at_the_true_shape(stage):
     """Extrapolated from an eighth and a quarter of the width, two layers and two chunks."""

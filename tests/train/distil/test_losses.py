@@ -68,9 +68,28 @@ def test_cross_entropy_is_the_mean_over_loops_and_tokens():
 def test_the_distance_counts_members_and_spares_the_teacher():
     teacher, student = torch.randn(2, 2, 3, 4, requires_grad=True)
     members = torch.tensor([[True, True, False], [True, False, False]])
-    distance = squared_distance(teacher, student, members)
-    by_hand = sum(((teacher - student)[b, i] ** 2).sum() for b, i in ((0, 0), (0, 1), (1, 0)))
-    torch.testing.assert_close(distance, by_hand)
+    distance = squared_distance(teacher, student, members, "sum")
+    places = ((0, 0), (0, 1), (1, 0))
+    by_hand = [((teacher - student)[place] ** 2).sum() for place in places]
+    torch.testing.assert_close(distance, sum(by_hand))
+    torch.testing.assert_close(squared_distance(teacher, student, members, "mean"), sum(by_hand) / 4)
+    shares = [square / (teacher[place] ** 2).sum() for square, place in zip(by_hand, places, strict=True)]
+    torch.testing.assert_close(squared_distance(teacher, student, members, "relative"), sum(shares))
     of_teacher, of_student = torch.autograd.grad(distance, (teacher, student), allow_unused=True)
     assert of_teacher is None and of_student is not None
     assert (of_student[~members] == 0).all() and (of_student[members] != 0).all()
+
+
+def test_a_relative_distance_has_no_scale_and_bears_outputs_of_nothing():
+    """The teacher's scale, width and layer leave it as it is; the summed square grows with them."""
+    teacher, student = torch.randn(2, 2, 3, 8)
+    members = torch.ones(2, 3, dtype=torch.bool)
+    for scale in (10.0, 0.1):
+        scaled = squared_distance(scale * teacher, scale * student, members, "relative")
+        expected = squared_distance(teacher, student, members, "relative")
+        torch.testing.assert_close(scaled, expected, atol=0, rtol=1e-3)
+    wider = (torch.cat((each, each), dim=-1) for each in (teacher, student))
+    torch.testing.assert_close(
+        squared_distance(*wider, members, "relative"), squared_distance(teacher, student, members, "relative")
+    )
+    assert squared_distance(0 * teacher, 0 * student, members, "relative") == 0

@@ -89,6 +89,49 @@ def test_the_students_losses_and_gradients_do_not_depend_on_packing(alpha, mode,
     assert_same(of_packed, of_unpacked)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("run_again", [False, True], ids=["", "chunks-run-again"])
+@pytest.mark.parametrize("exits", [False, True], ids=["", "exits"])
+def test_two_passes_over_packs_have_the_losses_and_gradients_of_documents_alone(alpha, run_again, exits):
+    """The first tokens of each document are its prompt."""
+    teacher, student = models("token")
+    torch.nn.init.constant_(student.model.early_exit_gate.bias, -1.0)  # or all leave after loop 1, where passes agree
+    student.checkpoint_chunks = run_again
+    results = []
+    for batch in map(with_prompts, (packed(), unpacked())):
+        wanted = ask_teacher(teacher, batch, batch.real, LOOPS, attention=True)
+        thresholds = batch.input_ids.double() % 7 / 7 if exits else None
+        options = {"decode_aware": "passes", "thresholds": thresholds}
+        given = student.run_batch(batch, batch.real, LOOPS, alpha, wanted.attention, **options)
+        loss = distillation(wanted.logits, given.logits) + given.distance
+        loops = given.loops_run if exits else torch.zeros(())
+        results.append((given.logits, loss, loops, gradients(student, loss + loops)))
+        grid = student.run_batch(batch, batch.real, LOOPS, alpha, wanted.attention, thresholds=thresholds)
+        assert (grid.logits - given.logits).abs().max() > 1e-2
+    (logits, loss, loops, of_packed), (logits_alone, loss_alone, loops_alone, of_unpacked) = results
+    torch.testing.assert_close(logits, logits_alone, **EXACT)
+    torch.testing.assert_close(loss, loss_alone, **EXACT)
+    torch.testing.assert_close(loops, loops_alone)  # counted in float32
+    assert_same(of_packed, of_unpacked)
+
+
+def with_prompts(batch: Batch) -> Batch:
+    """Let the first two tokens of every document be its prompt."""
+    columns = torch.arange(batch.labels.shape[1])
+    starts = 0 if batch.document_starts is None else batch.document_starts
+    return replace(batch, labels=batch.labels.masked_fill((columns - starts).expand_as(batch.labels) < 2, IGNORED))
+
+
+def test_what_is_generated_begins_with_each_documents_first_learnt_token():
+    pack, alone = with_prompts(packed()), with_prompts(unpacked())
+    for batch, starts in ((pack, pack.document_starts), (alone, torch.zeros_like(alone.labels))):
+        expected = batch.real & (torch.arange(batch.labels.shape[1]) - starts >= 2)
+        assert torch.equal(batch.generated, expected) and expected.any() and not expected.all()
+    unlearnt_later = pack.labels.clone()
+    unlearnt_later[0, 4 + CHUNK + 4] = IGNORED  # inside a reply, as a user's turn would be
+    assert torch.equal(replace(pack, labels=unlearnt_later).generated, pack.generated)
+
+
 @pytest.mark.parametrize("kd_at", ["all", "last"])
 @pytest.mark.parametrize("exits", [False, True], ids=["", "exits"])
 def test_a_steps_losses_and_gradients_do_not_depend_on_slices_of_logits(exits, kd_at, monkeypatch):
@@ -197,4 +240,4 @@ def test_bad_packs_are_refused():
     with pytest.raises(ValueError, match="without prompt_lengths"):
         run(prompt_lengths=torch.tensor([1, 1, 1]))
     with pytest.raises(ValueError, match="one chat a row"):
-        student.run_batch(batch, batch.before_reply, LOOPS, decode_aware=True)
+        student.run_batch(batch, batch.before_reply, LOOPS, decode_aware="tokens")

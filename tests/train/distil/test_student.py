@@ -52,7 +52,7 @@ def test_alpha_of_zero_is_the_looplm(chunk_size, gate):
     assert given.distance < 1e-8 * given.logits.numel()
 
 
-@pytest.mark.parametrize("decode_aware", [False, True])
+@pytest.mark.parametrize("decode_aware", [None, "tokens"])
 @torch.no_grad()
 def test_alpha_of_one_is_melt(decode_aware):
     teacher, batch = teacher_of(), ragged()
@@ -85,7 +85,7 @@ class PlainTransition(PlainMelt):
                 own[layer] = []
                 for i, x in enumerate(xs):
                     n = self.norm(f"{layer}.input_layernorm", x)
-                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)))
+                    h = states[layer, i] = self.gated(layer, n, states.get((layer, i)), loop + 1)
                     own[layer].append(self.row(layer, h, self.position + i))
                     self.looplm[loop, layer].append(self.row(layer, n, self.position + i))
                     rows = map(self.mixed, self.final[layer] + own[layer], self.looplm[loop, layer])
@@ -121,10 +121,48 @@ def test_the_distance_is_that_of_the_attention_outputs():
     first = student.model.layers[0].self_attn.o_proj
     first.weight.mul_(2)
     student.model.layers[0].input_layernorm_2.eps *= 4  # the norm after it undoes the scale, eps included
-    given = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention)
+    given = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention, distance="sum")
     expected = sum(o[batch.real].square().sum() for o in wanted.attention[::2])
     torch.testing.assert_close(given.logits, wanted.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(given.distance, expected, atol=1e-2, rtol=1e-3)
+    relative = student.run_batch(batch, batch.real, 4, teacher_attention=wanted.attention).distance
+    every_loop = 4.0 * batch.real.sum()  # a token's own square at each loop of the first layer
+    torch.testing.assert_close(relative, every_loop, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("run_again", [False, True], ids=["", "chunks-run-again"])
+@torch.no_grad()
+def test_two_passes_are_token_by_token_where_a_chunk_holds_one_reply_token(alpha, run_again):
+    """All that a loss is made of, and the rows mixed with the LoopLM's, too; at alpha 0 both are the LoopLM."""
+    teacher, ids = teacher_of(), tokens(2, 9)
+    batch = Batch(ids, torch.ones_like(ids), ids, prompt_lengths=torch.tensor([7, 7]))
+    student = lively_gate(student_of(teacher))
+    student.checkpoint_chunks = run_again
+    wanted = ask_teacher(teacher, batch, batch.real, 4, attention=True)
+    thresholds = None if alpha < 1 else torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
+    exact, near = (
+        student.run_batch(batch, batch.real, 4, alpha, wanted.attention, decode_aware=by, thresholds=thresholds)
+        for by in ("tokens", "passes")
+    )
+    torch.testing.assert_close(near.logits, exact.logits, **CLOSE)
+    torch.testing.assert_close(near.distance, exact.distance, atol=1e-4, rtol=1e-4)
+    if thresholds is None:
+        assert near.loops_run is None
+    else:
+        torch.testing.assert_close(near.loops_run, exact.loops_run)
+    if alpha == 0:
+        torch.testing.assert_close(near.logits, wanted.logits, **CLOSE)
+
+
+@pytest.mark.parametrize(("mode", "by"), [("token", None), ("chunk", None), ("token", "passes")])
+@torch.no_grad()
+def test_a_batch_may_run_at_another_chunk_size_than_the_students_own(mode, by):
+    teacher, batch = teacher_of(), ragged()
+    own, other = student_of(teacher, decode_mode=mode), student_of(teacher, decode_mode=mode, chunk_size=3)
+    expected = other.run_batch(batch, batch.real, 4, decode_aware=by).logits
+    torch.testing.assert_close(own.run_batch(batch, batch.real, 4, decode_aware=by, chunk_size=3).logits, expected)
+    assert (own.run_batch(batch, batch.real, 4, decode_aware=by).logits - expected).abs().max() > 1e-2
 
 
 def lively_gate(student: Student) -> Student:
@@ -222,7 +260,7 @@ def test_chunks_that_are_run_again_have_the_same_gradients_and_keep_less(mode, h
     teacher, batch = teacher_of(), ragged()
     student = lively_gate(student_of(teacher, decode_mode=mode))
     thresholds = torch.rand(batch.real.shape, generator=torch.Generator().manual_seed(1))
-    words = {"mixed": {"alpha": 0.4}, "melt": {}, "decode-aware": {"decode_aware": True}}
+    words = {"mixed": {"alpha": 0.4}, "melt": {}, "decode-aware": {"decode_aware": "tokens"}}
     words["exits"] = {"thresholds": thresholds}
     expected, everything = run_batch(student, teacher, batch, checkpointed=False, **words[how])
     given, little = run_batch(student, teacher, batch, checkpointed=True, **words[how])
@@ -252,7 +290,7 @@ def test_decode_aware_replies_see_the_rows_that_decoding_sees():
     tokenizer = build_tokenizer()
     batch = encode(list(islice(questions("train", 0, sentences=5), 1)), tokenizer)
     student = student_of(teacher_of(vocab_size=512), vocab_size=512, chunk_size=16)
-    given = student.run_batch(batch, batch.before_reply, 4, decode_aware=True).logits[-1]
+    given = student.run_batch(batch, batch.before_reply, 4, decode_aware="tokens").logits[-1]
     length = int(batch.prompt_lengths[0])
     output = student(batch.input_ids[:, :length], use_cache=True)
     logits, rows = [output.logits[:, -1]], output.past_key_values
