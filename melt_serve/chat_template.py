@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2.exceptions import TemplateSyntaxError
 
-from melt_serve.checkpoint_files import read_json
+from melt_serve.checkpoint_config import read_json
 
 SECONDS = 2
 EXTRA_BYTES = 512 << 20

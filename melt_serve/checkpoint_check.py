@@ -8,28 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from melt_serve.chat_template import TemplateError, template_of, try_template
-from melt_serve.checkpoint_files import (
-    CheckpointError,
-    check_quantized,
-    opened,
-    read_headers,
+from melt_serve.checkpoint_config import (
+    ARCHITECTURES,
+    CONFIG_OF_GPTQ,
+    MLX,
+    config_of,
+    quantization_of,
+    read_fields,
     read_json,
-    shard_paths,
-    verify_values,
+    refuse_quantized,
 )
+from melt_serve.checkpoint_files import Shard, check_quantized, opened, read_headers, shard_paths, verify_values
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.checksums import ChecksumError, verify_sums
 from melt_serve.config import LoopLMConfig, MeltConfig, weight_shapes
 from melt_serve.terminal import fail
-
-ARCHITECTURES: dict[str, tuple[type[LoopLMConfig], str]] = {
-    LoopLMConfig.model_type: (LoopLMConfig, "OuroForCausalLM"),
-    MeltConfig.model_type: (MeltConfig, "MeltForCausalLM"),
-}
-"""A checkpoint's `model_type`, the class of its config, and the architecture that serves it."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +57,16 @@ def check_checkpoint(
     Raises:
         CheckpointError: it cannot be served; the message names file, field and remedy.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; name the folder of a checkpoint")
-    fields = read_json(path)
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    fields = read_fields(folder)
+    if fields.get("model_type") not in ARCHITECTURES:
         return None
-    config = config_of(path, fields)
+    config = config_of(folder, fields)
     shapes = dict(weight_shapes(config))
-    quantized = fields.get("quantization_config") is not None or (folder / "hf_quant_config.json").is_file()
-    if quantized:
+    method = quantization_of(folder, fields)
+    if method is not None:
+        refuse_unserved(folder, method, fields)
         check_quantized(folder, shapes)
-    shards = [] if quantized else read_headers(folder, shapes)
+    shards = [] if method is not None else read_headers(folder, shapes)
     check_token_ids(folder, config.vocab_size)
     try:
         if template := template_of(folder, chat_template):
@@ -87,26 +80,43 @@ def check_checkpoint(
         with tqdm(total=nbytes, desc="check", unit="B", unit_scale=True, disable=not show_progress) as bar:
             for shard in shards:
                 verify_values(shard, bar)
-    return Checked(model_type, count_tensors(folder), nbytes, compared)
+    return Checked(config.model_type, count_tensors(folder), nbytes, compared)
 
 
-def config_of(path: Path, fields: dict[str, object]) -> LoopLMConfig:
-    """Return the config that the fields of a `config.json` make.
+def refuse_unserved(folder: Path, method: str, fields: dict[str, object]) -> None:
+    """Refuse a quantized checkpoint that vLLM does not serve.
 
     Raises:
-        CheckpointError: they make none, or another model than `model_type` says.
+        CheckpointError: it is one.
     """
-    kind, architecture = ARCHITECTURES[str(fields["model_type"])]
-    stated = fields.get("architectures")
-    if stated is not None and stated != [architecture]:
+    remedy = "name the unquantized one, or one in GPTQ's, AWQ's or compressed-tensors' format"
+    if method == MLX:
+        raise CheckpointError(f"{folder} is quantized by MLX, in a format that only MLX reads: {remedy}")
+    if method == "bitsandbytes":
+        raise CheckpointError(f"{folder} is quantized by bitsandbytes, which vLLM does not read: {remedy}")
+    if (folder / CONFIG_OF_GPTQ).is_file() and "quantization_config" not in fields:
         raise CheckpointError(
-            f"{path} says architectures={stated}, but a model of model_type={kind.model_type!r} is [{architecture!r}]; "
-            "correct one of the two"
+            f"{folder} is quantized, and only {CONFIG_OF_GPTQ} says how: put its content into config.json as "
+            'quantization_config, with "quant_method": "gptq"'
         )
-    try:
-        return kind(**fields)
-    except (StrictDataclassError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error.__cause__ or error}") from error
+
+
+def read_looplm(folder: Path) -> tuple[dict[str, object], LoopLMConfig, list[Shard]]:
+    """Read what a MELT is made from: a LoopLM's fields and config, and its weights' headers.
+
+    Raises:
+        CheckpointError: it is no whole, unquantized LoopLM.
+    """
+    fields = read_fields(folder)
+    if (model_type := fields.get("model_type")) == MeltConfig.model_type:
+        raise CheckpointError(f"{folder} is a MELT checkpoint already; serve it, or name the LoopLM it came from")
+    if model_type != LoopLMConfig.model_type:
+        raise CheckpointError(f"{folder} is a {model_type!r} model; a MELT is made from a looped one alone ('ouro')")
+    refuse_quantized(folder, fields)
+    config = config_of(folder, fields)
+    shards = read_headers(folder, dict(weight_shapes(config)))
+    check_token_ids(folder, config.vocab_size)
+    return fields, config, shards
 
 
 def check_token_ids(folder: Path, vocabulary: int) -> None:

@@ -1,6 +1,5 @@
 """The files of a checkpoint: weights in safetensors, checked before they are used, and what lies beside them."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from melt_serve.config import LoopLMConfig, MeltConfig
+from melt_serve.checkpoint_config import read_json
+from melt_serve.checkpoint_path import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,34 +34,12 @@ UNUSED = re.compile(r"lm_head\.weight|.*\.rotary_emb\.(inv_freq|cos_cached|sin_c
 Shapes = dict[str, tuple[int, ...]]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is not whole, or not what its config says; the message names the thing and the remedy."""
-
-
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file of a checkpoint, its header read and found right."""
 
     path: Path
     dtypes: dict[str, torch.dtype]
-
-
-def read_config(source: Path) -> dict[str, object]:
-    """Read the fields of an Ouro-format `config.json`.
-
-    Raises:
-        CheckpointError: there is none, or it is of another format.
-    """
-    path = source / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{source} has no config.json; name the folder of an Ouro-format checkpoint")
-    fields = read_json(path)
-    model_type = fields.get("model_type")
-    if model_type == MeltConfig.model_type:
-        raise CheckpointError(f"{source} is a MELT checkpoint already; serve it, or convert the LoopLM it came from")
-    if model_type != LoopLMConfig.model_type:
-        raise CheckpointError(f"{path} says model_type={model_type!r}; only Ouro-format checkpoints can be converted")
-    return fields
 
 
 def read_headers(source: Path, shapes: Shapes) -> list[Shard]:
@@ -174,21 +152,6 @@ def verify_values(shard: Shard, bar: tqdm) -> None:
             if not (low.isfinite() and high.isfinite()):
                 raise CheckpointError(f"{key} in {shard.path} holds NaN or infinite values; download the shard again")
             bar.update(tensor.nbytes)
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
-    return content
 
 
 def copy_the_rest(source: Path, folder: Path) -> None:

@@ -5,11 +5,9 @@ Imports nothing of ours: the reference model, the converter and the vLLM engine 
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -233,32 +231,6 @@ class MeltConfig(LoopLMConfig):
         """Refuse chunk sizes that no sequence can be cut by."""
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {self.chunk_size}")
-
-
-class ConfigError(ValueError):
-    """A checkpoint's config cannot be read, is no looped model's, or states what is not supported: one line."""
-
-
-def load_config(checkpoint: str | Path) -> LoopLMConfig:
-    """Read the config of a LoopLM or MELT: a folder's, a `config.json`, or one on the hub, by its name.
-
-    Raises:
-        ConfigError: there is none, it is another model's, or it states what is not supported; the message says which.
-    """
-    path = Path(checkpoint)
-    named = str(checkpoint).count("/") == 1 and not str(checkpoint).startswith((".", "/", "~"))
-    if not path.exists() and not named:
-        raise ConfigError(f"{checkpoint} does not exist: name a checkpoint's folder, or one on the hub as OWNER/NAME")
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except StrictDataclassError as error:
-        raise ConfigError(f"{checkpoint}: {error.__cause__ or error}") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{checkpoint} has no config.json that can be read: {reason}") from error
-    if not isinstance(config, LoopLMConfig):
-        raise ConfigError(f"{checkpoint} is a {config.model_type!r} model, not a looped one ('ouro' or 'melt')")
-    return config
 
 
 def shape_facts(config: LoopLMConfig) -> dict[str, Any]:

@@ -22,18 +22,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from melt_serve.answers import note_end_marks
+from melt_serve.checkpoint_check import read_looplm
 from melt_serve.checkpoint_files import (
     INDEX_FILE,
-    CheckpointError,
     Shapes,
     copy_the_rest,
     licence_of,
-    read_config,
-    read_headers,
     verify_values,
 )
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.checksums import write_sums
-from melt_serve.config import DecodeMode, GateType, InitialState, LoopLMConfig, MeltConfig, sharing_unit, weight_shapes
+from melt_serve.config import DecodeMode, GateType, InitialState, MeltConfig, sharing_unit, weight_shapes
 from melt_serve.modeling.gate import GATE_BIAS, fresh_weight_std
 
 GATE_SHARD_BYTES = 256 << 20
@@ -76,7 +75,8 @@ def convert(
     """
     source, target = source.resolve(), target.resolve()
     check_folders(source, target)
-    fields = read_config(source)
+    fields, looplm, shards = read_looplm(source)
+    shapes = dict(weight_shapes(looplm))
     melt_fields = {
         **{key: value for key, value in fields.items() if key != "auto_map"},
         "model_type": MeltConfig.model_type,
@@ -88,8 +88,6 @@ def convert(
         "max_loops": max_loops,
     }
     try:
-        looplm = LoopLMConfig(**fields)
-        shapes = dict(weight_shapes(looplm))
         if max_loops is not None and max_loops > looplm.total_ut_steps:  # how it answers beyond is not known
             melt_fields["effort_loops"] = dict.fromkeys(DEEP_EFFORTS, looplm.total_ut_steps)
         melt = MeltConfig(**melt_fields)
@@ -97,7 +95,6 @@ def convert(
         raise ConversionError(
             f"{source / 'config.json'} and the options do not fit: {error.__cause__ or error}"
         ) from error
-    shards = read_headers(source, shapes)
     dtypes = {key: dtype for shard in shards for key, dtype in shard.dtypes.items()}
     gate = {key: shape for key, shape in weight_shapes(melt) if key not in shapes}
     gate_dtype = dtypes["model.embed_tokens.weight"]
@@ -132,15 +129,11 @@ def convert(
 
 
 def check_folders(source: Path, target: Path) -> None:
-    """Refuse folders that cannot be read from or written to.
+    """Refuse a target that cannot be written to, or would harm the source.
 
     Raises:
-        ConversionError: one of them cannot.
+        ConversionError: it is one.
     """
-    if not source.exists():
-        raise ConversionError(f"the source {source} does not exist; name the folder of an Ouro-format checkpoint")
-    if not source.is_dir():
-        raise ConversionError(f"the source {source} is not a folder; name the folder that holds its config.json")
     if target == source or source in target.parents:
         raise ConversionError(f"the target {target} lies in the source {source}; choose a folder outside it")
     if target.exists() and not target.is_dir():

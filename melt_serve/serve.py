@@ -11,13 +11,16 @@ from pathlib import Path
 
 from melt_serve.answers import END_THINK, THINK
 from melt_serve.bundled import MELT
-from melt_serve.start_checks import check_start
+from melt_serve.checkpoint_path import CONFIG, WHOLE, located
+from melt_serve.cpu_start import choose, flags_of_processor, free_memory, on_cpu, threads
+from melt_serve.start_checks import KV_SPACE, check_start, value_of
 from melt_serve.start_failures import explain
 
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
 
-Start vLLM's OpenAI-compatible server on a MELT checkpoint. PATH is a folder or a model's name;
+Start vLLM's OpenAI-compatible server on a MELT or LoopLM checkpoint. PATH is a folder or a
+name on the hub, OWNER/NAME[@REVISION];
 without it the bundled demo checkpoint is served as "{MELT.name}", with its parsers for
 reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT
 (those marked * are ours):
@@ -45,6 +48,7 @@ reasoning and tool calls switched on. Every flag goes to vLLM as it is; these ma
 examples:
   melt-serve serve
   melt-serve serve --default-loops 2
+  melt-serve serve ByteDance/Ouro-1.4B-Thinking
   melt-serve serve ./melt-1.6B --port 8000 --dtype bfloat16
 """
 
@@ -58,9 +62,6 @@ SAFE_DEFAULTS: dict[str, str | None] = {
 }
 
 SKIP_CHECKS = "--skip-checks"
-KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
-"""An older way to say how large the KV cache is, in GiB; vLLM prefers it to the flag without a word."""
-
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 4 << 20
 """Bytes of it that vLLM's processes need to talk to each other."""
@@ -113,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
         words = command([word for word in words if word != SKIP_CHECKS])
         if checked:
             check_start(words, os.environ)
+        if on_cpu():
+            words += chosen_for_cpu(words)
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
@@ -124,7 +127,24 @@ def main(argv: Sequence[str]) -> int:
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": KEEP_ALIVE,
     }
     chosen = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    chosen |= threads(os.environ) if on_cpu() else {}
     return supervise(words, {**chosen, **limits}, explain)
+
+
+def chosen_for_cpu(words: Sequence[str]) -> list[str]:
+    """Return the flags that a looped model is served with on this CPU beside the user's, and say what they mean.
+
+    Raises:
+        StartError: no context fits.
+    """
+    folder = Path(value_of(words, "--model") or "")
+    if names(words, "--config") or not looped(folder):
+        return []
+    flags, says = choose(folder, words, os.environ, free_memory(), flags_of_processor())
+    if says:
+        print(f"melt-serve: on this CPU: {'; '.join(says)}", file=sys.stderr)
+    chosen = [(flag, value) for flag, value in flags.items() if not names(words, flag)]
+    return [word for flag, value in chosen for word in ((flag,) if value is None else (flag, value))]
 
 
 def plugins() -> list[str]:
@@ -165,11 +185,14 @@ def command(argv: Sequence[str]) -> list[str]:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
 
     Raises:
-        ValueError: PATH is a folder without a checkpoint, names a path that does not exist, or does not come first; or
+        ValueError: PATH names a path that does not exist, or does not come first; or
             the size of the KV cache is said twice.
     """
     words = list(argv)
     model = words.pop(0) if words and not words[0].startswith("-") else None
+    name = None
+    if model is not None:
+        name, model = on_hub(model, words)
     if model is not None:
         check_path(model)
     elif words and (Path(words[-1]) / "config.json").is_file() and words[-2:-1] != ["--model"]:
@@ -187,6 +210,8 @@ def command(argv: Sequence[str]) -> list[str]:
         if names(words, "--kv-cache-memory-bytes"):
             raise ValueError(f"on a CPU {KV_SPACE} overrides --kv-cache-memory-bytes: unset the variable")
         defaults.pop("--kv-cache-memory-bytes", None)
+    if name is not None:
+        defaults["--served-model-name"] = name
     if model is not None and thinks(Path(model)):
         defaults["--reasoning-parser"] = "loops"
     for flag, value in defaults.items():
@@ -195,11 +220,36 @@ def command(argv: Sequence[str]) -> list[str]:
     return server + [with_vllms_name(word) for word in words]
 
 
+def on_hub(model: str, words: Sequence[str]) -> tuple[str | None, str]:
+    """Return a looped model's name on the hub and the folder it was fetched to; of all else None and what it was.
+
+    Other models are vLLM's to fetch, and so are all with `--download-dir`, `--hf-token` or a `--load-format`.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    theirs = any(names(words, flag) for flag in ("--download-dir", "--hf-token", "--load-format"))
+    if Path(model).exists() or theirs or os.environ.get("VLLM_USE_MODELSCOPE"):
+        return None, model
+    revision = value_of(words, "--revision")
+    folder = located(model, CONFIG, revision)
+    if folder == Path(model) or not looped(folder):
+        return None, model
+    return model.partition("@")[0], str(located(model, WHOLE, revision))
+
+
+def looped(checkpoint: Path) -> bool:
+    """Return whether a folder's config is a looped model's."""
+    try:
+        return json.loads((checkpoint / "config.json").read_text())["model_type"] in ("melt", "ouro")
+    except (OSError, ValueError, LookupError, TypeError):  # vLLM will say what is wrong with it
+        return False
+
+
 def thinks(checkpoint: Path) -> bool:
     """Return whether a folder holds a looped model whose tokenizer has tags for reasoning, as Ouro's do."""
     try:
-        looped = json.loads((checkpoint / "config.json").read_text())["model_type"] in ("melt", "ouro")
-        return looped and {THINK, END_THINK} <= {
+        return looped(checkpoint) and {THINK, END_THINK} <= {
             token["content"] for token in json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]
         }
     except (OSError, ValueError, LookupError, TypeError):  # vLLM will say what is wrong with it
@@ -230,11 +280,9 @@ def check_path(model: str) -> None:
     """Refuse at once what vLLM would take half a minute to refuse.
 
     Raises:
-        ValueError: the path does not exist, is a folder without a checkpoint, or has weights that may not be read.
+        ValueError: the path does not exist, or has weights that may not be read.
     """
     path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: name the folder of a checkpoint")
     for weights in path.glob("*.safetensors"):
         if not os.access(weights, os.R_OK):
             raise ValueError(f"{weights} may not be read by user {os.getuid()}: chmod a+r {weights.name}")

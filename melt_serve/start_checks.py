@@ -24,7 +24,9 @@ LEAST_OPEN_FILES = 256
 ENOUGH_OPEN_FILES = 65_535
 LEAST_MEMORY = 1 << 30
 """Bytes that vLLM's processes take at least beside the weights."""
-NUMBERS = ("VLLM_PORT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""An older way to say how large the KV cache is, in GiB; vLLM prefers it to the flag without a word."""
+NUMBERS = ("VLLM_PORT", KV_SPACE, "VLLM_CPU_NUM_OF_RESERVED_CPU")
 """Variables of vLLM's that hold whole numbers, and that it reads late."""
 LEVELS = ("NOTSET", "DEBUG", "INFO", "WARN", "WARNING", "ERROR", "FATAL", "CRITICAL")
 OTHER_CHECKPOINT = ("--hf-overrides", "--hf-config-path", "--config", "--load-format", "--quantization", "-q")
@@ -58,7 +60,7 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
     check_certificate(value_of(words, "--ssl-certfile"), value_of(words, "--ssl-keyfile"))
     model = Path(value_of(words, "--model") or "")
     limit = next((path for path in CGROUP_LIMITS if path.is_file()), None)
-    if value_of(words, "--model") and model.is_dir():
+    if value_of(words, "--model") and model.exists():
         check_memory(model, limit)
         if all(value_of(words, flag) is None for flag in OTHER_CHECKPOINT):
             check_model(model, words)
@@ -248,7 +250,9 @@ def check_model(model: Path, words: Sequence[str]) -> None:
         command += [chat_template] if chat_template is not None else []
         checked = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if checked is not None and checked.returncode == 2:
-        raise StartError(checked.stderr.strip().rpartition("error: ")[2])
+        raise StartError(checked.stderr.strip().rpartition("melt-serve: error: ")[2])
+    if checked is not None:
+        print(checked.stderr, end="", file=sys.stderr)
     given = value_of(words, "--kv-cache-memory-bytes")
     if given is not None and (size := bytes_in(given)) is not None and size < (least := least_cache(model)):
         raise StartError(

@@ -104,7 +104,7 @@ def plain(value: object) -> object:
     return value
 
 
-def fail(error: Exception | str, program: str = "melt-serve") -> int:
-    """Print in one line what went wrong; return the exit code of a failure."""
+def fail(error: Exception | str, program: str = "melt-serve", code: int = 1) -> int:
+    """Print in one line what went wrong; return the exit code, 2 where what was asked for cannot be."""
     print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
-    return 1
+    return code

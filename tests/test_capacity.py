@@ -47,10 +47,19 @@ def test_what_fits_is_what_the_rest_of_the_memory_holds(capsys):
     planned = rows(capsys, "--device-memory", "24", "--context", "8192", "--step-tokens", "2048")
     for row in planned.values():
         request = row["kv_per_token"] * 8192 + row["open_chunk"]
-        rest = 24 * 10**9 - row["weights"] - row["transient"]
+        rest = int(0.92 * 24 * 10**9) - row["weights"] - row["transient"] - row["working"]
+        assert 1.5e9 < row["working"] < 3e9
         assert row["fits"] * request <= rest < (row["fits"] + 1) * request
     assert planned["MELT, token mode"]["transient"] == 24 * 2048 * 2048 * 2
     assert rows(capsys, "--device-memory", "1")["LoopLM"]["fits"] == 0
+
+
+def test_more_fits_where_vllm_may_take_more(capsys):
+    words = ("--device-memory", "24", "--context", "2048", "--gpu-memory-utilization")
+    less, more = (rows(capsys, *words, share)["LoopLM"] for share in ("0.5", "1"))
+    assert less["fits"] < more["fits"] and less["working"] == more["working"]
+    assert cli.main(["plan", *words, "2"]) == 2
+    assert "is a share" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_planned_by_its_own_config(capsys):
@@ -64,14 +73,14 @@ def test_a_checkpoint_is_planned_by_its_own_config(capsys):
 )
 def test_an_unknown_model_is_one_line(model, says, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert cli.main(["plan", model or str(tmp_path)]) == 1
+    assert cli.main(["plan", model or str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("flag", "field"), [("--loops", "total_ut_steps"), ("--chunk-size", "chunk_size")])
 def test_a_load_that_no_melt_can_have_is_one_line(flag, field, capsys):
-    assert cli.main(["plan", flag, "1000000"]) == 1
+    assert cli.main(["plan", flag, "1000000"]) == 2
     error = capsys.readouterr().err
     assert f"{field} must be at most" in error and error.count("\n") == 1
 

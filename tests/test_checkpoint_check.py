@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from melt_serve import cli
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.checkpoint_check import check_checkpoint
-from melt_serve.checkpoint_files import CheckpointError
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.checksums import SUMS, ChecksumError, verify_sums, write_sums
 from tests.tiny_models import tiny_looplm, tiny_melt
 

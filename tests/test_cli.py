@@ -100,8 +100,8 @@ def test_a_convertible_checkpoint_is_one_command_from_being_served(tmp_path):
 
 def test_our_errors_are_one_line_without_a_traceback(run, tmp_path):
     code, said, errors = run("convert", tmp_path / "nowhere", tmp_path / "melt")
-    assert (code, said) == (1, "")
-    assert errors.startswith("melt-serve: error: the source ")
+    assert (code, said) == (2, "")
+    assert errors.startswith("melt-serve: error: ") and "nowhere does not exist" in errors
     assert errors.count("\n") == 1
 
 

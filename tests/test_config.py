@@ -1,6 +1,7 @@
 """Configurations: what loads, what is refused, and the memory they imply."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +9,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from melt_serve import cli
+from melt_serve.checkpoint_config import load_config
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import (
     AT_LEAST_ONE,
-    ConfigError,
     LoopLMConfig,
     MeltConfig,
     chunk_end,
     chunk_start,
     kv_bytes_per_token,
-    load_config,
     on_grid,
     sharing_unit,
     weight_shapes,
@@ -85,7 +86,7 @@ def test_rope_stated_twice_is_refused():
 )
 def test_a_folder_whose_config_is_not_ours_is_one_line_everywhere(tmp_path, capsys, changes, message):
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED_OURO, **changes}))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         load_config(tmp_path)
     data = ["train", "data", str(tmp_path / "config.json"), "--checkpoint", str(tmp_path)]
     for words in (["plan", str(tmp_path)], ["eval", str(tmp_path), "--questions", "1"], data):
@@ -95,8 +96,8 @@ def test_a_folder_whose_config_is_not_ours_is_one_line_everywhere(tmp_path, caps
 
 
 def test_a_name_that_can_be_no_name_on_the_hub_is_not_looked_for_there():
-    with pytest.raises(ConfigError, match="nowhere does not exist"):
-        load_config("nowhere")
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        load_config(Path("nowhere"))
 
 
 def test_rope_base_changes_the_answer():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from melt_serve import cli
-from melt_serve.checkpoint_files import CheckpointError
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig, weight_shapes
 from melt_serve.convert import ConversionError, convert
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
@@ -231,13 +231,16 @@ def no_room(source: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, r"source .* does not exist"),
+    "no folder": (shutil.rmtree, r"ouro does not exist"),
     "a file": (lambda s: (shutil.rmtree(s), s.write_text("")), r"is not a folder"),
     "no config": (lambda s: (s / "config.json").unlink(), r"has no config\.json"),
     "invalid JSON": (lambda s: (s / "config.json").write_text("{"), r"config\.json is not valid JSON"),
     "a JSON list": (lambda s: (s / "config.json").write_text("[]"), r"config\.json holds no JSON object"),
-    "another model": (lambda s: edit_json(s / "config.json", model_type="llama"), r"model_type='llama'; only Ouro"),
-    "no model type": (lambda s: (s / "config.json").write_text("{}"), r"model_type=None; only Ouro"),
+    "another model": (
+        lambda s: edit_json(s / "config.json", model_type="llama"),
+        r"is a 'llama' model; a MELT",
+    ),
+    "no model type": (lambda s: (s / "config.json").write_text("{}"), r"is a None model; a MELT is made from"),
     "MELT already": (lambda s: edit_json(s / "config.json", model_type="melt"), r"is a MELT checkpoint already"),
     "unsupported config": (lambda s: edit_json(s / "config.json", hidden_act="gelu"), r"must be 'silu'"),
     "a missing tensor": (
@@ -319,7 +322,7 @@ def test_bad_weights_are_one_line_on_the_command_line(single, tmp_path, capsys):
     source = tmp_path / "ouro"
     shutil.copytree(single, source)
     (source / "model.safetensors").write_bytes(b"?")
-    assert cli.main(["convert", str(source), str(tmp_path / "melt"), "--quiet"]) == 1
+    assert cli.main(["convert", str(source), str(tmp_path / "melt"), "--quiet"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("melt-serve: error: ") and "truncated or no safetensors" in said and said.count("\n") == 1
 

@@ -31,7 +31,11 @@ def add_convert(commands: "Subcommands[argparse.ArgumentParser]") -> None:
     command = add_command(commands, "convert", "give an Ouro-format checkpoint MELT's gate", DESCRIPTION, EXAMPLES)
     command.set_defaults(run=run)
     add = command.add_argument
-    add("source", metavar="SRC", type=Path, help="folder of the Ouro-format checkpoint")
+    add(
+        "source",
+        metavar="SRC",
+        help="folder of the Ouro-format checkpoint, or OWNER/NAME[@REVISION] on the hub",
+    )
     add("target", metavar="DST", type=Path, nargs="?", help="folder to write; must not exist or be empty")
     add("--check", action="store_true", help="check the checkpoint at SRC, a MELT or a LoopLM, and write nothing")
     add(
@@ -60,18 +64,18 @@ def add_convert(commands: "Subcommands[argparse.ArgumentParser]") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, or check, and say what is next; return the exit code."""
-    from melt_serve.checkpoint_files import CheckpointError
+    from melt_serve.checkpoint_path import CheckpointError, located
     from melt_serve.convert import convert
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "check")}
     try:
         if arguments.check:
-            return check(arguments.source, arguments.target, arguments.show_progress)
+            return check(located(arguments.source), arguments.target, arguments.show_progress)
         if arguments.target is None:
-            return fail("convert needs DST, the folder to write; to check SRC alone, add --check")
-        convert(**options)
+            return fail("convert needs DST, the folder to write; to check SRC alone, add --check", code=2)
+        convert(**{**options, "source": located(arguments.source)})
     except CheckpointError as error:
-        return fail(error)
+        return fail(error, code=2)
     print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")
     return 0
 
@@ -85,10 +89,12 @@ def check(source: Path, target: Path | None, show_progress: bool) -> int:
     from melt_serve.checkpoint_check import check_checkpoint
 
     if target is not None:
-        return fail(f"--check writes nothing: leave out {target}")
+        return fail(f"--check writes nothing: leave out {target}", code=2)
     checked = check_checkpoint(source, show_progress=show_progress)
     if checked is None:
-        return fail(f"{source} is neither a MELT nor an Ouro-format LoopLM; look at model_type in its config.json")
+        return fail(
+            f"{source} is neither a MELT nor an Ouro-format LoopLM; look at model_type in its config.json", code=2
+        )
     sums = f"{checked.compared} checksums match" if checked.compared is not None else "it has no checksums (SHA256SUMS)"
     print(f"{source} is whole: {checked.model_type}, {checked.tensors} tensors, {checked.nbytes / 1e9:.3f} GB; {sums}.")
     return 0

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from melt_serve.terminal import (
     Subcommands,
@@ -43,7 +42,12 @@ def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:
     command = add_command(commands, "eval", "count right answers to held-out questions", DESCRIPTION, EXAMPLES)
     command.set_defaults(run=run)
     add = command.add_argument
-    add("checkpoints", metavar="CHECKPOINT", nargs="*", type=Path, help="folders (default: the bundled checkpoints)")
+    add(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="*",
+        help="folders, or OWNER/NAME on the hub (default: the bundled ones)",
+    )
     add("--loops", type=loop_list, metavar="T,T", help="depths to run (default: the checkpoint's own)")
     add("--questions", type=positive, default=1000, metavar="N", help="how many to ask (default: 1000)")
     add(
@@ -66,6 +70,7 @@ def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the questions and print the scores; return the exit code."""
+    from melt_serve.checkpoint_path import CheckpointError, located
     from melt_serve.task import evaluate
 
     depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
@@ -81,7 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
             asked = (arguments.server, arguments.questions, arguments.model, arguments.api_key)
             scores = [evaluate.evaluate_server(*asked)]
         else:
-            scores = evaluate.evaluate_checkpoints(arguments.checkpoints, arguments.questions, *depth)
+            paths = [located(each) for each in arguments.checkpoints]
+            scores = evaluate.evaluate_checkpoints(paths, arguments.questions, *depth)
+    except CheckpointError as error:
+        return fail(error, code=2)
     except evaluate.EvaluationError as error:
         return fail(error)
     print(evaluate.table(scores))

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from melt_serve.answers import END_THINK, end_marks
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.config import ConfigError, DecodeMode, MeltConfig, load_config
+from melt_serve.checkpoint_check import check_checkpoint
+from melt_serve.checkpoint_config import load_config, read_fields, refuse_quantized
+from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import prompt_ids
 from melt_serve.task.who_is_where import NAMES, PLACES, SENTENCES, Question, questions
@@ -91,14 +93,12 @@ def evaluate_checkpoints(
         thresholds: a MELT's exit thresholds, by default its own.
 
     Raises:
-        EvaluationError: not a checkpoint of ours, or too many loops. Before anything is run.
+        CheckpointError: not a checkpoint of ours, or not a whole one. Before anything is run.
+        EvaluationError: too many loops.
         OSError: files that cannot be read.
     """
     paths = paths or (LOOPLM, MELT)
-    try:
-        configs = [load_config(path) for path in paths]
-    except ConfigError as error:
-        raise EvaluationError(str(error)) from None
+    configs = [config_of(path) for path in paths]
     for path, config in zip(paths, configs, strict=True):
         if loops and isinstance(config, MeltConfig) and max(loops) > config.max_loops:  # type: ignore[operator]
             raise EvaluationError(f"{path} runs at most max_loops={config.max_loops} loops, not {max(loops)}")
@@ -109,6 +109,18 @@ def evaluate_checkpoints(
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Ouro's files name none
         scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes, thresholds)
     return scores
+
+
+def config_of(folder: Path) -> LoopLMConfig:
+    """Return the config of a checkpoint that was found whole.
+
+    Raises:
+        CheckpointError: it is not, or it is quantized.
+    """
+    config = load_config(folder)
+    refuse_quantized(folder, read_fields(folder))
+    check_checkpoint(folder, whole=False)
+    return config
 
 
 def score(

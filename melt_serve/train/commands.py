@@ -163,13 +163,16 @@ def say(text: str) -> None:
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message tells a user what to do. Their modules are imported only now."""
     from melt_serve.capacity import PlanError
-    from melt_serve.config import ConfigError
+    from melt_serve.checkpoint_path import CheckpointError
     from melt_serve.train.data.datasets import DataError
     from melt_serve.train.recipe_files import RecipeError
 
-    return (OSError, ConfigError, DataError, PlanError, RecipeError, StudyError, TrainingError)
+    return (OSError, CheckpointError, DataError, PlanError, RecipeError, StudyError, TrainingError)
 
 
 def fail(error: Exception) -> int:
-    """Say what went wrong in one line, once for all processes; return the exit code of a failure."""
-    return terminal.fail(error, "melt_serve.train") if speaks() else 1
+    """Say what went wrong in one line, once for all processes; return the exit code."""
+    from melt_serve.checkpoint_path import CheckpointError
+
+    code = 2 if isinstance(error, CheckpointError) else 1
+    return terminal.fail(error, "melt_serve.train", code) if speaks() else code

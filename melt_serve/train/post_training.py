@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from melt_serve.checkpoint_path import located
 from melt_serve.config import MeltConfig
 from melt_serve.convert import warn_about_blocks
 from melt_serve.train.atomic import replacing
@@ -36,12 +37,15 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         folder: holds recipe, states and logs; what an earlier session left there is gone on with.
 
     Raises:
-        TrainingError: no such teacher, no free output, or `folder` holds a run of another recipe, teacher or data; see
+        CheckpointError: no such teacher.
+        TrainingError: no free output, or `folder` holds a run of another recipe, teacher or data; see
             also `run_stage`.
         DataError: see `Sequences`.
         Paused: the session ended first.
     """
     check_output(Path(recipe.output))
+    if not Path(recipe.teacher).exists():
+        recipe = replace(recipe, teacher=str(located(recipe.teacher)))
     teacher, tokenizer = load_teacher(recipe)
     sequences = Sequences(recipe, tokenizer, folder)
     dtype, target = DTYPES[recipe.dtype], Path(recipe.output)

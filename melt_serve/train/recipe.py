@@ -226,7 +226,7 @@ class PostTraining:
     """The recipe of a post-training: a LoopLM of one's own into a MELT.
 
     Attributes:
-        teacher: folder of the LoopLM's checkpoint, in Ouro's format.
+        teacher: folder of the LoopLM's checkpoint, in Ouro's format, or its name on the hub, OWNER/NAME[@REVISION].
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
         chunk_size: C that the MELT is made for. A sequence may end inside a chunk, and a document begins on a multiple
             of `grid`.

@@ -28,7 +28,7 @@ command line as key=value, or stage.key=value; recipe.py says what each means. P
 loss. Ctrl-C, SIGTERM or --minutes saves it after the current step, and it is saved as often as the recipe says anyway.
 --resume goes on after any of them or a crash, and computes exactly what an unbroken run would have.
 
-Exit codes: 0 done, 1 an error, 2 wrong words, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
+Exit codes: 0 done, 1 an error, 2 wrong words or no whole teacher, 3 --minutes are over, 130 Ctrl-C, 143 SIGTERM."""
 EXAMPLES = """\
 examples:
   python -m melt_serve.train run melt-1.6b teacher=./Ouro-1.4B-Thinking data.files=chats.jsonl output=./melt-1.6b

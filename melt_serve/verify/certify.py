@@ -11,7 +11,9 @@ import torch
 from openai import OpenAIError
 from transformers import AutoTokenizer
 
-from melt_serve.config import ConfigError, DecodeMode, LoopLMConfig, MeltConfig, load_config
+from melt_serve.checkpoint_config import load_config
+from melt_serve.checkpoint_path import CheckpointError
+from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 from melt_serve.server_process import ServerError, tail
 from melt_serve.task.evaluate import heldout
 from melt_serve.verify.contract import check_contract, check_flat_memory, check_no_waits, check_wrong_depths
@@ -78,11 +80,9 @@ def config_of(folder: Path) -> LoopLMConfig:
     Raises:
         VerifyError: there is none, or it is of another model.
     """
-    if not (folder / "config.json").is_file():
-        raise VerifyError(f"{folder} has no config.json: name the folder of a MELT or LoopLM checkpoint")
     try:
         return load_config(folder)
-    except ConfigError as error:
+    except CheckpointError as error:
         raise VerifyError(str(error)) from None
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.checkpoint_path import CheckpointError, located
 from melt_serve.server_process import exits_on_signals
 from melt_serve.terminal import words_of
 from melt_serve.verify.record import Certificate, Check, VerifyError, line, table
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             print(markdown([Certificate.read(path) for path in arguments.report]))
             return 0
         return verify(arguments, argv[cut + 1 :], f"melt-serve verify {shlex.join(argv)}".strip())
-    except VerifyError as error:
+    except (CheckpointError, VerifyError) as error:
         print("melt-serve verify: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
@@ -65,9 +66,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     add = command.add_argument
-    add("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="folder (default: the bundled MELT)")
-    add("--looplm", type=Path, metavar="FOLDER", help="a LoopLM to check beside it (default: the bundled MELT's)")
-    add("--reference", type=Path, metavar="FOLDER", help="what the reference model reads (default: CHECKPOINT)")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        nargs="?",
+        help="folder, or OWNER/NAME on the hub (default: the bundled)",
+    )
+    add("--looplm", metavar="CHECKPOINT", help="a LoopLM to check beside it (default: the bundled MELT's)")
+    add("--reference", metavar="CHECKPOINT", help="what the reference model reads (default: CHECKPOINT)")
     add("--modes", type=words_of("token", "chunk"), metavar="MODE,MODE", help="decode modes of a MELT (default: both)")
     add("--text", type=Path, metavar="FILE", help="text that prompts are cut out of (default: the bundled task's)")
     add("--quick", action="store_true", help="the checkpoint's own decode mode only, less of it, and no speed")
@@ -80,6 +86,7 @@ def verify(arguments: argparse.Namespace, words: Sequence[str], command: str) ->
     """Make all checks, show each as it is made and all in the end; return the exit code.
 
     Raises:
+        CheckpointError: a checkpoint cannot be had.
         VerifyError: what was asked for cannot be verified.
     """
     if arguments.json and not arguments.json.parent.is_dir():
@@ -90,11 +97,11 @@ def verify(arguments: argparse.Namespace, words: Sequence[str], command: str) ->
     except ModuleNotFoundError as error:
         raise VerifyError(f"{error.name} is not installed: install vLLM, as the README says") from None
 
-    checkpoint = arguments.checkpoint or MELT
-    looplm = arguments.looplm or (LOOPLM if checkpoint == MELT and not arguments.quick else None)
-    options = certify.Options(
-        checkpoint, looplm, arguments.reference, arguments.modes, text, arguments.quick, list(words)
-    )
+    named = (arguments.checkpoint, arguments.looplm, arguments.reference)
+    given, other, reference = (None if each is None else located(each) for each in named)
+    checkpoint = given or MELT
+    looplm = other or (LOOPLM if checkpoint == MELT and not arguments.quick else None)
+    options = certify.Options(checkpoint, looplm, reference, arguments.modes, text, arguments.quick, list(words))
     found = certify.targets(options)
     made: list[Check] = []
     try:

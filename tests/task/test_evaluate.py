@@ -125,7 +125,7 @@ def test_wrong_words_are_usage_errors(words, says, capsys):
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
-    assert cli.main(["eval", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["eval", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert "nowhere" in error and error.count("\n") == 1
 

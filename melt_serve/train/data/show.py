@@ -46,7 +46,7 @@ def add_command(commands: Commands) -> None:
     """Add `data` to the commands of `python -m melt_serve.train`."""
     add = new_command(commands, "data", show, "see what a run would learn from", DESCRIPTION, EXAMPLES).add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="see above")
-    add("--checkpoint", type=Path, default=MELT, help="its tokenizer, chat template and C (default: the bundled one)")
+    add("--checkpoint", default=str(MELT), help="its tokenizer, chat template and C (default: the bundled one)")
     add("--length", type=at_least(2), default=10_000, metavar="S", help="tokens of a pack (default: 10000)")
     add("--chunk-size", type=positive, metavar="C", help="default: the checkpoint's, or 512 if it is no MELT")
     add("--too-long", choices=("cut", "split", "drop"), default="cut", help="documents above S tokens (default: cut)")
@@ -67,18 +67,20 @@ def show(arguments: argparse.Namespace) -> int:
     """Print counts, broken records and an example; return the exit code, 3 where records are broken.
 
     Raises:
-        ConfigError: there is no looped model's checkpoint to read the records for.
+        CheckpointError: there is no looped model's checkpoint to read the records for.
         DataError: there is nothing to learn, or no record to show.
         OSError: files that cannot be read.
     """
     from transformers import AutoTokenizer
 
-    from melt_serve.config import load_config
+    from melt_serve.checkpoint_config import load_config
+    from melt_serve.checkpoint_path import located
     from melt_serve.train.data.datasets import Corpus
     from melt_serve.train.data.packing import Packing
 
-    config = load_config(arguments.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, local_files_only=True)
+    checkpoint = located(arguments.checkpoint)
+    config = load_config(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     corpus = Corpus(arguments.files)
     packing = Packing(
         length=arguments.length,

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from melt_serve.checkpoint_check import config_of
-from melt_serve.checkpoint_files import CheckpointError, read_config, read_headers
-from melt_serve.config import weight_shapes
+from melt_serve.checkpoint_check import read_looplm
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.recipe import PostTraining
@@ -23,14 +22,14 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
     """Load the frozen LoopLM in float32, and its tokenizer.
 
     Raises:
-        TrainingError: the folder holds no whole LoopLM, by the rules of `convert`, or the recipe does not fit it.
+        CheckpointError: the folder holds no whole LoopLM, by the rules of `convert`.
+        TrainingError: the recipe does not fit it.
     """
     path = Path(recipe.teacher)
     try:
-        config = config_of(path / "config.json", read_config(path))
-        read_headers(path, dict(weight_shapes(config)))
+        _, config, _ = read_looplm(path)
     except CheckpointError as error:
-        raise TrainingError(f"teacher={path} cannot be post-trained: {error}") from error
+        raise CheckpointError(f"teacher={path} cannot be post-trained: {error}") from error
     for name in ("trained_rank", "gate_rank"):
         if (getattr(recipe, name) or 0) > config.hidden_size:
             rank, width = getattr(recipe, name), config.hidden_size
