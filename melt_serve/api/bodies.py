@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
+from annotated_types import MinLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from melt_serve.api.limits import Limits
+from melt_serve.api.schemas import find_endless, schemas_of
 
 MOST_NESTED = 100
 """Objects and arrays in each other. What parses, validates and copies a body behind us recurses."""
@@ -43,6 +45,9 @@ def find_mistake(scope: Scope, body: bytes, max_items: int = Limits().max_items)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{field_name(first['loc'])}: {first['msg']}"
+    for field, schema in schemas_of(value):
+        if reference := find_endless(schema):
+            return f"{field_name([field])}: $ref {field_name([reference])} leads back to itself with no value between"
     if (answers := answers_asked(value)) > max_items:
         return f"This asks for {answers} answers, prompts times n, and {at_most(max_items)}"
     return None
@@ -177,6 +182,7 @@ class Generation(Body):
 class Message(Generation):
     """Anthropic's, which ignores fields it does not know."""
 
+    messages: Annotated[list[Any], MinLen(1)] | None = None
     reasoning_effort: EffortElsewhere = None
 
 
@@ -214,9 +220,14 @@ ROUTES: dict[str, type[Body]] = {
     "/invocations": Generation,
     "/v1/chat/completions": Generation,
     "/v1/chat/completions/batch": Generation,
+    "/v1/chat/completions/render": Generation,
     "/v1/completions": Generation,
+    "/v1/completions/render": Generation,
     "/v1/messages": Message,
+    "/v1/messages/count_tokens": Message,
+    "/v1/messages/render": Message,
     "/v1/responses": Generation,
+    "/v1/responses/render": Generation,
     "/v1/systemone": Scoring,
 }
 """The routes whose bodies are objects with more to check than those of all others."""

@@ -46,7 +46,8 @@ def add_command(commands: Commands) -> None:
 
 def bundled(arguments: argparse.Namespace) -> int:
     """Make the bundled checkpoints, for one session; return the exit code."""
-    from melt_serve.config import MeltConfig, load_config
+    from melt_serve.checkpoint_config import load_config
+    from melt_serve.config import MeltConfig
     from melt_serve.train.recipe import Recipe
 
     recipe, kept = Recipe(output=str(arguments.out)).seeded(arguments.seed), arguments.teacher

@@ -93,6 +93,10 @@ def test_as_deep_as_is_allowed_passes_and_is_judged_to_the_bottom():
         ("/inference/v1/generate", {"sampling_params": {"extra_args": {"ec_transfer_params": 1}}}, "for servers"),
         ("/inference/v1/abort_requests", {"request_ids": 5}, "request_ids"),
         ("/tokenize", {"vllm_xargs": {"kv_transfer_params": {}}}, "for servers"),
+        ("/v1/chat/completions/render", {"structured_outputs": []}, "structured_outputs: Input should be"),
+        ("/v1/messages/count_tokens", {"messages": []}, "messages: List should have at least 1 item"),
+        ("/v1/completions", {"response_format": {"json_schema": {"schema": {"$ref": "#"}}}}, "$ref # leads back"),
+        ("/v1/messages", {"tools": [{"input_schema": {"anyOf": [{"$ref": "#"}]}}]}, "tools.0.input_schema: $ref #"),
     ],
 )
 def test_a_field_that_a_route_would_ignore_or_choke_on_is_refused_there(path, body, says):
