@@ -108,7 +108,7 @@ def values_of_a_token(fields: dict[str, int], words: Sequence[str]) -> int:
     heads = fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
     values = 2 * fields["num_hidden_layers"] * (fields.get("num_key_value_heads") or heads) * head_dim
-    loops = int(value_of(words, "--hf-overrides.total_ut_steps") or fields.get("total_ut_steps") or 4)
+    loops = int(value_of(words, "--hf-overrides.total-ut-steps") or fields.get("total_ut_steps") or 4)
     return values if fields["model_type"] == "melt" else values * loops
 
 

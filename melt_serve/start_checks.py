@@ -72,7 +72,7 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
 def value_of(words: Sequence[str], flag: str) -> str | None:
     """Return what the words set a flag to, the last time they do; None where they do not."""
     value = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, inside = word.partition("=")
         if (name.replace("_", "-") if name.startswith("--") else name) == flag:
             value = inside if equals else following

@@ -257,7 +257,7 @@ def test_the_command_says_what_it_found_in_one_line(checkpoint, capsys):
     assert cli.main(["convert", "--check", str(checkpoint), "--quiet"]) == 0
     assert "is whole: melt, 19 tensors, 0.003 GB; 6 checksums match" in capsys.readouterr().out
     weights_of(flip_bit)(checkpoint)
-    assert cli.main(["convert", "--check", str(checkpoint), "--quiet"]) == 1
+    assert cli.main(["convert", "--check", str(checkpoint), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("melt-serve: error: ") and "not as it was written" in error and error.count("\n") == 1
 
@@ -266,5 +266,5 @@ def test_the_command_says_what_it_found_in_one_line(checkpoint, capsys):
     ("words", "says"), [(["--check", "{}", "./new"], "leave out new"), (["{}"], "convert needs DST")]
 )
 def test_check_writes_nothing_and_convert_writes_somewhere(words, says, checkpoint, capsys):
-    assert cli.main(["convert", *(word.format(checkpoint) for word in words)]) == 1
+    assert cli.main(["convert", *(word.format(checkpoint) for word in words)]) == 2
     assert says in capsys.readouterr().err

@@ -60,7 +60,7 @@ def sharded(folder: Path) -> dict[str, str]:
     names = {key: f"model-0000{1 + ('layers' in key)}-of-00002.safetensors" for key in tensors}
     for name in set(names.values()):
         save_file({key: tensors[key] for key in tensors if names[key] == name}, folder / name, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return names
 
 

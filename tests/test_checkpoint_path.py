@@ -35,7 +35,7 @@ def hub(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(hub, tmp_path, monkeypatch):
     """A user without token and with an empty cache, who knows this hub alone."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    point_at(hub.url, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -43,6 +43,14 @@ def cache(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", retried)
     hub.fetched.clear()
     return tmp_path / "hub"
+
+
+def point_at(url: str, monkeypatch) -> None:
+    """Do what HF_ENDPOINT does when the hub's library is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
 
 
 def retried(seconds: float) -> None:
@@ -102,8 +110,9 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(before, capsys):
 def test_a_teacher_is_fetched_by_name(capsys, tmp_path):
     words = ["train", "run", "melt-1.6b", "data.files=-", f"output={tmp_path / 'out'}", "--run", str(tmp_path / "run")]
     assert "acme/nothing is neither" in refusal([*words, "teacher=acme/nothing"], capsys)
-    assert "acme/llama" not in (said := refusal([*words, "teacher=acme/llama"], capsys))
-    assert "cannot be post-trained: " in said and "is a 'llama' model" in said
+    assert cli.main([*words, "teacher=acme/llama"]) == 2
+    *_, said = capsys.readouterr().err.splitlines()  # after the bar of what was fetched
+    assert "acme--llama/snapshots/" in said and "cannot be post-trained: " in said and "is a 'llama' model" in said
 
 
 def test_private_and_gated_models_need_a_token(monkeypatch, capsys):
@@ -119,7 +128,7 @@ def test_a_revision_that_is_not_there_is_named(capsys):
 
 def test_without_a_network_what_is_cached_is_taken(hub, monkeypatch, capsys):
     assert cli.main(["plan", OURO]) == 0
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    point_at(f"http://127.0.0.1:{free_port()}", monkeypatch)
     assert cli.main(["plan", OURO]) == 0
     capsys.readouterr()
     said = refusal(["convert", OURO, "melt"], capsys)

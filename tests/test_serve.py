@@ -39,12 +39,13 @@ def test_a_path_and_vllms_flags_pass_through_untouched(tmp_path):
     (tmp_path / "config.json").touch()
     words = [str(tmp_path), "--hf-overrides", '{"total_ut_steps": 8}', "-tp", "2"]
     assert command(words) == [*SERVER, "--model", words[0], *SAFE, *words[1:]]
-    assert command(["org/name"]) == [*SERVER, "--model", "org/name", *SAFE]
+    name, left = "org/name", ["--load-format", "dummy"]  # and the name is vLLM's to fetch
+    assert command([name, *left]) == [*SERVER, "--model", name, *SAFE, *left]
     assert command(["--model", "org/name"]) == [*SERVER, *SAFE, "--model", "org/name"]
 
 
 def test_where_to_listen_is_the_users_choice():
-    words = ["--host", "0.0.0.0"]
+    words = ["--host", "0.0.0.0", "--load-format", "dummy"]
     assert command(["org/name", *words]) == [*SERVER, "--model", "org/name", *SAFE[2:], *words]
 
 
@@ -65,9 +66,9 @@ def test_a_limit_is_a_positive_number(words, capsys):
 
 
 def test_default_and_max_loops_are_short_for_vllms_overrides():
-    assert command(["org/name", "--max-loops=6"])[-1] == "--hf-overrides.max_loops=6"
-    assert command(["org/name", "--default-loops", "2"])[-2:] == ["--hf-overrides.total_ut_steps", "2"]
-    assert command(["org/name", "--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
+    assert command(["--max-loops=6"])[-1] == "--hf-overrides.max_loops=6"
+    assert command(["--default-loops", "2"])[-2:] == ["--hf-overrides.total_ut_steps", "2"]
+    assert command(["--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
 
 
 def test_the_size_of_the_cache_is_said_once(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melt_serve import cli
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.task.evaluate import (
     EvaluationError,
     Score,
@@ -74,7 +75,7 @@ def test_more_loops_than_a_melt_may_run_are_refused_before_anything_runs():
 
 def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(EvaluationError, match="is a 'llama' model"):
+    with pytest.raises(CheckpointError, match="is a 'llama' model"):
         evaluate_checkpoints([tmp_path], 1)
 
 
