@@ -99,7 +99,9 @@ def choose(
             )
         if tokens < published:
             flags["--max-model-len"] = str(tokens)
-            says.append(f"a context of {tokens:,} of {published:,} tokens, which is what they hold (--max-model-len)")
+            says.append(
+                f"a context of {tokens:,} of {published:,} tokens, which is what the rows hold (--max-model-len)"
+            )
     return Choices(flags, says)
 
 

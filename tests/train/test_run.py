@@ -196,8 +196,6 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_is_saved(unbroken,
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["teacher={folder}/nowhere"], "nowhere has no config.json; name the folder"),
-        (["teacher={folder}/melt"], "melt is a MELT checkpoint already"),
         (["data.files={folder}/nothing.jsonl"], "No such file or directory"),
         (["data.files={folder}/recipe.toml"], "is none of: a .jsonl or .parquet file"),
         (["output={folder}"], "holds something that is not a MELT checkpoint"),
@@ -223,7 +221,11 @@ def test_a_teacher_that_is_not_whole_is_refused_before_anything_is_written(unbro
     shutil.copytree(unbroken / "teacher", tmp_path / "torn")
     file = tmp_path / "torn" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert run(unbroken, "torn", f"teacher={tmp_path}/torn") == 1
+    assert run(unbroken, "torn", f"teacher={tmp_path}/nowhere") == 2
+    assert "nowhere does not exist; name the folder" in one_error(capsys)
+    assert run(unbroken, "torn", f"teacher={unbroken}/melt") == 2
+    assert "melt is a MELT checkpoint already" in one_error(capsys)
+    assert run(unbroken, "torn", f"teacher={tmp_path}/torn") == 2
     said = one_error(capsys)
     assert f"teacher={tmp_path}/torn cannot be post-trained: " in said and "truncated or no safetensors" in said
     assert not (unbroken / "torn").exists()

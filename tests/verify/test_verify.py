@@ -159,7 +159,7 @@ def test_ctrl_c_stops_the_server_and_says_how_far_it_came():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["./nowhere"], "nowhere has no config.json"),
+        (["./nowhere"], "nowhere does not exist"),
         ([str(LOOPLM), "--modes", "token"], "is a LoopLM: --modes and --looplm go with a MELT"),
         (["--looplm", str(MELT)], "is a MELT: name the LoopLM that it came from"),
         (["--text", "./nowhere.txt"], "--text nowhere.txt: "),

@@ -99,7 +99,7 @@ def test_a_teacher_as_ouros_are_published_is_planned(tmp_path):
 
 
 def test_what_cannot_be_planned_is_one_line(capsys):
-    for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "./none does not exist")):
+    for words, says in ((["demo"], "bundled kind"), (["melt-1.6b", "teacher=./none"], "none does not exist")):
         assert main(["cost", *words]) == 1
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1

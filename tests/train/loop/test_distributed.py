@@ -84,8 +84,8 @@ def test_ctrl_c_ends_several_processes_as_one(folder):
 def test_an_error_of_several_processes_is_one_line(folder):
     words = command(folder, "wrong", "teacher=nowhere", "--processes", "2")
     ended = subprocess.run([sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
-    assert "nowhere has no config.json; name the folder" in ended.stderr
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "nowhere does not exist; name the folder" in ended.stderr
 
 
 def test_bfloat16_is_near_float32_and_keeps_weights_in_float32(folder):
