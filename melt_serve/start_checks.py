@@ -65,7 +65,7 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
         if all(value_of(words, flag) is None for flag in OTHER_CHECKPOINT):
             check_model(model, words)
     sized = environment.get("VLLM_CPU_KVCACHE_SPACE") or value_of(words, "--kv-cache-memory-bytes") is not None
-    if not sized and value_of(words, "--config") is None and runs_on_cpu():
+    if not sized and value_of(words, "--config") is None and on_cpu():
         check_free_memory(value_of(words, "--gpu-memory-utilization"), limit)
 
 
@@ -177,9 +177,10 @@ def check_memory(model: Path, limit: Path | None) -> None:
         print(f"melt-serve: warning: {says}", file=sys.stderr)
 
 
-def runs_on_cpu() -> bool:
-    """Return whether the installed vLLM is built for CPUs."""
-    return any(True for _ in distributions(name="vllm-cpu"))
+def on_cpu() -> bool:
+    """Return whether the vLLM that is installed is its CPU build."""
+    installed = {f"{each.name}=={each.version}" for each in distributions() if each.name in ("vllm", "vllm-cpu")}
+    return any("cpu" in each for each in installed)
 
 
 def check_free_memory(share: str | None, limit: Path | None, memory: Path = MEMORY) -> None:

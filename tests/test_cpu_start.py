@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from melt_serve.cpu_start import NATIVE, choose, free_memory, on_cpu, threads
-from melt_serve.start_checks import StartError
+from melt_serve.cpu_start import NATIVE, choose, free_memory, threads
+from melt_serve.start_checks import StartError, on_cpu
 from tests.ouro_files import PUBLISHED_OURO
 
 GIB = 1 << 30

@@ -147,7 +147,7 @@ def test_a_cpu_without_the_memory_that_vllm_takes_is_named(little_free, tmp_path
 def test_only_where_vllm_would_want_it(little_free, monkeypatch):
     monkeypatch.setattr(start_checks.check_free_memory, "__defaults__", (little_free,))
     monkeypatch.setattr(start_checks, "CGROUP_LIMITS", ())
-    monkeypatch.setattr(start_checks, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(start_checks, "on_cpu", lambda: True)
     port = ["--port", str(free_port())]
     with pytest.raises(StartError, match="of memory are free"):
         check_start([*port, "--model", "somebody/a-model"], {})
@@ -158,7 +158,7 @@ def test_only_where_vllm_would_want_it(little_free, monkeypatch):
         ([], {"VLLM_CPU_KVCACHE_SPACE": "1"}),
     ):
         check_start([*port, *words], environment)
-    monkeypatch.setattr(start_checks, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(start_checks, "on_cpu", lambda: False)
     check_start(port, {})
 
 
