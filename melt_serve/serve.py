@@ -112,13 +112,15 @@ def main(argv: Sequence[str]) -> int:
         limits, words = take_limits(argv)
         checked = SKIP_CHECKS not in words and "--help=all" not in words
         words = command([word for word in words if word != SKIP_CHECKS])
+        chosen_words, says = chosen_for_cpu(words) if on_cpu() else ([], [])
+        words += chosen_words
         if checked:
             check_start(words, os.environ)
-        if on_cpu():
-            words += chosen_for_cpu(words)
     except ValueError as error:
         print(f"melt-serve: error: {error}", file=sys.stderr)
         return 2
+    if says:
+        print(f"melt-serve: on this CPU: {'; '.join(says)}", file=sys.stderr)
     from melt_serve.supervisor import supervise  # needs what comes with vLLM
 
     defaults = {
@@ -131,20 +133,18 @@ def main(argv: Sequence[str]) -> int:
     return supervise(words, {**chosen, **limits}, explain)
 
 
-def chosen_for_cpu(words: Sequence[str]) -> list[str]:
-    """Return the flags that a looped model is served with on this CPU beside the user's, and say what they mean.
+def chosen_for_cpu(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags that a looped model is served with on this CPU beside the user's, and what they mean.
 
     Raises:
         StartError: no context fits.
     """
     folder = Path(value_of(words, "--model") or "")
     if names(words, "--config") or not looped(folder):
-        return []
+        return [], []
     flags, says = choose(folder, words, os.environ, free_memory(), flags_of_processor())
-    if says:
-        print(f"melt-serve: on this CPU: {'; '.join(says)}", file=sys.stderr)
     chosen = [(flag, value) for flag, value in flags.items() if not names(words, flag)]
-    return [word for flag, value in chosen for word in ((flag,) if value is None else (flag, value))]
+    return [word for flag, value in chosen for word in ((flag,) if value is None else (flag, value))], says
 
 
 def plugins() -> list[str]:
