@@ -158,7 +158,7 @@ def refuse_rows(layer: Attention) -> None:
     """
     if layer.kv_cache_dtype not in PROVED_ROWS:
         raise ValueError(
-            f"MELT: --kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows that every loop writes again; "
+            f"MELT: --kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows of loops; "
             f"choose one of {', '.join(PROVED_ROWS)}"
         )
 

@@ -76,6 +76,12 @@ class LoopLMStartup(VerifyAndUpdateConfig):
         refuse_checkpoint(config)
         refuse_parallelism(vllm_config)
         refuse_moved_rows(vllm_config)
+        drafts = vllm_config.speculative_config
+        if drafts is not None and drafts.method != "ngram":
+            raise ValueError(
+                f"LoopLM: --speculative-config with the method {drafts.method}: a model that drafts gets no plan of the "
+                "step; choose ngram, or leave it out"
+            )
         refuse_other_runs(vllm_config, LOOPLM_SCHEDULER)
         if config.most_loops > config.total_ut_steps:
             logger.warning(
@@ -212,7 +218,9 @@ def refuse_other_runs(vllm_config: "VllmConfig", scheduler: str) -> None:
             "VLLM_USE_V2_MODEL_RUNNER=0, and what vLLM's log says that V2 does not support"
         )
     if vllm_config.model_config.runner_type != "generate":
-        raise ValueError(f"MELT: --runner={vllm_config.model_config.runner_type}: a MELT generates text; leave it out")
+        raise ValueError(
+            f"MELT: --runner={vllm_config.model_config.runner_type}: looped models generate text; leave it out"
+        )
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, scheduler):
         raise ValueError(

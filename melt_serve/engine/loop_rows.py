@@ -18,7 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from melt_serve.engine.attention import StepRecord, recording_backend, refuse_backend
+from melt_serve.engine.attention import StepRecord, over_gaps, recording_backend, refuse_backend, refuse_rows
 from melt_serve.engine.looplm_cache import LoopRowsSpec
 from melt_serve.engine.step import Running, StepPlan, to_device
 
@@ -52,7 +52,9 @@ class LoopRows(Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_backend(self)
+        refuse_rows(self)
         self.attn_backend = recording_backend(self.attn_backend)
+        self.impl.forward = over_gaps(self.impl.forward)
         self.write_once = self.impl.do_kv_cache_update
         self.impl.do_kv_cache_update = self.write
 

@@ -1,4 +1,4 @@
-"""Schemas of which no grammar can be made."""
+"""Schemas that describe no value."""
 
 import json
 
@@ -7,12 +7,15 @@ import pytest
 from melt_serve.api.schemas import find_endless, schemas_of
 
 TREE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+SELF = {"$ref": "#/$defs/a"}
 ENDLESS = [
     ({"$ref": "#"}, "#"),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}}, "#/$defs/a"),
-    ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}}, "#/$defs/b"),
+    ({"anyOf": [{"$ref": "#"}, {"allOf": [{"type": "integer"}, {"$ref": "#"}]}]}, "#"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [SELF, {"allOf": [{"$ref": "#"}]}]}}}, "#/$defs/a"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [SELF]}}}, "#/$defs/a"),
     ({"properties": {"x/y": {"$ref": "#/properties/x~1y"}}}, "#/properties/x~1y"),
-    ({"anyOf": [{"type": "string"}, {"oneOf": [{"$ref": "#/anyOf/1"}]}]}, "#/anyOf/1"),
+    ({"items": {"oneOf": [{"$ref": "#/items"}]}}, "#/items"),
+    ({"$ref": 5, "allOf": [{"$ref": "#"}]}, "#"),
 ]
 ENDING = [
     {},
@@ -21,11 +24,15 @@ ENDING = [
     "text",
     TREE,
     {"anyOf": [{"type": "null"}, TREE]},
-    {"$defs": {"a": {"type": "string"}}, "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]},
+    {"anyOf": [{"type": "integer"}, {"$ref": "#"}]},
+    {"oneOf": [True, {"$ref": "#"}]},
+    {"type": "integer", "$defs": {"a": SELF}},
+    {"$defs": {"a": {"type": "string"}}, "allOf": [SELF, SELF]},
     {"$ref": "#/$defs/missing"},
     {"$ref": "https://example.org/schema"},
     {"$ref": 3, "anyOf": "x"},
-    {"anyOf": [{"$ref": "#/anyOf/7"}, {"$ref": "#/anyOf/x"}]},
+    {"anyOf": [{"$ref": "#/anyOf/7"}, {"$ref": "#/anyOf/x"}, {"$ref": "#/anyOf/" + "9" * 5000}]},
+    {"anyOf": []},
 ]
 
 
@@ -39,21 +46,24 @@ def test_any_other_schema_is_let_through(schema):
     assert find_endless(schema) is None
 
 
-def test_a_deep_chain_is_followed_without_recursion():
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_deep_chain_is_followed_in_time_that_grows_with_its_length(order):
     links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
-    assert find_endless({"$defs": links | {"a20000": {"type": "null"}}}) is None
-    assert find_endless({"$defs": links | {"a20000": {"$ref": "#/$defs/a0"}}}) is not None
+    links = dict(list(links.items())[::order])
+    assert find_endless({"$defs": links | {"a20000": {"type": "null"}}, "$ref": "#/$defs/a0"}) is None
+    assert find_endless({"$defs": links | {"a20000": {"$ref": "#/$defs/a0"}}, "$ref": "#/$defs/a0"}) is not None
 
 
 def test_schemas_are_found_wherever_a_route_takes_them():
     a = {"type": "null"}
     body = {
-        "structured_outputs": {"json": json.dumps(a)},
+        "structured_outputs": {"json": json.dumps(a), "structural_tag": json.dumps({"structures": [{"schema": a}]})},
         "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": a}},
         "text": {"format": {"schema": a}},
+        "output_config": {"format": {"tags": [{"content": {"json_schema": a}}]}},
         "sampling_params": {"structured_outputs": {"json": a}},
         "tools": [{"function": {"parameters": a}}, {"parameters": a}, {"input_schema": a}, 7],
     }
-    assert [value for _, value in schemas_of(body)] == [a] * 7
-    assert [name for name, _ in schemas_of(body)][-1] == "tools.2.input_schema"
-    assert not list(schemas_of({"structured_outputs": {"json": "{"}, "tools": 3, "text": []}))
+    assert [value for _, value in schemas_of(body)] == [a] * 9
+    assert "tools.2.input_schema" in [name for name, _ in schemas_of(body)]
+    assert not list(schemas_of({"structured_outputs": {"json": "{"}, "tools": 3, "text": [], "response_format": 5}))

@@ -101,7 +101,7 @@ TALK = tuple(Ask(arrives=20 * i, document=1, shared=90, own=9, answer=40, contin
 LEAVERS = tuple(replace(ask, leaves=(None, 3, 0, None, 40, 90)[i], penalty=i / 5) for i, ask in enumerate(CROWD))
 MIXED = tuple(
     replace(
-        ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.7)[i % 2], alternates=i % 2 == 0, adapter=(0, None, 1)[i % 3]
+        ask, loops=(6, 1, 3)[i % 3], exit_threshold=(1, 0.6)[i % 2], alternates=i % 2 == 0, adapter=(0, None, 1)[i % 3]
     )
     for i, ask in enumerate(CROWD)
 )

@@ -59,7 +59,7 @@ def configure(path, **arguments):
         ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers: rows of all layers"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "does not pass requests' depths on"),
         ({"prefill_schedule_interval": 2}, "--prefill-schedule-interval=2 could hold a prompt back"),
-        ({"runner": "pooling", "convert": "embed"}, "--runner=pooling: a MELT generates text"),
+        ({"runner": "pooling", "convert": "embed"}, "--runner=pooling: looped models generate text"),
         ({"hf_overrides": {"effort_loops": {"low": 9}}}, "effort_loops: low=9 is outside"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "does not know requests' depths"),
         ({"hf_overrides": {"decode_mode": "chunk"}, "block_size": 128}, "is not a multiple of the KV block size, 128"),

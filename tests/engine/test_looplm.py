@@ -28,7 +28,7 @@ from tests.engine.engines import (
 )
 from tests.engine.engines import LENGTHS as MIXED
 from tests.engine.random_scenes import FEW, judge, plays
-from tests.engine.scenes import Server, counted
+from tests.engine.scenes import LIMITS, Server, counted, save_tokenizer
 from tests.engine.test_depth import loops_run
 
 LENGTHS = (1, 2, 31, 64, 65, 203)
@@ -64,13 +64,30 @@ def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tm
 def looplm(tmp_path_factory):
     path = tmp_path_factory.mktemp("looplm")
     model = save_looplm(path, max_loops=8)
-    with engine(path, block_size=32, enable_prefix_caching=True, max_num_seqs=8, max_num_batched_tokens=160) as llm:
+    save_tokenizer(path)
+    with engine(path, **{**LIMITS, "max_num_seqs": 8, "max_num_batched_tokens": 160}) as llm:
         yield Served(llm, model)
 
 
 class TestDepths:
     def test_mixed_in_a_batch_equal_the_reference_with_and_without_exits(self, looplm):
         assert distance_at_mixed_depths(*looplm) <= RIGHT
+
+    def test_nor_do_gaps_change_answers_where_attention_bridges_them_as_on_a_gpu(self, looplm, monkeypatch):
+        llm, model = looplm
+        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.rows.first[0]
+        builder, bridged = layer.attn_backend.get_builder_cls(), []
+        monkeypatch.setattr(builder, "bridges_gaps", True)
+        attend = layer.impl.forward
+
+        def noting(*args, **kwargs):
+            bridged.append(getattr(args[5], "queries", None) is not None)
+            return attend(*args, **kwargs)
+
+        monkeypatch.setattr(layer.impl, "forward", noting)
+        asked = prompts(203)
+        assert distance(model, asked, generate(llm, asked, 8, 0.7, max_tokens=1), 8, 0.7) <= RIGHT
+        assert any(bridged), "exits must scatter, or this shows nothing"
 
     def test_loops_that_are_not_run_are_not_paid(self, looplm):
         """Count the tokens that pass through a layer: as many as the loops of all tokens together."""
