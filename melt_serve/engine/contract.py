@@ -79,8 +79,8 @@ class LoopLMStartup(VerifyAndUpdateConfig):
         drafts = vllm_config.speculative_config
         if drafts is not None and drafts.method != "ngram":
             raise ValueError(
-                f"LoopLM: --speculative-config with the method {drafts.method}: a model that drafts gets no plan of the "
-                "step; choose ngram, or leave it out"
+                f"LoopLM: --speculative-config with the method {drafts.method}: a model that drafts gets no plan of "
+                "the step; choose ngram, or leave it out"
             )
         refuse_other_runs(vllm_config, LOOPLM_SCHEDULER)
         if config.most_loops > config.total_ut_steps:

@@ -64,5 +64,4 @@ def judge(server: Server, scene: Scene) -> None:
     """Compare every answer of the scene with the reference."""
     distances = server.distances(scene)
     note(f"by request and answer: {distances}")
-    print("DIST", distances)
     assert max(distances.values(), default=0) <= RIGHT
