@@ -2,8 +2,8 @@
 
 The worker reports how many loops each token ran (`cpu_worker.py`). The scheduler counts them for each request and
 hands the count over with the request's last output (`depth_scheduler.py`), in vLLM's one field for facts about a
-finished request, `kv_transfer_params`. A stop string is found here, after the engine, and any output may prove to be the last:
-a request that has one hands its count over with every output. Here it is taken out again.
+finished request, `kv_transfer_params`. A stop string is found here, after the engine, and any output may prove to be
+the last: a request that has one hands its count over with every output. Here it is taken out again.
 """
 
 import functools

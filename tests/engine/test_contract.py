@@ -86,6 +86,12 @@ def test_a_looplms_overrides_are_checked_as_a_melts(overrides, message):
         configure(LOOPLM, hf_overrides=overrides)
 
 
+def test_drafts_by_a_model_are_refused_on_a_looplm():
+    drafts = {"method": "draft_model", "model": str(LOOPLM), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="the method draft_model: a model that drafts gets no plan"):
+        configure(LOOPLM, speculative_config=drafts)
+
+
 def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):
     """It would serve every request at the checkpoint's own depth, without a word."""
     config = configure(checkpoint)

@@ -60,6 +60,14 @@ def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tm
     assert first == again != other
 
 
+def test_drafts_of_ngrams_change_no_answer(tmp_path):
+    model, asked = save_looplm(tmp_path), [[1, 2, 3, 4] * 8, [5, 6, 7] * 5]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    with engine(tmp_path, block_size=32, speculative_config=drafts) as llm:
+        outputs = generate(llm, asked, [1, 2], max_tokens=24)
+        assert distance(model, asked, outputs, [1, 2]) <= RIGHT
+
+
 @pytest.fixture(scope="class")
 def looplm(tmp_path_factory):
     path = tmp_path_factory.mktemp("looplm")
@@ -75,7 +83,7 @@ class TestDepths:
 
     def test_nor_do_gaps_change_answers_where_attention_bridges_them_as_on_a_gpu(self, looplm, monkeypatch):
         llm, model = looplm
-        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.rows.first[0]
+        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.rows.layers[0][2]
         builder, bridged = layer.attn_backend.get_builder_cls(), []
         monkeypatch.setattr(builder, "bridges_gaps", True)
         attend = layer.impl.forward
