@@ -40,10 +40,28 @@ def located(named: str, files: Sequence[str] = WHOLE, revision: str | None = Non
     Raises:
         CheckpointError: it cannot be fetched; the message says why.
     """
-    name = NAME.fullmatch(named)
-    if name is None or Path(named).exists():
+    name = None if is_there(named) else NAME.fullmatch(named)
+    if name is None:
         return Path(named)
     return fetched(name["repository"], files, name["revision"] or revision)
+
+
+def is_there(named: str) -> bool:
+    """Return whether there is such a path.
+
+    Raises:
+        CheckpointError: the file system takes no such name, as of one that is too long.
+    """
+    try:
+        return Path(named).exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{named} is no path ({reason}); name the folder of a checkpoint") from error
+
+
+def shown_name(named: str) -> str:
+    """Return what a model card calls a checkpoint: the last part of its path, or all of a name on the hub."""
+    return Path(named).resolve().name if is_there(named) else named
 
 
 def fetched(repository: str, files: Sequence[str], revision: str | None) -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from melt_serve.bundled import CHECKPOINTS
 from melt_serve.train.commands import Commands, add_minutes, add_questions, add_resume, new_command, run_stages
-from melt_serve.train.session import Session, TrainingError
+from melt_serve.train.session import Session
 
 if TYPE_CHECKING:
     from melt_serve.train.recipe import Recipe
@@ -26,6 +26,8 @@ examples:
   python -m melt_serve.train bundled --out ./mine --seed 1  others of their kind, elsewhere
   python -m melt_serve.train bundled --teacher melt_serve/checkpoints/looplm-demo
       remake the bundled MELT only, from the bundled LoopLM
+
+exit codes: 0, done; 3, --minutes are over; 2, wrong words, or --teacher is no LoopLM; 1, all else that went wrong
 """
 
 
@@ -37,7 +39,7 @@ def add_command(commands: Commands) -> None:
     add = command.add_argument
     add("--out", type=Path, default=CHECKPOINTS, help="folder for both checkpoints (default: the bundled ones')")
     add("--run", type=Path, default=Path("runs/demo"), help="folder for states and logs (default: runs/demo)")
-    add("--teacher", type=Path, metavar="FOLDER", help="post-train this LoopLM of the task; make no other")
+    add("--teacher", help="post-train this LoopLM of the task, a folder or OWNER/NAME, and make no other")
     add("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
     add_resume(command)
     add_minutes(command)
@@ -45,14 +47,18 @@ def add_command(commands: Commands) -> None:
 
 
 def bundled(arguments: argparse.Namespace) -> int:
-    """Make the bundled checkpoints, for one session; return the exit code."""
-    from melt_serve.checkpoint_config import load_config
-    from melt_serve.config import MeltConfig
+    """Make the bundled checkpoints, for one session; return the exit code.
+
+    Raises:
+        CheckpointError: `--teacher` is no whole LoopLM.
+    """
+    from melt_serve.checkpoint_check import read_looplm
+    from melt_serve.checkpoint_path import located
     from melt_serve.train.recipe import Recipe
 
     recipe, kept = Recipe(output=str(arguments.out)).seeded(arguments.seed), arguments.teacher
-    if kept is not None and isinstance(load_config(kept), MeltConfig):
-        raise TrainingError(f"--teacher {kept} is a MELT; name the folder of a LoopLM")
+    if kept is not None:
+        read_looplm(located(kept))
     return run_stages(
         lambda session: make_bundled(recipe, arguments.run, session, arguments.questions, kept),
         arguments.run,
@@ -61,7 +67,7 @@ def bundled(arguments: argparse.Namespace) -> int:
     )
 
 
-def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: int, kept: Path | None = None) -> str:
+def make_bundled(recipe: "Recipe", folder: Path, session: Session, questions: int, kept: str | None = None) -> str:
     """Make the checkpoints of the bundled kind, print their table, and return where they are.
 
     Args:

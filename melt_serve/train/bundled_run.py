@@ -11,6 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.checkpoint_path import located
 from melt_serve.config import DECODE_MODES, LoopLMConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score, score
@@ -21,6 +22,8 @@ from melt_serve.train.distil.build import fresh_config, plain, student_of
 from melt_serve.train.distil.losses import cross_entropy_over_loops
 from melt_serve.train.distil.phase import loops_of, run_phase
 from melt_serve.train.distil.student import Student
+from melt_serve.train.distil.teacher import check_loops
+from melt_serve.train.inputs import note_inputs, teacher_files
 from melt_serve.train.loop.export import export, student_card, teacher_card
 from melt_serve.train.loop.logs import LOG, minutes_trained
 from melt_serve.train.loop.trainer import Losses, run_stage
@@ -36,29 +39,35 @@ EFFORTS = {"none": 2, "minimal": 2}
 
 
 def make_checkpoints(
-    recipe: Recipe, folder: Path, target: Path, session: Session, count: int, kept: Path | None = None
+    recipe: Recipe, folder: Path, target: Path, session: Session, count: int, kept: str | None = None
 ) -> list[Score]:
     """Run all stages, measure on `count` held-out questions, and write both checkpoints with their cards.
 
     Args:
         folder: holds states and logs; what an earlier session left there is gone on with.
         target: `looplm-demo` and `melt-demo` in it are replaced when everything is done, and not before.
-        kept: a LoopLM of the task to post-train, instead of one from nothing; only `melt-demo` is written then.
+        kept: a LoopLM of the task to post-train, a folder or a name on the hub, instead of one from nothing; only
+            `melt-demo` is written then.
 
     Raises:
-        Paused, TrainingError: see `run_stage`.
+        CheckpointError: `kept` is not there.
+        TrainingError: `folder` holds a run with another teacher; see also `run_stage`.
+        Paused: see `run_stage`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    there = None if kept is None else located(kept)
+    note_inputs({} if kept is None or there is None else teacher_files(kept, there), folder)
     tokenizer = build_tokenizer()
     shallow = None
-    if kept is None:
+    if there is None:
         teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
         shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
     else:
-        teacher = OuroForCausalLM.from_pretrained(kept, dtype=torch.float32).eval().requires_grad_(False)
+        teacher = OuroForCausalLM.from_pretrained(there, dtype=torch.float32).eval().requires_grad_(False)
+    phases = {"transition": recipe.transition, "alignment": recipe.alignment, "exits": recipe.exits}
+    check_loops(teacher.config, phases)
     student = fresh_student(teacher, recipe)
-    phases = (("transition", recipe.transition), ("alignment", recipe.alignment), ("exits", recipe.exits))
-    for name, stage in phases:
+    for name, stage in phases.items():
         distil(name, stage, teacher, student, tokenizer, folder, session)
     melt = plain(student)
     melt.config.effort_loops = EFFORTS

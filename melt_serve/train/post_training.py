@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain
 from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
-from melt_serve.train.inputs import note_inputs
+from melt_serve.train.inputs import input_files, note_inputs
 from melt_serve.train.loop.distributed import process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.logs import LOG
@@ -44,9 +44,8 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         Paused: the session ended first.
     """
     check_output(Path(recipe.output))
-    if not Path(recipe.teacher).exists():
-        recipe = replace(recipe, teacher=str(located(recipe.teacher)))
-    teacher, tokenizer = load_teacher(recipe)
+    path = located(recipe.teacher)
+    teacher, tokenizer = load_teacher(recipe, path)
     sequences = Sequences(recipe, tokenizer, folder)
     dtype, target = DTYPES[recipe.dtype], Path(recipe.output)
     with process_group(dtype) as device:
@@ -54,7 +53,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             note_recipe(recipe, folder)
-            note_inputs(recipe, folder)
+            note_inputs(input_files(recipe, path), folder)
             warn_about_blocks(recipe.chunk_size)
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)
@@ -68,7 +67,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             if recipe.gate_rank is not None:
                 melt = cut_gate(melt, recipe.gate_rank)
             melt.to(dtype)
-            export(melt, tokenizer, run_card(melt, recipe, folder / LOG), target, Path(recipe.teacher))
+            export(melt, tokenizer, run_card(melt, recipe, path, folder / LOG), target, path)
 
 
 def check_share(recipe: PostTraining) -> None:

@@ -13,7 +13,7 @@ from melt_serve.train.__main__ import main
 from melt_serve.train.bundled_run import fresh_student, make_checkpoints, plain
 from melt_serve.train.loop.trainer import LOG
 from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Shape
-from melt_serve.train.session import Paused, Session
+from melt_serve.train.session import Paused, Session, TrainingError
 
 RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}
 TINY = Recipe(
@@ -80,17 +80,20 @@ def test_a_looplm_that_is_there_is_kept_and_only_its_melt_is_made(made, tmp_path
     teacher = made[0] / "out" / "looplm-demo"
     short = {name: replace(getattr(TINY, name), steps=1) for name in ("transition", "alignment", "exits")}
     recipe = replace(TINY, gate_start="mean", **short)
-    scores = make_checkpoints(recipe, tmp_path / "run", tmp_path / "out", Session(), 4, teacher)
+    scores = make_checkpoints(recipe, tmp_path / "run", tmp_path / "out", Session(), 4, str(teacher))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["melt-demo"]
     assert [line["stage"] for line in logged(tmp_path / "run")] == ["transition", "alignment", "exits"]
     assert {score.checkpoint for score in scores} == {"looplm-demo", "converted", "melt-demo"}
     card = (tmp_path / "out" / "melt-demo" / "README.md").read_text()
     assert "bundled --teacher " in card and "shallow" not in card
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "melt-demo").config.kv_gate_bias == "loop"
+    for another in (str(LOOPLM), None):
+        with pytest.raises(TrainingError, match=r"is not what the run in .* was begun with"):
+            make_checkpoints(recipe, tmp_path / "run", tmp_path / "out", Session(), 4, another)
     words = ["bundled", "--run", str(tmp_path / "another"), "--teacher"]
     capsys.readouterr()
-    for wrong, says in ((MELT, "is a MELT; name the folder of a LoopLM"), (tmp_path / "none", "does not exist")):
-        assert main([*words, str(wrong)]) == 1
+    for wrong, says in ((MELT, "is a MELT checkpoint already"), (tmp_path / "none", "does not exist")):
+        assert main([*words, str(wrong)]) == 2
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
 

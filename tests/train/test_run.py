@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from melt_serve import checkpoint_path
 from melt_serve.checkpoint_check import check_checkpoint
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.tokenizer import build_tokenizer
@@ -239,6 +240,31 @@ def begun(unbroken, tmp_path):
     (tmp_path / "recipe.toml").write_text((unbroken / "recipe.toml").read_text().replace(str(unbroken), str(tmp_path)))
     assert run(tmp_path, "begun", "--minutes", "0") == 3
     return tmp_path
+
+
+def test_a_teacher_that_may_not_be_asked_for_a_stages_loops_is_refused(begun, capsys):
+    config = begun / "teacher" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "total_ut_steps": 2, "max_loops": 2}))
+    capsys.readouterr()
+    assert run(begun, "deep") == 1
+    assert "transition.loops=[2, 3] is more than the teacher's max_loops=2; name fewer" in one_error(capsys)
+    assert not (begun / "deep").exists()
+
+
+def test_a_teacher_on_the_hub_is_called_by_its_name_in_every_session(begun, tmp_path, monkeypatch):
+    """Wherever the hub's cache has its files."""
+    monkeypatch.chdir(tmp_path)
+    snapshots = iter([tmp_path / "a1b2", tmp_path / "c3d4"])
+
+    def fetched(*_):
+        return shutil.copytree(begun / "teacher", next(snapshots))
+
+    monkeypatch.setattr(checkpoint_path, "fetched", fetched)
+    assert run(begun, "hub", "teacher=acme/Ouro-tiny", "--minutes", "0") == 3
+    assert json.loads((begun / "hub" / "recipe.json").read_text())["teacher"] == "acme/Ouro-tiny"
+    assert run(begun, "hub", "teacher=acme/Ouro-tiny", "--resume") == 0
+    card = (begun / "melt" / "README.md").read_text()
+    assert "from the LoopLM `acme/Ouro-tiny`" in " ".join(card.split()) and "license: mit" in card
 
 
 def flip_a_bit(path):

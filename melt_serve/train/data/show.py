@@ -35,7 +35,8 @@ examples:
   python -m melt_serve.train data ./data/train part-*.parquet --too-long split --json
       several sources; long documents in pieces; ends with one line of JSON
 
-exit codes: 0, all records can be learnt from; 3, some cannot; 1, the data cannot be used at all"""
+exit codes: 0, all records can be learnt from; 3, some cannot; 1, the data cannot be used at all; 2, wrong words, or
+no such checkpoint"""
 NAMED = 10
 """Broken records that are named; the others are counted."""
 MOST_SHOWN = 4000

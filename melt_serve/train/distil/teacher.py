@@ -1,6 +1,6 @@
 """The frozen LoopLM: how it is loaded, and what it says about a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from melt_serve.checkpoint_check import read_looplm
 from melt_serve.checkpoint_path import CheckpointError
+from melt_serve.config import LoopLMConfig
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
-from melt_serve.train.recipe import PostTraining
+from melt_serve.train.recipe import Distillation, PostTraining
 from melt_serve.train.session import TrainingError
 
 
-def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
+def load_teacher(recipe: PostTraining, path: Path) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:
     """Load the frozen LoopLM in float32, and its tokenizer.
+
+    Args:
+        path: the folder of what the recipe names.
 
     Raises:
         CheckpointError: the folder holds no whole LoopLM, by the rules of `convert`.
         TrainingError: the recipe does not fit it.
     """
-    path = Path(recipe.teacher)
     try:
         _, config, _ = read_looplm(path)
     except CheckpointError as error:
-        raise CheckpointError(f"teacher={path} cannot be post-trained: {error}") from error
+        raise CheckpointError(f"teacher={recipe.teacher} cannot be post-trained: {error}") from error
     for name in ("trained_rank", "gate_rank"):
         if (getattr(recipe, name) or 0) > config.hidden_size:
             rank, width = getattr(recipe, name), config.hidden_size
@@ -39,8 +42,23 @@ def load_teacher(recipe: PostTraining) -> tuple[OuroForCausalLM, PreTrainedToken
             f"sequence_length={recipe.sequence_length} is more than the teacher's "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
+    check_loops(config, recipe.stages)
     teacher = OuroForCausalLM.from_pretrained(path, dtype=torch.float32)
     return teacher.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+
+def check_loops(teacher: LoopLMConfig, stages: Mapping[str, Distillation]) -> None:
+    """See that the teacher may be asked for as many loops as the stages run.
+
+    Raises:
+        TrainingError: its config states fewer.
+    """
+    for name, stage in stages.items():
+        if teacher.max_loops is not None and max(stage.loops) > teacher.max_loops:
+            raise TrainingError(
+                f"{name}.loops={list(stage.loops)} is more than the teacher's max_loops={teacher.max_loops}; name "
+                "fewer, or raise it in the teacher's config.json"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from melt_serve.answers import note_end_marks
 from melt_serve.checkpoint_files import copy_the_rest, licence_of
+from melt_serve.checkpoint_path import shown_name
 from melt_serve.checksums import write_sums
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
@@ -112,18 +113,19 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def run_card(model: MeltForCausalLM, recipe: PostTraining, log: Path) -> str:
+def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: Path) -> str:
     """Write the model card of a MELT made from a LoopLM of the user's own.
 
     Args:
+        teacher: the folder of what the recipe names.
         log: every step's losses.
     """
-    config, teacher = model.config, Path(recipe.teacher).resolve()
+    config = model.config
     rank = f", its gate cut to rank {config.kv_gate_rank}" if config.kv_gate_rank else ""
     what = (
         f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
         f"{config.chunk_size} tokens, `{config.decode_mode}` decode mode, at most {config.max_loops} loops{rank}. Its "
-        f"KV cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{teacher.name}`."
+        f"KV cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{shown_name(recipe.teacher)}`."
     )
     how = (
         f"Post-trained on {', '.join(f'`{Path(file).name}`' for file in recipe.data.files)} in sequences of at most "

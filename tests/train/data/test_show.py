@@ -54,12 +54,12 @@ def test_good_data_exits_with_0_and_unusable_data_is_one_line(file, tmp_path, ca
     file.write_text(json.dumps({"messages": CHAT}) + "\n")
     assert data(file, "--streaming") == 0
     file.write_text("{\n")
-    for words, says in (
-        ([file], "chats.jsonl:1: not JSON"),
-        ([tmp_path / "missing.jsonl"], "missing.jsonl"),
-        ([file, "--checkpoint", tmp_path / "nowhere"], "nowhere"),
+    for words, says, code in (
+        ([file], "chats.jsonl:1: not JSON", 1),
+        ([tmp_path / "missing.jsonl"], "missing.jsonl", 1),
+        ([file, "--checkpoint", tmp_path / "nowhere"], "nowhere", 2),
     ):
-        assert data(*words) == 1
+        assert data(*words) == code
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("melt_serve.train: error:") and says in last
 
