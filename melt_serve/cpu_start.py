@@ -21,7 +21,7 @@ PROCESSES = 3 * GIB
 USUAL_CACHE = 4 * GIB
 BLOCK = 128
 """Tokens in vLLM's largest block on a CPU; the context is cut to whole ones."""
-VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+VALUE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 NATIVE = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "fphp"}}
 """The processor's flags, x86's and ARM's, one of which it needs to multiply a dtype without emulating it."""
 COMPILING = re.compile(r"--(no-)?enforce[-_]eager|--compilation[-_]config|--optimization[-_]level|-O\d?|-cc")
@@ -80,7 +80,7 @@ def choose(
     cache = bytes_in(given) if given else None
     if given is None:
         left = max(0, memory - PROCESSES - values * VALUE_BYTES.get(dtype, 2))
-        cache = min(left // 2, max(USUAL_CACHE, (published + 2 * BLOCK) * row))
+        cache = min(left // 2, max(USUAL_CACHE, (published + 2 * BLOCK + open_rows(fields)) * row))
         flags["--kv-cache-memory-bytes"] = str(cache)
         says.append(f"{cache / GIB:.1f} GiB of rows (--kv-cache-memory-bytes)")
     if cache is not None and value_of(words, "--max-model-len") is None:
@@ -103,8 +103,11 @@ def values_of_a_token(fields: dict[str, int], words: Sequence[str]) -> int:
     heads = fields["num_attention_heads"]
     head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
     values = 2 * fields["num_hidden_layers"] * (fields.get("num_key_value_heads") or heads) * head_dim
-    loops = int(value_of(words, "--hf-overrides.total-ut-steps") or fields.get("total_ut_steps") or 4)
-    return values if fields["model_type"] == "melt" else values * loops
+    if fields["model_type"] == "melt":
+        return values
+    usual = value_of(words, "--hf-overrides.total-ut-steps") or fields.get("total_ut_steps") or 4
+    most = value_of(words, "--hf-overrides.max-loops") or fields.get("max_loops") or usual
+    return values * int(most)
 
 
 def open_rows(fields: dict[str, int | str]) -> int:

@@ -254,11 +254,29 @@ def check_model(model: Path, words: Sequence[str]) -> None:
         raise StartError(checked.stderr.strip().rpartition("melt-serve: error: ")[2])
     if checked is not None:
         print(checked.stderr, end="", file=sys.stderr)
+    check_max_loops(model, value_of(words, "--hf-overrides.max-loops"))
     given = value_of(words, "--kv-cache-memory-bytes")
     if given is not None and (size := bytes_in(given)) is not None and size < (least := least_cache(model)):
         raise StartError(
             f"--kv-cache-memory-bytes={given} is less than {least:,} bytes, which the rows of one block take: name "
             "more, such as 1G"
+        )
+
+
+def check_max_loops(model: Path, given: str | None) -> None:
+    """Refuse other loops than the checkpoint's as the most, where its gate has a bias for each.
+
+    Raises:
+        StartError: they are others.
+    """
+    try:
+        fields = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if given is not None and fields.get("kv_gate_bias") == "loop" and given != str(fields.get("max_loops")):
+        raise StartError(
+            f"--max-loops={given}: this checkpoint's gate has a bias for each of its {fields.get('max_loops')} loops; "
+            "leave it out, and choose the loops of requests that ask for none by --default-loops"
         )
 
 

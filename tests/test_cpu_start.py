@@ -42,6 +42,21 @@ def test_with_room_for_it_the_context_is_whole(ouro):
     assert "--max-model-len" not in flags and int(flags["--kv-cache-memory-bytes"]) >= 65_536 * ROW * 2
 
 
+def test_an_open_chunks_rows_and_more_loops_than_the_usual_ones_are_counted(ouro, tmp_path):
+    def context(cache, *words, **fields):
+        (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED_OURO, **fields}))
+        return choose(tmp_path, [*words, *cache], {}, 400 * GIB, ALL).flags.get("--max-model-len")
+
+    melt = {"model_type": "melt", "decode_mode": "chunk", "chunk_size": 512, "max_loops": 4}
+    assert context([], **melt) is None, "there is room for the whole context and an open chunk"
+    two, four = ["--kv-cache-memory-bytes", "2G"], ["--kv-cache-memory-bytes", "4G"]
+    once = int(context(two))
+    assert once == int(context([*two, "--dtype", "bfloat16"])) > int(context([*two, "--dtype", "float"]))
+    assert once == int(context(four, "--hf-overrides.max_loops=8"))
+    assert context(four, max_loops=8) == context(four, "--hf-overrides.max_loops=8")
+    assert context(two, "--hf-overrides.total_ut_steps=2", max_loops=4) == str(once)
+
+
 def test_float32_where_the_processor_emulates_bfloat16_and_memory_is_enough(ouro):
     flags, says = choose(ouro, [], {}, 24 * GIB, PLAIN)
     assert flags["--dtype"] == "float32" and "only emulates bfloat16" in says[0]

@@ -1,5 +1,6 @@
 """What keeps a server from starting is one line at once, with the remedy, and exit code 2."""
 
+import json
 import resource
 import shutil
 import socket
@@ -13,7 +14,7 @@ from melt_serve import start_checks
 from melt_serve.bundled import MELT
 from melt_serve.serve import main
 from melt_serve.server_process import free_port
-from melt_serve.start_checks import StartError, check_memory, check_start, value_of
+from melt_serve.start_checks import StartError, check_max_loops, check_memory, check_start, value_of
 from tests.certificates import self_signed
 from tests.test_checkpoint_check import flip_bit, state, weights_of, without
 
@@ -70,6 +71,19 @@ def test_flags_that_cannot_work_are_named(words, says, capsys):
 def test_a_checkpoint_that_cannot_be_served_is_refused_before_vllm_starts(spoil, says, checkpoint, capsys):
     spoil(checkpoint)
     assert says in refusal(capsys, checkpoint)
+
+
+def test_other_loops_than_a_gate_has_biases_for_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"kv_gate_bias": "loop", "max_loops": 4}))
+    for loops in ("2", "8"):
+        with pytest.raises(
+            StartError, match=f"--max-loops={loops}: this checkpoint's gate has a bias for each of its 4"
+        ):
+            check_max_loops(tmp_path, loops)
+    check_max_loops(tmp_path, "4")
+    check_max_loops(tmp_path, None)
+    (tmp_path / "config.json").write_text(json.dumps({"max_loops": 4}))
+    check_max_loops(tmp_path, "8")
 
 
 def test_flags_that_change_what_the_folder_says_leave_it_to_vllm(checkpoint):

@@ -71,6 +71,7 @@ def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distil
 
     Counted at two small widths, for all of it is linear in the width, the layers, and the rows a chunk sees.
     """
+    recipe = replace(recipe, chunk_size=recipe.grid)  # the largest that a batch may draw keeps most
     chunks = max(1.0, recipe.sequence_length / recipe.chunk_size)
     points = []
     for each in (2 * scale, scale):
@@ -97,7 +98,14 @@ def random_step(
     ids = torch.randint(teacher_config.vocab_size, (recipe.micro_batch, recipe.sequence_length), device=device)
     batch = Batch(ids, torch.ones_like(ids), ids, torch.zeros(len(ids), dtype=torch.long, device=device), ids[:1])
     twice = stage.decode_aware_by == "passes" and stage.decode_aware_from < 1
-    deepest = replace(stage, loops=(max(stage.loops),), decode_aware_from=0.0 if twice else 1.0, decode_aware_share=1.0)
+    # C is the recipe's: a drawn one would not be this recipe's, which may be a reduced one.
+    deepest = replace(
+        stage,
+        loops=(max(stage.loops),),
+        chunk_sizes=(),
+        decode_aware_from=0.0 if twice else 1.0,
+        decode_aware_share=1.0,
+    )
 
     def loss() -> Tensor:
         middle = stage.steps // 2

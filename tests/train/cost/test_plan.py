@@ -52,6 +52,15 @@ def test_two_passes_are_counted_twice_and_kept_twice():
     assert kept_for_backward(TEACHER, recipe, twice, 2) > 1.5 * kept_for_backward(TEACHER, recipe, once, 2)
 
 
+def test_where_c_is_drawn_what_the_largest_keeps_is_counted():
+    recipe = small(checkpoint_chunks=False)
+    drawn = replace(recipe, alignment=replace(recipe.alignment, chunk_sizes=(16, 8, 4)))
+    largest = replace(recipe, chunk_size=16)
+    for stage in (drawn.alignment, replace(drawn.alignment, chunk_sizes=(4,))):
+        kept = kept_for_backward(TEACHER, replace(drawn, alignment=stage), stage, 2)
+        assert kept == kept_for_backward(TEACHER, largest if 16 in stage.chunk_sizes else recipe, recipe.alignment, 2)
+
+
 @pytest.mark.parametrize("stage", ["transition", "alignment"])
 def test_bytes_kept_are_those_counted_at_the_true_shape(stage):
     """Extrapolated from an eighth and a quarter of the width, two layers and two chunks."""
