@@ -263,7 +263,7 @@ def test_a_teacher_on_the_hub_is_called_by_its_name_in_every_session(begun, tmp_
     assert run(begun, "hub", "teacher=acme/Ouro-tiny", "--minutes", "0") == 3
     assert json.loads((begun / "hub" / "recipe.json").read_text())["teacher"] == "acme/Ouro-tiny"
     assert run(begun, "hub", "teacher=acme/Ouro-tiny", "--resume") == 0
-    card = (begun / "melt" / "README.md").read_text()
+    card = (begun / "hub-melt" / "README.md").read_text()
     assert "from the LoopLM `acme/Ouro-tiny`" in " ".join(card.split()) and "license: mit" in card
 
 
