@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 import psutil
 
-from melt_serve.start_checks import CGROUP_LIMITS, KV_SPACE, OTHER_CHECKPOINT, StartError, bytes_in, value_of
+from melt_serve.start_checks import (
+    CGROUP_LIMITS,
+    KV_SPACE,
+    OTHER_CHECKPOINT,
+    StartError,
+    bytes_in,
+    least_cache,
+    value_of,
+)
 
 GIB = 1 << 30
 PROCESSES = 3 * GIB
@@ -78,6 +86,8 @@ def choose(
     given = (environment.get(KV_SPACE) and f"{environment[KV_SPACE]}G") or value_of(words, "--kv-cache-memory-bytes")
     row = per_token * VALUE_BYTES.get(dtype, 2)
     cache = bytes_in(given) if given else None
+    if cache is not None and cache < least_cache(folder):
+        return Choices(flags, says)  # the checks that follow name it
     if given is None:
         left = max(0, memory - PROCESSES - values * VALUE_BYTES.get(dtype, 2))
         cache = min(left // 2, max(USUAL_CACHE, (published + 2 * BLOCK + open_rows(fields)) * row))
