@@ -57,6 +57,7 @@ def convert(
     max_loops: int | None = None,
     seed: int = 0,
     show_progress: bool = True,
+    shown_as: str | None = None,
 ) -> None:
     """Write the checkpoint at `source` (Ouro format, safetensors) to `target` as a MELT with a fresh gate.
 
@@ -67,6 +68,7 @@ def convert(
         source: the checkpoint's folder.
         target: the folder to write, which does not exist or is empty.
         max_loops: the most loops a request may ask for, by default the source's `total_ut_steps`.
+        shown_as: what the card calls the source, by default as its folder.
 
     Raises:
         CheckpointError: the source is not a whole, finite Ouro-format checkpoint.
@@ -124,7 +126,7 @@ def convert(
         copy_the_rest(source, folder)
         if tokenizer is not None:
             note_end_marks(folder, tokenizer)
-        (folder / "README.md").write_text(card(source, melt, seed), encoding="utf-8")
+        (folder / "README.md").write_text(card(source, shown_as or source.name, melt, seed), encoding="utf-8")
         write_sums(folder)
 
 
@@ -294,16 +296,16 @@ def unheard(*_: object) -> None:
     """Ignore a signal; unlike with SIG_IGN, Python does not complain about one that has arrived already."""
 
 
-def card(source: Path, config: MeltConfig, seed: int) -> str:
+def card(source: Path, name: str, config: MeltConfig, seed: int) -> str:
     """Write the model card of the converted checkpoint."""
     return f"""\
 ---
 {licence_of(source)}library_name: melt_serve
 ---
 
-# {source.name}, converted to MELT
+# {name}, converted to MELT
 
-Made by `melt-serve convert` from the LoopLM `{source.name}`: its weights unchanged, plus a fresh KV gate.
+Made by `melt-serve convert` from the LoopLM `{name}`: its weights unchanged, plus a fresh KV gate.
 
 | | |
 |---|---|

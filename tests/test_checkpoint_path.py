@@ -77,6 +77,7 @@ def test_plan_fetches_the_config_alone(hub, capsys):
 
 def test_weights_come_with_what_belongs_to_them_and_nothing_else(hub, tmp_path):
     assert cli.main(["convert", f"{OURO}@v1", str(tmp_path / "melt"), "--quiet"]) == 0
+    assert f"# {OURO}@v1, converted" in (tmp_path / "melt" / "README.md").read_text(), "not by a commit's hash"
     assert names(hub) == {*OPEN, "chat_template.jinja"} or names(hub) >= set(OPEN)
     assert not names(hub) & {"modeling_ouro.py", "pytorch_model.bin", "Ouro-Q4.gguf", "figure.png"}
     hub.fetched.clear()
