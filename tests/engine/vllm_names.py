@@ -91,8 +91,19 @@ def overridden(folder: Path) -> Iterator[tuple[str, str, str]]:
         names = imports(tree)
         for ours in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             methods = [node.name for node in ours.body if isinstance(node, Function)]
-            for base in (names[base.id] for base in ours.bases if isinstance(base, ast.Name) and base.id in names):
+            for base in vllms_bases(ours, names):
                 yield from (found for name in methods if (found := inherited(folder, *base, name)))
+
+
+def vllms_bases(ours: ast.ClassDef, names: dict[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield module and name of the classes that one of ours stands on, through others of ours."""
+    for module, owner in (names[base.id] for base in ours.bases if isinstance(base, ast.Name) and base.id in names):
+        if not module.startswith("melt_serve.engine."):
+            yield module, owner
+            continue
+        tree = ast.parse((ENGINE / f"{module.rpartition('.')[2]}.py").read_text())
+        between = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
+        yield from vllms_bases(between, imports(tree))
 
 
 def inherited(folder: Path, module: str, owner: str, name: str) -> tuple[str, str, str] | None:
