@@ -19,11 +19,10 @@ from melt_serve.start_failures import explain
 HELP = f"""\
 usage: melt-serve serve [PATH] [any flag of vLLM's server]
 
-Start vLLM's OpenAI-compatible server on a MELT or LoopLM checkpoint. PATH is a folder or a
-name on the hub, OWNER/NAME[@REVISION];
-without it the bundled demo checkpoint is served as "{MELT.name}", with its parsers for
-reasoning and tool calls switched on. Every flag goes to vLLM as it is; these matter for MELT
-(those marked * are ours):
+Start vLLM's OpenAI-compatible server on a MELT or LoopLM checkpoint. PATH is a folder, or a name
+on the hub, OWNER/NAME[@REVISION]; without it the bundled demo checkpoint is served as
+"{MELT.name}", with its parsers for reasoning and tool calls switched on. Every flag goes to vLLM as
+it is; these matter for looped models (those marked * are ours):
 
 * --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
 * --max-loops N                            the most that a request may ask for; a LoopLM keeps rows for as many
