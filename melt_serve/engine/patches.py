@@ -1,7 +1,8 @@
 """Every place where vLLM itself is changed, and why.
 
-`sleep_while_waiting`, `fit_queues_into_shared_memory` and `stop_quietly` concern every model that vLLM serves, the
-others ours. A patch that no longer fits raises: better no server than one that breaks the contract silently.
+`sleep_while_waiting`, `start_beside_numba`, `fit_queues_into_shared_memory` and `stop_quietly` concern every model that
+vLLM serves, the others ours. A patch that no longer fits raises: better no server than one that breaks the contract
+silently.
 """
 
 import functools
@@ -197,6 +198,33 @@ def sleep_while_waiting() -> None:
         raise RuntimeError("melt-serve cannot patch vllm.distributed.utils.USE_SCHED_YIELD: this vLLM does not have it")
     if current_platform.is_cpu():
         utils.USE_SCHED_YIELD = False
+
+
+def start_beside_numba() -> None:
+    """Let an engine start on a CPU in a process that has loaded numba, as drafts by n-grams do.
+
+    Where Triton is missing, vLLM looks through all modules for its kernels. It takes what llvmlite's handle of its
+    library answers to every name for a dictionary, and ends in an AttributeError.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
+
+    def without_llvmlite(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def rebind_kernels(*args: Any) -> None:
+            hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite.")}
+            try:
+                original(*args)
+            finally:
+                sys.modules.update(hidden)
+
+        return rebind_kernels
+
+    if current_platform.is_cpu():
+        _replace(dispatcher, "_rebind_kernels", without_llvmlite)
 
 
 def fit_queues_into_shared_memory() -> None:

@@ -28,6 +28,7 @@ def register() -> None:
     config.register()
     # Before it is known what model is served: for every process.
     patches.sleep_while_waiting()
+    patches.start_beside_numba()
     patches.fit_queues_into_shared_memory()
     for module, architecture, startup in (
         ("melt", "MeltForCausalLM", MeltStartup),
