@@ -13,8 +13,8 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends import triton_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.engine import EngineCoreRequest, FinishReason
@@ -177,10 +177,14 @@ def test_an_adapter_equals_the_reference_with_it_merged_in(served, tmp_path):
 
 @pytest.fixture
 def triton_attention(monkeypatch):
-    """vLLM's choice of attention, which it remembers, as on a GPU."""
+    """vLLM's choice of attention, which it remembers, as on a GPU.
+
+    Decodes are split into 2 segments in place of 16: the interpreter runs one after another, the empty ones, too.
+    """
     chosen = classmethod(lambda *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path())
     monkeypatch.setattr(CpuPlatform, "get_attn_backend_cls", chosen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(triton_attn, "NUM_PAR_SOFTMAX_SEGMENTS", 2)
     _cached_get_attn_backend.cache_clear()
     yield
     _cached_get_attn_backend.cache_clear()
@@ -198,7 +202,7 @@ def test_so_they_do_on_the_attention_of_a_gpu(tmp_path, mode):
     with engine(tmp_path, block_size=32) as llm:
         (layer,) = runner_of(llm).model.model.layers
         backend = layer.self_attn.attn.attn_backend
-        assert issubclass(backend, TritonAttentionBackend) and backend.get_builder_cls().bridges_gaps
+        assert issubclass(backend, triton_attn.TritonAttentionBackend) and backend.get_builder_cls().bridges_gaps
         with watched() as steps:
             outputs = generate(llm, asked, depths, exits, max_tokens=3)
         assert distance(model, asked, outputs, depths, exits) <= RIGHT
@@ -229,7 +233,6 @@ def capturing(monkeypatch):
     """
     monkeypatch.setattr(CpuPlatform, "get_global_graph_pool", lambda self: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
     monkeypatch.setattr(model_runner, "lock_workspace", lambda: None)
     monkeypatch.setattr(graphs, "graph_capture", lambda device: nullcontext())
     copy = graphs.put
@@ -278,7 +281,8 @@ def capturing(monkeypatch):
         runner.cudagraph_manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, 1)
         assert runner.needs_cudagraph_capture()
         live.sizes = SIZES[:1]
-        assert runner.capture_model(profile_only=True) == 0 and captured
+        runner.capture_model(profile_only=True)
+        assert captured
         assert not live.graphs and not hasattr(live, "h"), "vLLM measures graphs before it makes room for the KV cache"
         live.sizes = SIZES
         runner.capture_model()
