@@ -83,10 +83,10 @@ def check_start(served: Served) -> Iterator[Check]:
 
 def check_cache(served: Served, row: int) -> Check:
     """Check that the cache holds the tokens that its bytes are planned for, in whole blocks; `row` is a token's."""
-    block, holds = served.block_size, served.info["kv_capacity_tokens"]
-    given = bytes_in(value_of(served.target.command(0), "--kv-cache-memory-bytes") or "")
-    if given is None:
-        return Check.skip("tokens in the cache", "--kv-cache-memory-bytes does not say how large it is")
+    block, holds, words = served.block_size, served.info["kv_capacity_tokens"], served.target.command(0)
+    given = bytes_in(value_of(words, "--kv-cache-memory-bytes") or "")
+    if given is None or value_of(words, "--tensor-parallel-size") or value_of(words, "-tp"):
+        return Check.skip("tokens in the cache", "its bytes are not stated, or those of one rank of several are")
     planned = given // (row * block) * block
     return Check.judge("tokens in the cache", holds == planned, f"{holds:,}", f"{planned:,} in {given:,} bytes")
 
