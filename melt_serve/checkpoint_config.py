@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
-from melt_serve.checkpoint_path import CheckpointError
+from melt_serve.checkpoint_path import CONFIG, CheckpointError, located
 from melt_serve.config import LoopLMConfig, MeltConfig
 
 ARCHITECTURES: dict[str, tuple[type[LoopLMConfig], str]] = {
@@ -17,6 +17,20 @@ ARCHITECTURES: dict[str, tuple[type[LoopLMConfig], str]] = {
 MLX = "MLX"
 CONFIG_OF_GPTQ = "quantize_config.json"
 """Where older tools wrote their settings, and not into `config.json`."""
+
+
+def located_looped(named: str) -> Path:
+    """Return the folder of a looped model's checkpoint, see `located`; of any other on the hub, the config alone comes.
+
+    Raises:
+        CheckpointError: it cannot be fetched, or the hub has another model under that name.
+    """
+    folder = located(named, CONFIG)
+    if folder == Path(named):
+        return folder
+    if (model_type := read_fields(folder).get("model_type")) not in ARCHITECTURES:
+        raise CheckpointError(f"{named} is a {model_type!r} model, not a looped one ('ouro' or 'melt')")
+    return located(named)
 
 
 def load_config(checkpoint: Path) -> LoopLMConfig:

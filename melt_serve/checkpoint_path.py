@@ -1,12 +1,16 @@
 """Where a checkpoint lies that somebody named: a folder here, or a name on Hugging Face's hub, which is fetched."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from melt_serve.checksums import sum_of
+
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 """`OWNER/NAME` or `OWNER/NAME@REVISION`; what begins with a dot or a slash is a path."""
-CONFIG = ("config.json",)
+CONFIG = ("config.json", "adapter_config.json")
+"""What tells whose a checkpoint is."""
 WHOLE = (
     "*.json",
     "*.safetensors",
@@ -62,6 +66,14 @@ def is_there(named: str) -> bool:
 def shown_name(named: str) -> str:
     """Return what a model card calls a checkpoint: the last part of its path, or all of a name on the hub."""
     return Path(named).resolve().name if is_there(named) else named
+
+
+def revision_of(folder: Path) -> str:
+    """Return what tells versions of a checkpoint apart: its commit on the hub, or a hash of its config and weights."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.name
+    names = sorted(["config.json", *(path.name for path in folder.glob("*.safetensors"))])
+    return hashlib.sha256("".join(f"{sum_of(folder / name)}  {name}\n" for name in names).encode()).hexdigest()
 
 
 def fetched(repository: str, files: Sequence[str], revision: str | None) -> Path:

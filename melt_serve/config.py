@@ -65,6 +65,7 @@ class LoopLMConfig(PreTrainedConfig):
     """
 
     model_type = "ouro"
+    family = "LoopLM"
     keys_to_ignore_at_inference = ("past_key_values",)
     default_theta = 1_000_000.0
 
@@ -199,6 +200,7 @@ class MeltConfig(LoopLMConfig):
     """
 
     model_type = "melt"
+    family = "MELT"
 
     kv_gate_type: GateType = "elementwise"
     kv_gate_initial_state: InitialState = "input"

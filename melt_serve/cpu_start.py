@@ -32,6 +32,8 @@ BLOCK = 128
 VALUE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 NATIVE = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "fphp"}}
 """The processor's flags, x86's and ARM's, one of which it needs to multiply a dtype without emulating it."""
+SEVERAL_WORKERS = ("--tensor-parallel-size", "-tp", "--data-parallel-size", "-dp", "--data-parallel-size-local", "-dpl")
+"""Flags with which memory is shared out in other ways than are counted here."""
 COMPILING = re.compile(r"--(no-)?enforce[-_]eager|--compilation[-_]config|--optimization[-_]level|-O\d?|-cc")
 ONE_SERVER = "\0melt-serve: bound to cores"
 """An abstract socket: its name belongs to one process on a host, and is free again when that ends."""
@@ -80,7 +82,7 @@ def choose(
         if not quantized and dtype in NATIVE and not NATIVE[dtype] & processor and fits:
             says.insert(0, f"float32, as this processor only emulates {dtype} (--dtype)")
             dtype = flags["--dtype"] = "float32"
-    elsewhere = any(value_of(words, flag) is not None for flag in (*OTHER_CHECKPOINT, "--tensor-parallel-size", "-tp"))
+    elsewhere = any(value_of(words, flag) is not None for flag in (*OTHER_CHECKPOINT, *SEVERAL_WORKERS))
     if elsewhere or value_of(words, "--gpu-memory-utilization") or value_of(words, "--kv-cache-dtype"):
         return Choices(flags, says)
     given = (environment.get(KV_SPACE) and f"{environment[KV_SPACE]}G") or value_of(words, "--kv-cache-memory-bytes")
@@ -96,9 +98,10 @@ def choose(
     if cache is not None and value_of(words, "--max-model-len") is None:
         tokens = (cache // (row * BLOCK) - 2) * BLOCK - open_rows(fields)
         if tokens < BLOCK:
+            room = f"{cache / GIB:.2f} GiB for rows"
             raise StartError(
-                f"{cache / GIB:.2f} GiB for rows hold no request of {BLOCK} tokens, at {row:,} bytes a token: raise "
-                "--kv-cache-memory-bytes, or serve a smaller model"
+                f"{room if given else f'{memory / GIB:.1f} GiB of free memory leave {room}, which'} hold no request "
+                f"of {BLOCK} tokens, at {row:,} bytes a token: raise --kv-cache-memory-bytes, or serve a smaller model"
             )
         if tokens < published:
             flags["--max-model-len"] = str(tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from melt_serve.answers import END_THINK, THINK
 from melt_serve.bundled import MELT
-from melt_serve.checkpoint_path import CONFIG, WHOLE, located
+from melt_serve.checkpoint_path import CONFIG, WHOLE, is_there, located
 from melt_serve.cpu_start import choose, flags_of_processor, free_memory, threads
 from melt_serve.start_checks import KV_SPACE, check_start, on_cpu, value_of
 from melt_serve.start_failures import explain
@@ -194,7 +194,7 @@ def command(argv: Sequence[str]) -> list[str]:
         name, model = on_hub(model, words)
     if model is not None:
         check_path(model)
-    elif words and (Path(words[-1]) / "config.json").is_file() and words[-2:-1] != ["--model"]:
+    elif words and os.path.isfile(Path(words[-1]) / "config.json") and words[-2:-1] != ["--model"]:
         raise ValueError(f"{words[-1]} must come before the flags: melt-serve serve {words[-1]} ...")
     server = [sys.executable, "-m", "melt_serve.api.server"]
     defaults = {} if names(words, "--config") else dict(SAFE_DEFAULTS)  # the file may say otherwise
@@ -203,8 +203,8 @@ def command(argv: Sequence[str]) -> list[str]:
         defaults |= BUNDLED_DEFAULTS
     elif model is not None:
         server += ["--model", model]
-    elif "--model" in words[:-1]:
-        check_path(words[words.index("--model") + 1])
+    elif named := value_of(words, "--model"):
+        check_path(named)
     if os.environ.get(KV_SPACE):
         if names(words, "--kv-cache-memory-bytes"):
             raise ValueError(f"on a CPU {KV_SPACE} overrides --kv-cache-memory-bytes: unset the variable")
@@ -228,7 +228,7 @@ def on_hub(model: str, words: Sequence[str]) -> tuple[str | None, str]:
         CheckpointError: it cannot be fetched.
     """
     theirs = any(names(words, flag) for flag in ("--download-dir", "--hf-token", "--load-format"))
-    if Path(model).exists() or theirs or os.environ.get("VLLM_USE_MODELSCOPE"):
+    if is_there(model) or theirs or os.environ.get("VLLM_USE_MODELSCOPE"):
         return None, model
     revision = value_of(words, "--revision")
     folder = located(model, CONFIG, revision)
@@ -281,11 +281,11 @@ def check_path(model: str) -> None:
     Raises:
         ValueError: the path does not exist, or has weights that may not be read.
     """
-    path = Path(model)
+    path, there = Path(model), is_there(model)
     for weights in path.glob("*.safetensors"):
         if not os.access(weights, os.R_OK):
             raise ValueError(f"{weights} may not be read by user {os.getuid()}: chmod a+r {weights.name}")
-    if not path.exists() and (path.is_absolute() or model.startswith((".", "~"))):
+    if not there and (path.is_absolute() or model.startswith((".", "~"))):
         raise ValueError(f"{model} does not exist: name a checkpoint's folder, or leave it out for the bundled one")
 
 

@@ -4,6 +4,7 @@ The checkpoint is read in a process of its own, which takes the memory of the li
 """
 
 import json
+import os
 import re
 import resource
 import socket
@@ -60,7 +61,7 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
     check_certificate(value_of(words, "--ssl-certfile"), value_of(words, "--ssl-keyfile"))
     model = Path(value_of(words, "--model") or "")
     limit = next((path for path in CGROUP_LIMITS if path.is_file()), None)
-    if value_of(words, "--model") and model.exists():
+    if value_of(words, "--model") and os.path.exists(model):  # of a name too long, too, vLLM says what it thinks
         check_memory(model, limit)
         if all(value_of(words, flag) is None for flag in OTHER_CHECKPOINT):
             check_model(model, words)

@@ -16,6 +16,7 @@ from tests.hub import TOKEN, running_hub
 from tests.ouro_files import write_ouro
 from tests.test_checkpoint_config import llama
 
+OTHER = "acme/llama"
 OURO, OPEN = "acme/Ouro-tiny", ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
 
 
@@ -27,7 +28,11 @@ def hub(tmp_path_factory):
     other = folder.parent / "llama"
     other.mkdir()
     llama(other)
-    names = {OURO: folder, "acme/private": folder, "acme/gated": folder, "acme/llama": other}
+    adapter = folder.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    names = {OURO: folder, "acme/private": folder, "acme/gated": folder, OTHER: other, "acme/adapter": adapter}
     with running_hub(names, private=("acme/private",), gated=("acme/gated",)) as running:
         yield running
 
@@ -101,6 +106,21 @@ def test_what_is_no_looped_model_is_vllms_to_fetch(hub, words):
     assert names(hub) <= {"config.json"}
 
 
+WHAT_WORKS_ON = [["convert", OTHER, "melt"], ["convert", "--check", OTHER], ["eval", OTHER], ["verify", OTHER]]
+WHAT_WORKS_ON += [["train", "data", "-", "--checkpoint", OTHER], ["train", "bundled", "--teacher", OTHER, "--out", "x"]]
+
+
+@pytest.mark.parametrize("words", WHAT_WORKS_ON, ids=lambda words: " ".join(words))
+def test_of_what_is_no_looped_model_the_config_alone_is_fetched(words, hub, capsys):
+    assert "acme/llama is a 'llama' model, not a looped one" in refusal(words, capsys)
+    assert names(hub) == {"config.json"}
+
+
+def test_an_adapter_on_the_hub_is_called_one(hub, capsys):
+    assert "is an adapter (PEFT) of acme/base" in refusal(["eval", "acme/adapter"], capsys)
+    assert names(hub) == {"adapter_config.json"}
+
+
 @pytest.mark.parametrize("before", [["plan"], ["eval"], ["verify"], ["serve"], ["train", "data", "-", "--checkpoint"]])
 def test_a_name_that_the_hub_does_not_have_is_one_line(before, capsys):
     assert "acme/nothing is neither a folder here nor a model at http://127.0.0.1" in refusal(
@@ -108,12 +128,13 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(before, capsys):
     )
 
 
-def test_a_teacher_is_fetched_by_name(capsys, tmp_path):
+def test_a_teacher_is_fetched_by_name(hub, capsys, tmp_path):
     words = ["train", "run", "melt-1.6b", "data.files=-", f"output={tmp_path / 'out'}", "--run", str(tmp_path / "run")]
     assert "acme/nothing is neither" in refusal([*words, "teacher=acme/nothing"], capsys)
     assert cli.main([*words, "teacher=acme/llama"]) == 2
-    *_, said = capsys.readouterr().err.splitlines()  # after the bar of what was fetched
-    assert "acme--llama/snapshots/" in said and "cannot be post-trained: " in said and "is a 'llama' model" in said
+    said = capsys.readouterr().err
+    assert names(hub) == {"config.json"}
+    assert "acme/llama is a 'llama' model" in said
 
 
 def test_private_and_gated_models_need_a_token(monkeypatch, capsys):

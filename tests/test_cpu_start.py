@@ -70,7 +70,8 @@ def test_what_the_user_says_stays(ouro):
     assert choose(ouro, words, {}, 24 * GIB, PLAIN) == ({}, [])
     flags, _ = choose(ouro, [], {"VLLM_CPU_KVCACHE_SPACE": "2"}, 24 * GIB, ALL)
     assert "--kv-cache-memory-bytes" not in flags and int(flags["--max-model-len"]) * ROW * 2 < 2 * GIB
-    assert set(choose(ouro, ["--gpu-memory-utilization", "0.5"], {}, 24 * GIB, ALL).flags) == {"--enforce-eager"}
+    for word in ("--gpu-memory-utilization", "--data-parallel-size", "-dp", "-tp"):
+        assert set(choose(ouro, [word, "2"], {}, 24 * GIB, ALL).flags) == {"--enforce-eager"}
 
 
 def test_fewer_loops_hold_a_longer_context(ouro):

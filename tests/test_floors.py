@@ -35,7 +35,7 @@ STANDS_ON = {
     "bench": "config engine kernels modeling task tools vllm",
     "bench.layers": "config engine kernels modeling task tools train vllm",  # measures a training step, too
     "bench.reference": "config kernels modeling tools train",  # runs training's model, the one with the kernels
-    "verify": "bench config modeling task tools",
+    "verify": "answers bench config modeling task tools",
     "cli": "api bench commands config convert demo engine kernels modeling serve task tools train verify",
     "loadtests": "config task tools",
     "deploy": "",

@@ -8,8 +8,10 @@ import pytest
 
 from melt_serve import serve
 from melt_serve.bundled import MELT
+from melt_serve.cpu_start import PROCESSES
 from melt_serve.serve import command, main, take_limits
 from tests.container import in_shared_memory_of, may_mount
+from tests.ouro_files import write_ouro
 
 SERVER = [sys.executable, "-m", "melt_serve.api.server"]
 SAFE = [
@@ -96,6 +98,24 @@ def test_a_wrong_path_is_one_clear_line(path, says, tmp_path, monkeypatch, capsy
     assert main([path]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, f"{'x' * 300}/{'y' * 300}", "--model=" + "x" * 5000])
+def test_a_path_that_is_too_long_is_one_clear_line(path, capsys):
+    assert main([path]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error and error.count("\n") == 1
+
+
+def test_a_long_value_of_a_flag_is_no_path():
+    assert command(["--hf-overrides", "x" * 5000])[-1] == "x" * 5000
+
+
+def test_a_looped_folder_and_little_memory_are_one_clear_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "free_memory", lambda: PROCESSES)
+    assert main([str(write_ouro(tmp_path / "ouro", {}))]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "3.0 GiB of free memory leave 0.00 GiB for rows, which hold no request" in error
 
 
 @pytest.mark.parametrize("before", [[], ["--model"]])

@@ -1,4 +1,4 @@
-"""`melt-serve bench depth`: one MELT engine, asked for more or fewer loops: time, rows, and right answers."""
+"""`melt-serve bench depth`: engines that are asked for more or fewer loops: time, rows, and right answers."""
 
 import math
 from collections.abc import Sequence
@@ -8,51 +8,50 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from melt_serve.bench.accuracy import accuracy_by_depth, trained_loops
+from melt_serve.bench.accuracy import Answers, ask_bundled, depths_asked, trained_loops
+from melt_serve.bench.depth_results import USUAL_LOOPS, Measured, Mix, Result, base_of, figure, table
 from melt_serve.bench.engine import BenchError, Engine
 from melt_serve.bench.options import flag
-from melt_serve.bench.report import draw_spread, judged, set_loop_axis, spread, verdict
-from melt_serve.bench.shapes import BLOCK_SIZE, DTYPES, VALUE_BYTES, Checkpoint, Dtype, scaled_shape
+from melt_serve.bench.shapes import BLOCK_SIZE, DTYPES, MODELS, VALUE_BYTES, Checkpoint, Dtype, Model, scaled_shape
 from melt_serve.bench.throughput import STEP_TOKENS, refuse
-from melt_serve.terminal import columns, loop_list, positive, two_depths, whole
+from melt_serve.terminal import loop_list, positive, threshold_list, two_depths, whole, words_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from melt_serve.config import DecodeMode
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "HELP", "Options", "figure", "measure", "table"]
 
 HELP = "time, cache and right answers with more or fewer loops"
 DESCRIPTION = """\
-Serve the same requests at each depth with one MELT engine, round by round. It has random weights and is built once,
-for the most loops; each request says its own. Shown are tokens a second, the time between two tokens of a request
-that is alone, the time relative to 4 loops, and the KV cache that a token and a request's open chunk take, counted
-in the blocks that the engine gave away. Then half of the requests think less than the others, against all at the
-larger depth."""
+Serve the same requests at each depth with a MELT's engine, round by round, then with a LoopLM's. Each has random
+weights and is built once, for the most loops; each request says its own. Shown are tokens a second, the time between
+two tokens of a request that is alone, the time relative to 4 loops, and the KV cache that a token and a request's open
+chunk take, counted in the blocks that the engine gave away. Then half of the requests think less than the others,
+against all at the larger depth. With --accuracy the bundled checkpoints, which need their loops, answer questions, at
+each depth and with tokens that exit early."""
 EXAMPLES = """\
 examples:
   melt-serve bench depth
-      8 layers, d=512, 16 requests of 128 + 64 tokens, at 1 to 16 loops; takes ten minutes or so on 2 quiet CPU cores
+      8 layers, d=512, 16 requests of 128 + 64 tokens, at 1 to 16 loops; takes 20 minutes or so on 2 quiet CPU cores
   melt-serve bench depth --accuracy 200 --plot depth.png
-      also the share of right answers of the bundled checkpoint, as deep as it goes, and a figure
-  melt-serve bench depth --decode-mode chunk --chunk-size 64
+      also the share of right answers of the bundled checkpoints, as deep as they go, and a figure
+  melt-serve bench depth --models melt --decode-mode chunk --chunk-size 64
       the other decode mode, in which an open chunk keeps rows of every loop
   melt-serve bench depth --loops 1,2,4 --mix 2,4 --layers 2 --requests 8 --generated 32 --json
       smaller and quicker, another mix, and one line of JSON at the end"""
 
-USUAL_LOOPS = 4
-"""Ouro's depth: times are relative to it, or to the measured depth nearest to it."""
-
 TIME_GOALS = {1: 0.35}
-"""The most time a depth should take of T=4's."""
+"""The most time that a MELT should take at a depth of T=4's."""
 
 MIX_GOALS = {(1, 8): 1.4}
-"""What the throughput should gain where half of the requests think this much less than the others."""
+"""What a MELT's throughput should gain where half of the requests think this much less than the others."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; the engine is built for the largest of the depths."""
+    """What to measure; engines are built for the largest of the depths."""
 
+    models: Sequence[Model] = flag(MODELS, "melt, looplm or both", words_of(*MODELS), "MODEL,MODEL")
     layers: int = flag(8, "layers of the model", positive, "N")
     hidden: int = flag(512, "hidden size, a multiple of 64", positive, "D")
     loops: Sequence[int] = flag((1, 2, 4, 8, 16), "depths", loop_list, "T,T")
@@ -72,10 +71,13 @@ class Options:
     dtype: Dtype = flag("bfloat16", "of weights and rows; many CPUs multiply float32 faster in batches", choices=DTYPES)
     questions: int = flag(
         0,
-        "also ask the bundled checkpoint N held-out questions at each depth it runs; 200 tell depths apart, 0 is none",
+        "also ask the bundled checkpoints N held-out questions at each depth they run; 200 tell depths apart",
         whole,
         "N",
         name="--accuracy",
+    )
+    exit_thresholds: Sequence[float] = flag(
+        (0.9, 0.7, 0.5), "that they are asked at, too, at their own loops", threshold_list, "Q,Q"
     )
 
     @property
@@ -94,81 +96,10 @@ class Options:
         """The depth whose time is 1."""
         return base_of(self.depths)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The MELT with random weights, for up to the most loops."""
-        return Checkpoint(
-            scaled_shape(self.layers, self.hidden), "melt", max(self.loops), self.chunk_size, self.decode_mode
-        )
-
-
-@dataclass(frozen=True)
-class Result:
-    """One depth.
-
-    Attributes:
-        rates: generated tokens a second, in each round.
-        relative_times: its time over that of the base depth in the same round.
-        time_goal: the most that their median should be; None if there is none for this depth.
-        latency_seconds: between two tokens of a request served alone, the median round.
-        kv_bytes_per_token: final rows, as the pool had given blocks away for them.
-        open_chunk_bytes: rows of loops 1..T-1 that a request held of its open chunk, at most.
-        accuracy: share of right answers of the bundled checkpoint; None if not asked at this depth.
-    """
-
-    loops: int
-    decode_mode: "DecodeMode"
-    rates: Sequence[float]
-    relative_times: Sequence[float]
-    time_goal: float | None
-    latency_seconds: float
-    kv_bytes_per_token: int
-    open_chunk_bytes: int
-    accuracy: float | None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The median of `rates`."""
-        return median(self.rates)
-
-    @property
-    def relative_time(self) -> float:
-        """The median of `relative_times`."""
-        return median(self.relative_times)
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Half of the requests at one depth and half at a larger, against all at the larger.
-
-    Attributes:
-        loops: the two depths.
-        tokens_per_second: generated tokens of all requests, the median round.
-        deep_tokens_per_second: the same with all at the larger.
-        ratios: speed of the mix over that of all at the larger, in each round.
-        goal: for the median ratio; None if there is none for these depths.
-        kv_bytes_per_token: final rows, of requests of both depths side by side.
-    """
-
-    loops: tuple[int, int]
-    tokens_per_second: float
-    deep_tokens_per_second: float
-    ratios: Sequence[float]
-    goal: float | None
-    kv_bytes_per_token: int
-
-    @property
-    def ratio(self) -> float:
-        """The median of `ratios`."""
-        return median(self.ratios)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Every depth, and the mix of two of them if there was one."""
-
-    results: Sequence[Result]
-    mix: Mix | None
+    def checkpoint(self, model: Model) -> Checkpoint:
+        """Return a model with random weights, for up to the most loops."""
+        mode = self.decode_mode if model == "melt" else None
+        return Checkpoint(scaled_shape(self.layers, self.hidden), model, max(self.loops), self.chunk_size, mode)
 
 
 @dataclass(frozen=True)
@@ -187,22 +118,33 @@ class Served:
 
 
 def measure(options: Options) -> Measured:
-    """Serve every round at every depth with one engine; then ask the bundled checkpoint.
+    """Serve every round at every depth with an engine of each model; then ask the bundled checkpoints.
 
     Raises:
         BenchError: the options fit no engine, or one of them failed; the message names it.
     """
     refuse(options.hidden, options.chunk_size, options.decode_mode)
     refuse_depths(options)
-    asked = [loops for loops in options.depths if options.questions and loops <= trained_loops()]
+    asked = {model: depths_asked(model, options.depths, options.exit_thresholds) for model in options.models}
     works = len(workloads(options))
-    visits = works + options.rounds * (works + len(options.depths)) + len(asked)
-    with tqdm(total=visits, unit="run", desc="starting", disable=None) as progress:
-        with Engine(f"MELT, {options.decode_mode} mode", options.checkpoint, engine_arguments(options)) as engine:
-            engine.answer()
-            served = serve(options, engine, progress)
-        right = accuracy_by_depth(asked, options.questions, options.decode_mode, progress) if asked else {}
-    return Measured(depth_results(options, served, right), mix_result(options, served))
+    visits = len(options.models) * (works + options.rounds * (works + len(options.depths)))
+    visits += sum(map(len, asked.values())) if options.questions else 0
+    results: list[Result] = []
+    mixes: list[Mix] = []
+    answers: list[Answers] = []
+    with tqdm(total=visits, unit="run", disable=None) as progress:
+        for model in options.models:
+            checkpoint = options.checkpoint(model)
+            progress.set_description(f"{checkpoint}, starting")
+            with Engine(str(checkpoint), checkpoint, engine_arguments(options, model)) as engine:
+                engine.answer()
+                served = serve(options, engine, progress)
+            results += depth_results(options, model, served)
+            mixes += mix_results(options, model, served)
+        if options.questions:
+            for model, depths in asked.items():
+                answers += ask_bundled(model, depths, options.questions, options.decode_mode, progress)
+    return Measured(results, mixes, answers)
 
 
 def serve(options: Options, engine: Engine, progress: tqdm) -> Served:
@@ -242,9 +184,10 @@ def refuse_depths(options: Options) -> None:
             raise BenchError(f"--mix={options.mixed[0]},{options.mixed[1]} is deeper than the {deepest} of --loops")
         if options.requests % 2:
             raise BenchError(f"--requests={options.requests} must be even: a mix has half of them at each depth")
-    if options.questions and min(options.loops) > trained_loops():
+    trained = max(trained_loops(model) for model in options.models)
+    if options.questions and min(options.loops) > trained:
         raise BenchError(
-            f"--accuracy={options.questions} asks the bundled checkpoint, which runs at most {trained_loops()} loops: "
+            f"--accuracy={options.questions} asks the bundled checkpoints, which run at most {trained} loops: "
             f"none of --loops is as few"
         )
 
@@ -273,13 +216,13 @@ def generate_arguments(options: Options, seed: int, loops: list[int]) -> dict[st
     }
 
 
-def engine_arguments(options: Options) -> dict[str, object]:
+def engine_arguments(options: Options, model: Model) -> dict[str, object]:
     """Return vLLM's arguments, with room for all requests at once at the largest depth."""
     context = options.prompt + options.generated
     blocks = math.ceil(context / BLOCK_SIZE)
-    if options.decode_mode == "chunk":
+    if model == "melt" and options.decode_mode == "chunk":
         blocks += (max(options.loops) - 1) * options.chunk_size // BLOCK_SIZE
-    block = BLOCK_SIZE * options.checkpoint.kv_bytes_per_token(VALUE_BYTES[options.dtype])
+    block = BLOCK_SIZE * options.checkpoint(model).kv_bytes_per_token(VALUE_BYTES[options.dtype])
     return {
         # And one block more: vLLM never uses the first block of its pool.
         "kv_cache_memory_bytes": (options.requests * blocks + 1) * block,
@@ -293,126 +236,42 @@ def engine_arguments(options: Options) -> dict[str, object]:
     }
 
 
-def depth_results(options: Options, served: Served, right: dict[int, float]) -> list[Result]:
-    """Gather what was measured at each depth, and its goal.
-
-    Args:
-        right: the share of right answers by depth, where the bundled checkpoint was asked.
-    """
+def depth_results(options: Options, model: Model, served: Served) -> list[Result]:
+    """Gather what was measured of a model at each depth, and a MELT's goals."""
+    goals = TIME_GOALS if model == "melt" and options.base == USUAL_LOOPS else {}
     tokens = options.requests * options.generated
     return [
         Result(
+            model=model,
             loops=loops,
-            decode_mode=options.decode_mode,
+            decode_mode=options.decode_mode if model == "melt" else None,
             rates=[tokens / each for each in served.seconds[f"T={loops}"]],
             relative_times=ratios(served.seconds[f"T={loops}"], served.seconds[f"T={options.base}"]),
-            time_goal=TIME_GOALS.get(loops) if options.base == USUAL_LOOPS else None,
+            time_goal=goals.get(loops),
             latency_seconds=median(served.latencies[loops]),
             **served.held[f"T={loops}"],
-            accuracy=right.get(loops),
         )
         for loops in options.depths
     ]
 
 
-def mix_result(options: Options, served: Served) -> Mix | None:
-    """Gather what was measured of the mix, and its goal; None if there was no mix."""
+def mix_results(options: Options, model: Model, served: Served) -> list[Mix]:
+    """Gather what was measured of a model's mix, and a MELT's goal; nothing if there was no mix."""
     if options.mixed is None:
-        return None
+        return []
     tokens = options.requests * options.generated
-    return Mix(
+    mix = Mix(
+        model=model,
         loops=options.mixed,
         tokens_per_second=tokens / median(served.seconds["mix"]),
         deep_tokens_per_second=tokens / median(served.seconds["all deep"]),
         ratios=ratios(served.seconds["all deep"], served.seconds["mix"]),
-        goal=MIX_GOALS.get(options.mixed),
+        goal=MIX_GOALS.get(options.mixed) if model == "melt" else None,
         kv_bytes_per_token=served.held["mix"]["kv_bytes_per_token"],
     )
+    return [mix]
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
     """Divide times by others, round by round."""
     return [time / other for time, other in zip(times, others, strict=True)]
-
-
-def base_of(depths: Sequence[int]) -> int:
-    """Return the depth that times are relative to: the nearest to `USUAL_LOOPS`, of two the first."""
-    return min(depths, key=lambda loops: abs(loops - USUAL_LOOPS))
-
-
-def table(measured: Measured) -> str:
-    """Show what was measured, and the goals; B are bytes."""
-    base = base_of([result.loops for result in measured.results])
-    speed, time = ("tok/s", "min", "max", "alone"), (f"time / T={base}", "min", "max", "goal")
-    lines: list[tuple[str, ...]] = [("T", *speed, *time, "KV a token", "open chunk", "right")]
-    for result in measured.results:
-        lines.append(
-            (
-                str(result.loops),
-                *spread(result.rates, digits=1, unit=""),
-                f"{result.latency_seconds * 1e3:.1f} ms/tok",
-                *spread(result.relative_times),
-                judged(result.time_goal, result.relative_time, at_most=True),
-                f"{result.kv_bytes_per_token:,} B",
-                f"{result.open_chunk_bytes:,} B",
-                "-" if result.accuracy is None else f"{result.accuracy:.1%}",
-            )
-        )
-    parts = [columns(lines)]
-    held = [result.kv_bytes_per_token for result in measured.results]
-    if measured.mix is not None:
-        parts.append(mix_table(measured.mix))
-        held.append(measured.mix.kv_bytes_per_token)
-    if len(held) > 1:
-        parts.append(f"KV bytes a token, goal the same at every depth: {verdict(len(set(held)) == 1)}")
-    return "\n\n".join(parts)
-
-
-def mix_table(mix: Mix) -> str:
-    """Show the mix against all requests at its larger depth."""
-    few, many = mix.loops
-    return columns(
-        [
-            ("requests", "mixed", f"all T={many}", "ratio", "min", "max", "goal", "KV a token"),
-            (
-                f"half T={few}, half T={many}",
-                f"{mix.tokens_per_second:.1f} tok/s",
-                f"{mix.deep_tokens_per_second:.1f} tok/s",
-                *spread(mix.ratios),
-                judged(mix.goal, mix.ratio),
-                f"{mix.kv_bytes_per_token:,} B",
-            ),
-        ]
-    )
-
-
-def figure(measured: Measured) -> "Figure":
-    """Draw time, throughput, rows and, if measured, right answers, over the loops."""
-    from matplotlib.figure import Figure
-
-    results = measured.results
-    trained = [result for result in results if result.accuracy is not None]
-    drawn = Figure(figsize=(16 if trained else 12, 4), layout="constrained")
-    loops = [result.loops for result in results]
-    time, rate, held, *rest = drawn.subplots(1, 4 if trained else 3)
-    set_loop_axis(time, f"time for the same requests, over T={base_of(loops)}'s", loops)
-    set_loop_axis(rate, "generated tokens a second", loops)
-    set_loop_axis(held, "KV cache, bytes", loops)
-    draw_spread(time, loops, [result.relative_times for result in results])
-    draw_spread(rate, loops, [result.rates for result in results])
-    held.plot(loops, [result.kv_bytes_per_token for result in results], marker="o", label="a token")
-    if opened := [result for result in results if result.open_chunk_bytes]:
-        deep, open_chunk = zip(*((result.loops, result.open_chunk_bytes) for result in opened), strict=True)
-        held.plot(deep, open_chunk, marker="s", linestyle="--", label="a request's open chunk")
-        held.set_yscale("log", base=2)
-    else:
-        held.set_ylim(bottom=0)
-    held.yaxis.set_major_formatter("{x:,.0f}")
-    held.legend()
-    for axes in (time, rate):
-        axes.set_ylim(bottom=0)
-    for axes in rest:
-        set_loop_axis(axes, "right answers, bundled checkpoint", loops)
-        axes.plot([result.loops for result in trained], [result.accuracy for result in trained], marker="o")
-        axes.set_ylim(0, 1.05)
-    return drawn

@@ -152,7 +152,12 @@ def latency(llm: "LLM", prompt: int, generated: int, seed: int, loops: int) -> f
 
 
 def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
-    """Count what the rows of `generate`'s requests take of the cache while they are served. Bytes.
+    """Count what the rows of `generate`'s requests take of the cache while they are served. Bytes."""
+    return held_during(llm, lambda: generate(llm, **facts))
+
+
+def held_during(llm: "LLM", work: Callable[[], object]) -> dict[str, int]:
+    """Count what requests' rows take of the cache while some work is done, without a prefix cache. Bytes.
 
     Counted in every step, once it has its blocks. Final rows are all blocks that the pool has given away but
     for the open chunks', at their peak, over the tokens that are there, in whole blocks: a second row of a token
@@ -176,7 +181,7 @@ def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
 
     scheduler.schedule = counted
     try:
-        generate(llm, **facts)
+        work()
     finally:
         del scheduler.schedule
     block = block_bytes(model_runner(llm))
@@ -184,19 +189,34 @@ def rows_held(llm: "LLM", **facts: Any) -> dict[str, int]:
     return {"kv_bytes_per_token": blocks * block // tokens, "open_chunk_bytes": max(step[2] for step in steps) * block}
 
 
-def share_right(llm: "LLM", questions: int, loops: int) -> float:
-    """Return the share of the first held-out questions that are answered right at this depth, greedily."""
+def ask_questions(llm: "LLM", questions: int, loops: int, exit_threshold: float) -> dict[str, float]:
+    """Ask the first held-out questions at this depth, greedily, as `accuracy.Answers` has it."""
     from vllm import SamplingParams, TokensPrompt
 
+    from melt_serve.engine.usage import LoopUsage
     from melt_serve.task.evaluate import heldout, longest_reply
     from melt_serve.task.tokenizer import prompt_ids
 
     asked, tokenizer = heldout(questions), llm.get_tokenizer()
     prompts = [TokensPrompt(prompt_token_ids=prompt_ids(question, tokenizer)) for question in asked]
-    sampling = SamplingParams(temperature=0, max_tokens=longest_reply(tokenizer), extra_args={"loops": loops})
-    replies = [output.outputs[0].text for output in llm.generate(prompts, sampling, use_tqdm=False)]
-    right = [question.check(reply.partition("</think>")[2]) for question, reply in zip(asked, replies, strict=True)]
-    return sum(right) / len(right)
+    depth = {"loops": loops, "exit_threshold": exit_threshold}
+    sampling = SamplingParams(temperature=0, max_tokens=longest_reply(tokenizer), extra_args=depth)
+    outputs: list[Any] = []
+    started = time.perf_counter()
+    held = held_during(llm, lambda: outputs.extend(llm.generate(prompts, sampling, use_tqdm=False)))
+    seconds = time.perf_counter() - started
+    ran = LoopUsage()
+    for number, output in enumerate(outputs):
+        ran.add(output, number)
+    assert ran.summary is not None
+    replies = [output.outputs[0] for output in outputs]
+    right = [question.check(each.text.partition("</think>")[2]) for question, each in zip(asked, replies, strict=True)]
+    return {
+        "right": sum(right) / len(right),
+        "mean_loops": ran.summary["mean"],
+        "tokens_per_second": sum(len(each.token_ids) for each in replies) / seconds,
+        "kv_bytes_per_token": held["kv_bytes_per_token"],
+    }
 
 
 def requests_that_fit(llm: "LLM") -> float:
@@ -217,7 +237,7 @@ QUESTIONS: dict[str, Callable[..., object]] = {
     "generate": generate,
     "latency": latency,
     "rows_held": rows_held,
-    "share_right": share_right,
+    "ask_questions": ask_questions,
     "requests_that_fit": requests_that_fit,
     "profile": profile,
 }

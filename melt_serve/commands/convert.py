@@ -64,16 +64,17 @@ def add_convert(commands: "Subcommands[argparse.ArgumentParser]") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, or check, and say what is next; return the exit code."""
-    from melt_serve.checkpoint_path import CheckpointError, located, shown_name
+    from melt_serve.checkpoint_config import located_looped
+    from melt_serve.checkpoint_path import CheckpointError, shown_name
     from melt_serve.convert import convert
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "check")}
     try:
         if arguments.check:
-            return check(located(arguments.source), arguments.target, arguments.show_progress)
+            return check(located_looped(arguments.source), arguments.target, arguments.show_progress)
         if arguments.target is None:
             return fail("convert needs DST, the folder to write; to check SRC alone, add --check", code=2)
-        convert(**{**options, "source": located(arguments.source), "shown_as": shown_name(arguments.source)})
+        convert(**{**options, "source": located_looped(arguments.source), "shown_as": shown_name(arguments.source)})
     except CheckpointError as error:
         return fail(error, code=2)
     print(f"Wrote {arguments.target}. The gate is untrained; to serve it: melt-serve serve {arguments.target}")

@@ -70,7 +70,8 @@ def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the questions and print the scores; return the exit code."""
-    from melt_serve.checkpoint_path import CheckpointError, located
+    from melt_serve.checkpoint_config import located_looped
+    from melt_serve.checkpoint_path import CheckpointError
     from melt_serve.task import evaluate
 
     depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             asked = (arguments.server, arguments.questions, arguments.model, arguments.api_key)
             scores = [evaluate.evaluate_server(*asked)]
         else:
-            paths = [located(each) for each in arguments.checkpoints]
+            paths = [located_looped(each) for each in arguments.checkpoints]
             scores = evaluate.evaluate_checkpoints(paths, arguments.questions, *depth)
     except CheckpointError as error:
         return fail(error, code=2)

@@ -145,7 +145,7 @@ def refuse_backend(layer: Attention) -> None:
     backend = layer.attn_backend.get_name()
     if backend not in BACKENDS:
         raise ValueError(
-            f"MELT: vLLM's attention backend {backend} cannot change block tables between loops; choose one that can: "
+            f"vLLM's attention backend {backend} cannot change block tables between loops; choose one that can: "
             f"--attention-backend {BACKENDS[0]}"
         )
 
@@ -158,7 +158,7 @@ def refuse_rows(layer: Attention) -> None:
     """
     if layer.kv_cache_dtype not in PROVED_ROWS:
         raise ValueError(
-            f"MELT: --kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows of loops; "
+            f"--kv-cache-dtype={layer.kv_cache_dtype} is not proved for rows of loops; "
             f"choose one of {', '.join(PROVED_ROWS)}"
         )
 

@@ -118,7 +118,12 @@ def refuse_checkpoint(config: LoopLMConfig) -> None:
     try:
         config.validate()  # again: overrides are set without it
     except StrictDataclassError as error:
-        raise ValueError(f"{config.model_type.upper()}: {error.__cause__ or error}") from None
+        raise ValueError(f"{config.family}: {error.__cause__ or error}") from None
+
+
+def family_of(vllm_config: "VllmConfig") -> str:
+    """Return what messages call a model of this kind."""
+    return vllm_config.model_config.hf_config.family
 
 
 def track_quantized_weights(vllm_config: "VllmConfig") -> None:
@@ -150,21 +155,23 @@ def refuse_small_steps(vllm_config: "VllmConfig") -> None:
 
 def refuse_parallelism(vllm_config: "VllmConfig") -> None:
     """Refuse splits of the model or the step that loops or chunks cannot cross."""
-    parallel = vllm_config.parallel_config
+    family, parallel = family_of(vllm_config), vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
-            f"MELT: --pipeline-parallel-size={parallel.pipeline_parallel_size} cannot work: every loop's last layer "
-            "feeds the next loop's first; use --tensor-parallel-size or --data-parallel-size"
+            f"{family}: --pipeline-parallel-size={parallel.pipeline_parallel_size} cannot work: every loop's last "
+            "layer feeds the next loop's first; use --tensor-parallel-size or --data-parallel-size"
         )
     for flag, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):
         if size > 1:
-            raise ValueError(f"MELT: {flag}={size}: context parallelism is not proved for shared rows; leave it at 1")
+            raise ValueError(
+                f"{family}: {flag}={size}: context parallelism is not proved for shared rows; leave it at 1"
+            )
     if parallel.use_ubatching:
         raise ValueError(
-            "MELT: micro-batch overlap (--enable-dbo, --ubatch-size) is not proved for shared rows; leave it off"
+            f"{family}: micro-batch overlap (--enable-dbo, --ubatch-size) is not proved for shared rows; leave it off"
         )
 
 
@@ -194,37 +201,41 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
 
 def refuse_moved_rows(vllm_config: "VllmConfig") -> None:
     """Refuse features that move rows, or store them by layer, in ways that know of no loops."""
+    family = family_of(vllm_config)
     if vllm_config.kv_transfer_config is not None:
-        raise ValueError("MELT: --kv-transfer-config: KV connectors are not proved for rows of loops; leave it out")
+        raise ValueError(
+            f"{family}: --kv-transfer-config: KV connectors are not proved for rows of loops; leave it out"
+        )
     if vllm_config.cache_config.kv_offloading_size is not None:
-        raise ValueError("MELT: --kv-offloading-size: KV offload is not proved for rows of loops; leave it out")
+        raise ValueError(f"{family}: --kv-offloading-size: KV offload is not proved for rows of loops; leave it out")
     if vllm_config.cache_config.kv_cache_dtype_skip_layers:
         raise ValueError(
-            "MELT: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one dtype; "
-            "leave it out"
+            f"{family}: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one "
+            "dtype; leave it out"
         )
 
 
 def refuse_other_runs(vllm_config: "VllmConfig", scheduler: str) -> None:
     """Refuse workers, runners and schedulers that do not know a request's depth; `scheduler` is the one that does."""
+    family = family_of(vllm_config)
     worker_cls = vllm_config.parallel_config.worker_cls
     if current_platform.is_cpu() and worker_cls not in ("auto", CPU_WORKER):
         raise ValueError(
-            f"MELT: --worker-cls={worker_cls} does not pass requests' depths on; leave it out to get {CPU_WORKER}"
+            f"{family}: --worker-cls={worker_cls} does not pass requests' depths on; leave it out to get {CPU_WORKER}"
         )
     if not current_platform.is_cpu() and not vllm_config.use_v2_model_runner:
         raise ValueError(
-            "MELT: vLLM would use its older model runner (V1), which does not pass requests' depths on; leave out "
+            f"{family}: vLLM would use its older model runner (V1), which does not pass requests' depths on; leave out "
             "VLLM_USE_V2_MODEL_RUNNER=0, and what vLLM's log says that V2 does not support"
         )
     if vllm_config.model_config.runner_type != "generate":
         raise ValueError(
-            f"MELT: --runner={vllm_config.model_config.runner_type}: looped models generate text; leave it out"
+            f"{family}: --runner={vllm_config.model_config.runner_type}: looped models generate text; leave it out"
         )
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     if scheduler_cls not in (None, scheduler):
         raise ValueError(
-            f"MELT: --scheduler-cls={scheduler_cls} does not know requests' depths; leave it out to get {scheduler}"
+            f"{family}: --scheduler-cls={scheduler_cls} does not know requests' depths; leave it out to get {scheduler}"
         )
 
 

@@ -1,10 +1,12 @@
-"""vLLM's CPU worker, which tells the model the step's plan, survives seeded requests of several steps, and runs vLLM's
-own norm kernels."""
+"""vLLM's CPU worker, which tells the model the step's plan, survives seeded requests of several steps, takes memory for
+rows when they are written, and runs vLLM's own norm kernels."""
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -40,6 +42,11 @@ class MeltCPUModelRunner(CPUModelRunner):
         self.token_loops = dict(zip(request_ids, plan.ran[query_starts[1:] - 1].tolist(), strict=True))
         return output
 
+    def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Allocate the cache as vLLM does, from pages that are taken when rows are first written to them."""
+        with ZerosOnDemand():
+            return super().initialize_kv_cache_tensors(*args, **kwargs)
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample as vLLM does; the output also states how many loops ran for each request's sampled token."""
         output = super().sample_tokens(*args, **kwargs)
@@ -65,6 +72,22 @@ class MeltCPUModelRunner(CPUModelRunner):
     def _discarded_generators(self) -> dict[int, torch.Generator]:
         discarded = self.discard_request_mask.np
         return {row: generator for row, generator in self.input_batch.generators.items() if discarded[row]}
+
+
+class ZerosOnDemand(TorchFunctionMode):
+    """Lets `torch.zeros` make vectors of bytes that the system fills with zeros page by page, as they are touched.
+
+    PyTorch writes the zeros: a cache of some GB then takes its memory at the start, and half a minute with it.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if function is torch.zeros and options == {"dtype": torch.int8, "device": torch.device("cpu")}:
+            pages = mmap.mmap(-1, args[0], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(pages, dtype=torch.int8)
+        return function(*args, **options)
 
 
 class MeltCPUWorker(CPUWorker):

@@ -22,6 +22,7 @@ class WeightChecks:
     """
 
     def __init__(self, config: LoopLMConfig, quantized: bool):
+        self.family = config.family
         self.shapes = dict(weight_shapes(config))
         self.quantized = quantized
         self.seen: set[str] = set()
@@ -36,15 +37,17 @@ class WeightChecks:
             expected = None if self.quantized else self.shapes.get(name)
             if expected is not None and tuple(weight.shape) != expected:
                 raise ValueError(
-                    f"MELT: {name} has shape {list(weight.shape)}, config.json implies {list(expected)}; the two must "
-                    "come from the same checkpoint"
+                    f"{self.family}: {name} has shape {list(weight.shape)}, config.json implies {list(expected)}; the "
+                    "two must come from the same checkpoint"
                 )
             if expected is not None and weight.dtype not in DTYPES:
                 raise ValueError(
-                    f"MELT: {name} has dtype {weight.dtype}; save it as one of {', '.join(map(str, DTYPES))}"
+                    f"{self.family}: {name} has dtype {weight.dtype}; save it as one of {', '.join(map(str, DTYPES))}"
                 )
             if not is_finite(weight):
-                raise ValueError(f"MELT: {name} holds NaN or infinite values; download or export the checkpoint again")
+                raise ValueError(
+                    f"{self.family}: {name} holds NaN or infinite values; download or export the checkpoint again"
+                )
             self.seen.add(name)
             yield name, weight
 
@@ -60,7 +63,7 @@ class WeightChecks:
         if missing:
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
-                f"MELT: the checkpoint lacks the tensor {missing[0]}{others}; download or export the checkpoint again"
+                f"{self.family}: the checkpoint lacks the tensor {missing[0]}{others}; download or export it again"
             )
 
 

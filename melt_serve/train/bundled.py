@@ -53,12 +53,12 @@ def bundled(arguments: argparse.Namespace) -> int:
         CheckpointError: `--teacher` is no whole LoopLM.
     """
     from melt_serve.checkpoint_check import read_looplm
-    from melt_serve.checkpoint_path import located
+    from melt_serve.checkpoint_config import located_looped
     from melt_serve.train.recipe import Recipe
 
     recipe, kept = Recipe(output=str(arguments.out)).seeded(arguments.seed), arguments.teacher
     if kept is not None:
-        read_looplm(located(kept))
+        read_looplm(located_looped(kept))
     return run_stages(
         lambda session: make_bundled(recipe, arguments.run, session, arguments.questions, kept),
         arguments.run,

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.checkpoint_path import located
+from melt_serve.checkpoint_config import located_looped
 from melt_serve.config import DECODE_MODES, LoopLMConfig
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score, score
@@ -55,7 +55,7 @@ def make_checkpoints(
         Paused: see `run_stage`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = None if kept is None else located(kept)
+    there = None if kept is None else located_looped(kept)
     note_inputs({} if kept is None or there is None else teacher_files(kept, there), folder)
     tokenizer = build_tokenizer()
     shallow = None

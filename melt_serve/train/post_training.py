@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from melt_serve.checkpoint_path import located
+from melt_serve.checkpoint_config import located_looped
 from melt_serve.config import MeltConfig
 from melt_serve.convert import warn_about_blocks
 from melt_serve.train.atomic import replacing
@@ -44,7 +44,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         Paused: the session ended first.
     """
     check_output(Path(recipe.output))
-    path = located(recipe.teacher)
+    path = located_looped(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
     sequences = Sequences(recipe, tokenizer, folder)
     dtype, target = DTYPES[recipe.dtype], Path(recipe.output)

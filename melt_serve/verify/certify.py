@@ -16,16 +16,23 @@ from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 from melt_serve.server_process import ServerError, tail
 from melt_serve.task.evaluate import heldout
+from melt_serve.verify.chats import check_chats
 from melt_serve.verify.contract import check_contract, check_flat_memory, check_no_waits, check_wrong_depths
-from melt_serve.verify.parity import UNKNOWN_ROUNDING, Reference, check_efforts, check_parity, why_no_reference
+from melt_serve.verify.parity import UNKNOWN_ROUNDING, Reference, check_parity, why_no_reference
 from melt_serve.verify.record import Check, VerifyError
-from melt_serve.verify.served import Served, Target, served
+from melt_serve.verify.served import MOST_ANSWER_TOKENS, Served, Target, served
 from melt_serve.verify.speed import check_kernels, check_speed
-from melt_serve.verify.start import check_start
+from melt_serve.verify.start import check_files, check_start
 
 QUESTIONS = 20
 """Of the bundled task: their text is what prompts are cut out of, where none is given."""
 LEAST_TOKENS = 64
+CHATS = 4
+"""Questions that a chat model is asked."""
+QUESTION = 200
+"""Characters of one, where it is cut out of the user's text."""
+PROMPTS = 20
+"""That the reference answers, too, at the default depth."""
 QUICK = "left out by --quick"
 
 
@@ -39,6 +46,8 @@ class Options:
         reference: the folder that the reference model reads, usually the checkpoint's own.
         modes: decode modes of a MELT; None for both.
         text: what prompts are made of; None for the bundled task's questions.
+        prompts: how many the reference answers, too, at the default depth; None for 20, or few if quick.
+        answer_tokens: the most of an answer to a question.
         quick: one decode mode, no LoopLM and no speed.
         words: flags for the servers.
     """
@@ -48,6 +57,8 @@ class Options:
     reference: Path | None
     modes: Sequence[DecodeMode] | None
     text: str | None
+    prompts: int | None
+    answer_tokens: int
     quick: bool
     words: Sequence[str]
 
@@ -56,8 +67,10 @@ def targets(options: Options) -> list[Target]:
     """Return what is served, one after the other.
 
     Raises:
-        VerifyError: a folder without a checkpoint that we serve, or a text too short.
+        VerifyError: a folder without a checkpoint that we serve, a text too short, or answers too long.
     """
+    if options.answer_tokens > MOST_ANSWER_TOKENS:
+        raise VerifyError(f"--answer-tokens={options.answer_tokens} must be at most {MOST_ANSWER_TOKENS}")
     config = config_of(options.checkpoint)
     if not isinstance(config, MeltConfig):
         if options.modes or options.looplm:
@@ -95,15 +108,30 @@ def target(options: Options, folder: Path, config: LoopLMConfig, mode: DecodeMod
     asked = heldout(QUESTIONS)
     text = " ".join(f"{each.prompt} {each.reply}" for each in asked) if options.text is None else options.text
     try:
-        stream = AutoTokenizer.from_pretrained(folder).encode(text)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        stream = tokenizer.encode(text)
     except (OSError, ValueError) as error:
         raise VerifyError(f"{folder} has no tokenizer that can be read: {error}") from None
     if len(stream) < LEAST_TOKENS:
         raise VerifyError(f"--text has {len(stream)} tokens: give at least {LEAST_TOKENS}")
     if (most := max(stream)) >= config.vocab_size:
         raise VerifyError(f"{folder}: the tokenizer knows token {most}, the model only {config.vocab_size}")
-    question = options.text[:200] if options.text else asked[0].prompt
-    return Target(folder, config, mode, question, stream, options.quick, torch.cuda.is_available(), options.words)
+    questions = [each.prompt for each in asked[:CHATS]]
+    if options.text:
+        questions = [part for at in range(CHATS) if (part := options.text[at * QUESTION : (at + 1) * QUESTION].strip())]
+    return Target(
+        folder=folder,
+        config=config,
+        mode=mode,
+        tokenizer=tokenizer,
+        questions=questions[:2] if options.quick else questions,
+        stream=stream,
+        prompts=options.prompts or (3 if options.quick else PROMPTS),
+        answer_tokens=options.answer_tokens,
+        quick=options.quick,
+        cuda=torch.cuda.is_available(),
+        words=options.words,
+    )
 
 
 def checks(
@@ -115,8 +143,12 @@ def checks(
         found: what `targets` returned.
         starting: called once a second while a server starts, with its part and the seconds.
     """
+    checked: set[Path] = set()
     for each in found:
-        folder = options.reference if options.reference and each.mode else each.folder
+        if each.folder not in checked:
+            checked.add(each.folder)
+            yield replace(check_files(each.folder), part=each.part)
+        folder = options.reference if options.reference and each.folder == options.checkpoint else each.folder
         for check in checks_of_server(each, folder, partial(starting, each.part)):
             yield replace(check, part=each.part)
     if options.quick:
@@ -145,20 +177,17 @@ def checks_of_running(server: Served, folder: Path) -> Iterator[Check]:
     """Check a server that is ready."""
     config, mode = server.target.config, server.target.mode
     yield from check_start(server)
-    if mode:
-        yield check_wrong_depths(server)
+    yield check_wrong_depths(server)
     tolerance, reference = UNKNOWN_ROUNDING[server.info["dtype"]], None
     if reason := why_no_reference(config, server.info):
         yield Check.skip("as the reference", reason)
     else:
         reference = Reference.load(folder, mode, server.info["dtype"])
         tolerance = yield from check_parity(server, reference)
-    if mode:
-        yield check_efforts(server, reference, tolerance)
+    yield from check_chats(server, reference, tolerance)
     yield from check_contract(server, tolerance)
-    if mode:
-        yield check_flat_memory(server)
-        yield check_no_waits(server)
+    yield check_flat_memory(server)
+    yield check_no_waits(server)
 
 
 def one_line(text: str) -> str:

@@ -42,7 +42,7 @@ class Answer:
     """What came back.
 
     Attributes:
-        prompt: token ids; of a chat as the template made them.
+        prompt: token ids.
         tokens: generated ones.
         rows: what the server said before each of them.
         loops: `usage.loops`; None if it was not told.
@@ -52,6 +52,20 @@ class Answer:
     tokens: Sequence[int]
     rows: Sequence[Row]
     loops: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class ChatAnswer(Answer):
+    """What came back from a chat; its prompt is as the template made it.
+
+    Attributes:
+        ended: OpenAI's `finish_reason`.
+        reasoning, content: as the server split them.
+    """
+
+    ended: str
+    reasoning: str | None
+    content: str | None
 
 
 class Client:
@@ -83,23 +97,44 @@ class Client:
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(lambda asked: self.complete(asked, salt, logprobs), requests))
 
-    def chat(self, text: str, effort: str, tokens: int) -> Answer:
-        """Ask a chat model with a `reasoning_effort`, for at most `tokens` tokens."""
+    def chat(
+        self,
+        text: str,
+        tokens: int,
+        effort: str | None = None,
+        bias: Mapping[int, int] | None = None,
+        logprobs: bool = False,
+    ) -> ChatAnswer:
+        """Ask a chat model greedily, for at most `tokens` tokens; `bias` is added to logits, by token id."""
         completion: Any = self.openai.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": text}],
             max_tokens=tokens,
             temperature=0,
-            logprobs=True,
-            top_logprobs=TOP,
-            extra_body={**TOKEN_IDS, "reasoning_effort": effort},
+            logprobs=logprobs,
+            top_logprobs=TOP if logprobs else None,
+            logit_bias={str(token): value for token, value in (bias or {}).items()},
+            extra_body={**TOKEN_IDS, **({"reasoning_effort": effort} if effort else {})},
         )
         (choice,) = completion.choices
         rows = [
             {token_id(each.token): each.logprob for each in [place, *place.top_logprobs]}
-            for place in choice.logprobs.content
+            for place in (choice.logprobs.content if logprobs else ())
         ]
-        return Answer(completion.prompt_token_ids, choice.token_ids, rows, loops_of(completion))
+        return ChatAnswer(
+            completion.prompt_token_ids,
+            choice.token_ids,
+            rows,
+            loops_of(completion),
+            choice.finish_reason,
+            getattr(choice.message, "reasoning", None),
+            choice.message.content,
+        )
+
+    def chat_at_once(self, texts: Sequence[str], tokens: int) -> list[ChatAnswer]:
+        """Ask several together, each for at most `tokens` tokens."""
+        with ThreadPoolExecutor(len(texts)) as pool:
+            return list(pool.map(lambda text: self.chat(text, tokens), texts))
 
     def info(self) -> dict[str, Any]:
         """Read `/melt/info`."""

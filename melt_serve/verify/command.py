@@ -9,19 +9,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from melt_serve.bundled import LOOPLM, MELT
-from melt_serve.checkpoint_path import CheckpointError, located
+from melt_serve.checkpoint_path import CheckpointError, revision_of, shown_name
 from melt_serve.server_process import exits_on_signals
-from melt_serve.terminal import words_of
+from melt_serve.terminal import positive, words_of
 from melt_serve.verify.record import Certificate, Check, VerifyError, line, table
 from melt_serve.verify.report import markdown
 
 DESCRIPTION = """\
 Verify that this machine serves a checkpoint as the reference model computes it.
 
-Starts `melt-serve serve` on the device there is, and checks: how the model runs; answers and their log-probabilities
-against the reference model (PyTorch, float32, on the CPU) at several depths; the same requests alone, together, from
-the prefix cache and preempted; usage.loops, efforts, wrong depths; KV bytes; on a GPU, that no step waits for the
-device. Then the other decode mode, the LoopLM, and tokens a second against it."""
+Checks the checkpoint's files, then starts `melt-serve serve` on the device there is, and checks: how the model runs;
+answers and their log-probabilities against the reference model (PyTorch, float32, on the CPU) at several depths; in
+chats, that answers end at the end marks, reasoning is apart from them, and efforts change loops and not the prompt;
+the same requests alone, together, from the prefix cache and preempted; usage.loops, wrong depths; memory as planned;
+on a GPU, that no step waits for the device. Of a MELT then the other decode mode, the LoopLM, and tokens a second
+against it."""
 
 EXAMPLES = """\
 examples:
@@ -31,6 +33,8 @@ examples:
       one server, no speed; a minute or so on 2 CPU cores
   melt-serve verify ./melt-1.6B --looplm ./Ouro-1.4B --text prompts.txt --json h100.json
       a checkpoint of your own, and a file to attach to an issue
+  melt-serve verify ByteDance/Ouro-1.4B-Thinking --answer-tokens 4096 --json ouro.json
+      a LoopLM from the hub, whose answers take as long
   melt-serve verify ./melt-1.6B --modes token -- --tensor-parallel-size 2
       one decode mode; words after -- are flags for the server
   melt-serve verify --report h100.json l40s.json
@@ -76,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
     add("--reference", metavar="CHECKPOINT", help="what the reference model reads (default: CHECKPOINT)")
     add("--modes", type=words_of("token", "chunk"), metavar="MODE,MODE", help="decode modes of a MELT (default: both)")
     add("--text", type=Path, metavar="FILE", help="text that prompts are cut out of (default: the bundled task's)")
+    add(
+        "--prompts",
+        type=positive,
+        metavar="N",
+        help="how many the reference answers, too, at the default depth (default: 20; with --quick 3)",
+    )
+    add("--answer-tokens", type=positive, default=256, metavar="N", help="the most of a chat's answer (default: 256)")
     add("--quick", action="store_true", help="the checkpoint's own decode mode only, less of it, and no speed")
     add("--json", type=Path, metavar="FILE", help="also write all of it to a file")
     add("--report", type=Path, nargs="+", metavar="FILE", help="verify nothing; show such files as a table")
@@ -93,15 +104,26 @@ def verify(arguments: argparse.Namespace, words: Sequence[str], command: str) ->
         raise VerifyError(f"--json {arguments.json}: {arguments.json.parent} is not a folder")
     text = read_text(arguments.text)
     try:
+        from melt_serve.checkpoint_config import located_looped
         from melt_serve.verify import certify, start
     except ModuleNotFoundError as error:
         raise VerifyError(f"{error.name} is not installed: install vLLM, as the README says") from None
 
     named = (arguments.checkpoint, arguments.looplm, arguments.reference)
-    given, other, reference = (None if each is None else located(each) for each in named)
+    given, other, reference = (None if each is None else located_looped(each) for each in named)
     checkpoint = given or MELT
     looplm = other or (LOOPLM if checkpoint == MELT and not arguments.quick else None)
-    options = certify.Options(checkpoint, looplm, reference, arguments.modes, text, arguments.quick, list(words))
+    options = certify.Options(
+        checkpoint,
+        looplm,
+        reference,
+        arguments.modes,
+        text,
+        arguments.prompts,
+        arguments.answer_tokens,
+        arguments.quick,
+        list(words),
+    )
     found = certify.targets(options)
     made: list[Check] = []
     try:
@@ -116,8 +138,17 @@ def verify(arguments: argparse.Namespace, words: Sequence[str], command: str) ->
     kind = next((str(check.numbers["device"]) for check in made if "device" in check.numbers), "")
     date = datetime.now(UTC).date().isoformat()
     name = start.device_name(kind)
-    certificate = Certificate(command, date, name, kind, start.versions(), checkpoint.resolve().name, made)
-    print(f"\n{certificate.device}, {checkpoint.resolve().name}, {date}\n\n{table(made)}\n\n{certificate.counts}")
+    certificate = Certificate(
+        command,
+        date,
+        name,
+        kind,
+        start.versions(),
+        shown_name(arguments.checkpoint or str(MELT)).partition("@")[0],
+        made,
+        revision=revision_of(checkpoint),
+    )
+    print(f"\n{certificate.device}, {certificate.named}, {date}\n\n{table(made)}\n\n{certificate.counts}")
     if arguments.json:
         certificate.write(arguments.json)
     return 0 if certificate.passed else 1

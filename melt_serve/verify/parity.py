@@ -3,19 +3,19 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import psutil
 import torch
-from openai import BadRequestError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig, weight_shapes
+from melt_serve.config import DecodeMode, LoopLMConfig, weight_shapes
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.verify.client import TOP, Answer, Asked, Depth, Row
 from melt_serve.verify.record import Check
@@ -34,6 +34,8 @@ LOOPS_ROUNDING = 0.1
 EXIT_THRESHOLD = 0.7
 MEMORY_SHARE = 0.8
 """Of the memory that is available, which the reference may take."""
+AT_ONCE = 5
+"""Answers that the reference reads at once: it keeps a table over the vocabulary for each of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,14 @@ class Parity:
         rounding: the same between the exact and the rounded reference.
         tokens: generated ones.
         same: of them, those that the reference would have taken, too.
-        mean_loops: that the reference ran for them; None of a LoopLM.
+        mean_loops: that the reference ran for them.
     """
 
     distance: float
     rounding: float
     tokens: int
     same: int
-    mean_loops: float | None
+    mean_loops: float
 
 
 def why_no_reference(config: LoopLMConfig, info: dict[str, Any]) -> str | None:
@@ -95,7 +97,7 @@ def why_no_reference(config: LoopLMConfig, info: dict[str, Any]) -> str | None:
 
 
 def check_parity(served: Served, reference: Reference) -> Generator[Check, None, float]:
-    """Check answers at every depth and their loops; that another depth would be seen; and what efforts mean.
+    """Check answers at every depth and their loops, and that another depth would be seen.
 
     Returns:
         How far right answers may be apart.
@@ -111,21 +113,24 @@ def check_parity(served: Served, reference: Reference) -> Generator[Check, None,
         if not exits:
             most = max(most, tolerance)
         yield judge(f"as the reference, {name}", found, tolerance, " on average" if exits else "")
-        if served.target.mode:
-            yield judge_loops(name, answers, found, LOOPS_ROUNDING if exits and reference.rounded else 1e-6)
-    if served.target.mode and served.target.most_loops > 1:
+        yield judge_loops(name, answers, found, LOOPS_ROUNDING if exits and reference.rounded else 1e-6)
+    if served.target.most_loops > 1:
         _, answers = next(iter(groups.values()))
         yield tells_depths_apart(served, reference, answers, most)
     return most
 
 
 def ask_all_depths(served: Served) -> dict[str, tuple[list[Asked], list[Answer]]]:
-    """Ask prompts of all lengths at all depths, exits included, all at once; return requests and answers by depth."""
-    target, depths = served.target, dict(served.depths)
-    if target.mode:
-        depths[f"exit threshold {EXIT_THRESHOLD}"] = {"exit_threshold": EXIT_THRESHOLD}
-    prompts = [target.window(number, length) for number, length in enumerate(target.lengths)]
-    asked = {name: [Asked(prompt, target.generated, depth) for prompt in prompts] for name, depth in depths.items()}
+    """Ask prompts of all lengths at all depths, exits included, all at once; return requests and answers by depth.
+
+    The default depth, the first, is asked as many as the user wants.
+    """
+    target, asked = served.target, dict[str, list[Asked]]()
+    exits: Depth = {"exit_threshold": EXIT_THRESHOLD}
+    for name, depth in (*served.depths.items(), (f"exit threshold {EXIT_THRESHOLD}", exits)):
+        lengths = islice(cycle(target.lengths), len(target.lengths) if asked else target.prompts)
+        prompts = [target.window(number, length) for number, length in enumerate(lengths)]
+        asked[name] = [Asked(prompt, target.generated, depth) for prompt in prompts]
     answers = iter(served.client.complete_at_once([each for group in asked.values() for each in group], "parity"))
     return {name: (group, [next(answers) for _ in group]) for name, group in asked.items()}
 
@@ -150,7 +155,6 @@ def judge_loops(name: str, answers: Sequence[Answer], found: Parity, tolerance: 
     if any(answer.loops is None for answer in answers):
         return Check.judge(f"usage.loops, {name}", False, "not told", expected)
     told = sum(answer.loops["mean"] for answer in answers if answer.loops) / len(answers)
-    assert found.mean_loops is not None
     right = abs(told - found.mean_loops) <= tolerance
     return Check.judge(f"usage.loops, {name}", right, f"{told:.2f} on average", expected, loops=told)
 
@@ -168,28 +172,6 @@ def tells_depths_apart(served: Served, reference: Reference, answers: Sequence[A
         distance=found.distance,
         tolerance=tolerance,
     )
-
-
-def check_efforts(served: Served, reference: Reference | None, tolerance: float) -> Check:
-    """Check that each `reasoning_effort` of a chat runs its loops, and answers as the reference with as many."""
-    config = served.target.config
-    assert isinstance(config, MeltConfig)
-    wrong, apart = [], 0.0
-    for effort, loops in config.loops_by_effort.items():
-        try:
-            answer = served.client.chat(served.target.question, effort, served.target.generated)
-        except BadRequestError as error:
-            if "chat template" in str(error):
-                return Check.skip("reasoning_effort", "the checkpoint has no chat template")
-            raise
-        if answer.loops is None or not answer.loops["mean"] == answer.loops["max"] == loops:
-            wrong.append(f"{effort} ran {'untold' if answer.loops is None else answer.loops['mean']}, not {loops}")
-        if reference is not None:
-            apart = max(apart, compare(Reference(reference.exact, None), [answer], {"loops": loops}).distance)
-    means = ", ".join(f"{effort} {loops}" for effort, loops in config.loops_by_effort.items())
-    measured = "; ".join(wrong) or ("their loops" + (f", {apart:.4f} apart in probability" if reference else ""))
-    expected = f"{means}; at most {tolerance:.4f}"
-    return Check.judge("reasoning_effort", not wrong and apart <= tolerance, measured, expected, distance=apart)
 
 
 def compare(
@@ -210,17 +192,18 @@ def compare(
         for (one, _), (other, _) in zip(exact, rounded, strict=True):
             rounding += [distance(row(here, {}), row(there, {})) for here, there in zip(one, other, strict=True)]
     tokens = sum(len(answer.tokens) for answer in answers)
-    mean_loops = sum(loops) / len(loops) if loops else None
-    return Parity(of_all(apart or [0.0]), of_all(rounding or [0.0]), tokens, same, mean_loops)
+    return Parity(of_all(apart or [0.0]), of_all(rounding or [0.0]), tokens, same, fmean(loops))
 
 
 @torch.inference_mode()
 def continuations(model: Model, answers: Sequence[Answer], depth: Depth) -> list[tuple[Tensor, list[int]]]:
-    """Return what the model says before each token of each answer, and the loops that it ran there (a LoopLM: none).
+    """Return what the model says before each token of each answer, and the loops that it ran there.
 
     Returns:
         For each answer, log-probabilities, [generated, vocabulary], and loops, [generated].
     """
+    if len(answers) > AT_ONCE:
+        return continuations(model, answers[:AT_ONCE], depth) + continuations(model, answers[AT_ONCE:], depth)
     whole = [torch.tensor([*answer.prompt, *answer.tokens[:-1]]) for answer in answers]
     output = model(
         pad_sequence(whole, batch_first=True),
@@ -231,7 +214,7 @@ def continuations(model: Model, answers: Sequence[Answer], depth: Depth) -> list
     said = []
     for number, answer in enumerate(answers):
         generated = slice(len(answer.prompt) - 1, len(answer.prompt) - 1 + len(answer.tokens))
-        loops = [] if output.depths is None else output.depths[number, generated].tolist()
+        loops = output.depths[number, generated].tolist()
         said.append((output.logits[number, generated].float().log_softmax(-1), loops))
     return said
 

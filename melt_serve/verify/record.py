@@ -58,7 +58,8 @@ class Certificate:
         device: the name of what the server ran on.
         kind: `cuda` or `cpu`; empty if no server started.
         versions: of Python and of what computes, by name.
-        checkpoint: the name of its folder.
+        checkpoint: its name on the hub, or of its folder.
+        revision: its commit on the hub, or what its files add up to; empty in files of before.
     """
 
     command: str
@@ -69,12 +70,18 @@ class Certificate:
     checkpoint: str
     checks: Sequence[Check]
     schema: int = SCHEMA
+    revision: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether nothing failed, and something was checked."""
         verdicts = {check.verdict for check in self.checks}
         return "FAIL" not in verdicts and "pass" in verdicts
+
+    @property
+    def named(self) -> str:
+        """The checkpoint and, where it is known, its revision."""
+        return f"{self.checkpoint}@{self.revision[:12]}" if self.revision else self.checkpoint
 
     @property
     def counts(self) -> str:
@@ -98,14 +105,14 @@ class Certificate:
             if content["schema"] != SCHEMA:
                 raise VerifyError(f"{path} has schema {content['schema']}, this melt-serve reads {SCHEMA}: run it anew")
             checks = [Check(**check) for check in content["checks"]]
-            facts = {each.name: content[each.name] for each in fields(cls)}
+            facts = {each.name: content[each.name] for each in fields(cls) if each.name in content}
+            return cls(**{**facts, "checks": checks})
         except OSError as error:
             raise VerifyError(f"{path}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, VerifyError):
                 raise
             raise VerifyError(f"{path} is no file that `melt-serve verify --json` wrote ({error!r})") from None
-        return cls(**{**facts, "checks": checks})
 
 
 def line(check: Check) -> str:

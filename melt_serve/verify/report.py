@@ -26,7 +26,7 @@ def cells(certificate: Certificate) -> tuple[str, ...]:
     held = next((check for check in checks if check.name == "KV bytes a token" and "bytes" in check.numbers), None)
     return (
         certificate.device,
-        certificate.checkpoint,
+        certificate.named,
         vllm,
         certificate.date,
         certificate.counts,

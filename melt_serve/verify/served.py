@@ -23,6 +23,8 @@ OPEN_CHUNKS = 4
 """Open chunks at the most loops that it has room for besides (`chunk` mode)."""
 CHAT_TOKENS = 384
 """Room for a chat template and a question."""
+MOST_ANSWER_TOKENS = 8192
+"""With more, the crowd of `contract.py` would not fill the cache."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Target:
         folder: the checkpoint.
         config: what it states.
         mode: the decode mode to serve it in; None for a LoopLM.
-        question: what a chat model is asked.
+        tokenizer: its own.
+        questions: what a chat model is asked.
         stream: token ids that prompts are cut out of.
+        prompts: how many the reference answers, too, at the default depth.
+        answer_tokens: the most of an answer to a question.
         quick: fewer and shorter requests.
         cuda: whether PyTorch finds a GPU here.
         words: flags for the server.
@@ -43,8 +48,11 @@ class Target:
     folder: Path
     config: LoopLMConfig
     mode: DecodeMode | None
-    question: str
+    tokenizer: Any
+    questions: Sequence[str]
     stream: Sequence[int]
+    prompts: int
+    answer_tokens: int
     quick: bool
     cuda: bool
     words: Sequence[str] = ()
@@ -80,8 +88,13 @@ class Target:
     @property
     def context(self) -> int:
         """The most tokens of a request."""
-        longest = max(2 * self.unit + 3 + self.generated, 4 * self.block, CHAT_TOKENS)
+        longest = max(2 * self.unit + 3 + self.generated, 4 * self.block, CHAT_TOKENS + self.answer_tokens)
         return min(on_grid(longest, self.block), self.config.max_position_embeddings)
+
+    @property
+    def longest_answer(self) -> int:
+        """The most tokens of an answer to a question, where a prompt and it fit."""
+        return min(self.answer_tokens, self.context // 2)
 
     @property
     def block(self) -> int:
@@ -148,11 +161,9 @@ class Served:
         """Depths to ask for, by name, the default first."""
         default, most = self.target.config.total_ut_steps, self.target.most_loops
         depths: dict[str, Depth] = {f"{default} loops, the default": {}}
-        if self.target.mode:
-            wanted = {1, most} if self.target.quick else {1, 2, default - 1, default + 1, most}
-            others = sorted(loops for loops in wanted - {default} if 1 <= loops <= most)
-            depths |= {f"{loops} loop{'s' if loops > 1 else ''}": {"loops": loops} for loops in others}
-        return depths
+        wanted = {1, most} if self.target.quick else {1, 2, default - 1, default + 1, most}
+        others = sorted(loops for loops in wanted - {default} if 1 <= loops <= most)
+        return depths | {f"{loops} loop{'s' if loops > 1 else ''}": {"loops": loops} for loops in others}
 
 
 @contextmanager

@@ -37,10 +37,9 @@ class DepthOptions(depth.Options):
 
     facts: Mapping[str, object] | None = None
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The MELT with random weights, for up to the most loops."""
-        return checkpoint_of(self.facts, "melt", max(self.loops), self)
+    def checkpoint(self, model: Model) -> Checkpoint:
+        """Return a model with random weights, for up to the most loops."""
+        return checkpoint_of(self.facts, model, max(self.loops), self)
 
 
 def checkpoint_of(
@@ -107,6 +106,7 @@ def check_depths(target: Target) -> Iterator[Check]:
     loops = sorted({1, config.total_ut_steps, most})
     options = DepthOptions(
         facts=sizes_of(config),
+        models=["melt"],
         chunk_size=config.chunk_size,
         decode_mode=config.decode_mode,
         loops=loops,

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from melt_serve.checkpoint_check import check_checkpoint
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import MeltConfig, kv_bytes_per_token
+from melt_serve.start_checks import bytes_in, value_of
 from melt_serve.verify.record import Check
 from melt_serve.verify.served import Served
 
@@ -40,6 +43,18 @@ def device_name(kind: str) -> str:
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 
+def check_files(folder: Path) -> Check:
+    """Check that a checkpoint's files are whole: tensors, values, token ids, template, and any checksums."""
+    try:
+        found = check_checkpoint(folder)
+    except CheckpointError as error:
+        return Check.judge("files", False, str(error), "whole")
+    assert found is not None  # the config was read
+    sums = "no checksums" if found.compared is None else f"{found.compared} checksums match"
+    measured = f"{found.tensors} tensors, {found.nbytes / 1e9:.3f} GB, {sums}"
+    return Check.judge("files", True, measured, "whole", tensors=found.tensors, bytes=found.nbytes)
+
+
 def check_start(served: Served) -> Iterator[Check]:
     """Check that the server is ready, how its model runs, and that it serves what the checkpoint states."""
     info, config = served.info, served.target.config
@@ -63,6 +78,17 @@ def check_start(served: Served) -> Iterator[Check]:
     yield Check.judge(
         "KV bytes a token", held == expected, measured, f"{expected:,}, {info['kv_dtype']}", bytes=held, looplm=looplm
     )
+    yield check_cache(served, expected)
+
+
+def check_cache(served: Served, row: int) -> Check:
+    """Check that the cache holds the tokens that its bytes are planned for, in whole blocks; `row` is a token's."""
+    block, holds, words = served.block_size, served.info["kv_capacity_tokens"], served.target.command(0)
+    given = bytes_in(value_of(words, "--kv-cache-memory-bytes") or "")
+    if given is None or value_of(words, "--tensor-parallel-size") or value_of(words, "-tp"):
+        return Check.skip("tokens in the cache", "its bytes are not stated, or those of one rank of several are")
+    planned = given // (row * block) * block
+    return Check.judge("tokens in the cache", holds == planned, f"{holds:,}", f"{planned:,} in {given:,} bytes")
 
 
 def check_runner(info: Mapping[str, str], log: Path) -> Check:

@@ -86,6 +86,22 @@ def test_a_looplms_overrides_are_checked_as_a_melts(overrides, message):
         configure(LOOPLM, hf_overrides=overrides)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size=2 cannot work"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size: "),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls=vllm"),
+        ({"hf_overrides": {"total_ut_steps": 0}}, "total_ut_steps must be at least 1"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_refused_on_both_names_the_model_that_is_served(checkpoint, arguments, message):
+    for folder, family in ((LOOPLM, "LoopLM"), (checkpoint, "MELT")):
+        with pytest.raises(ValueError, match=f"{family}: {message}"):
+            configure(folder, **arguments)
+
+
 def test_drafts_by_a_model_are_refused_on_a_looplm():
     drafts = {"method": "draft_model", "model": str(LOOPLM), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="the method draft_model: a model that drafts gets no plan"):

@@ -7,28 +7,35 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from melt_serve import cli
 from melt_serve.bundled import LOOPLM, MELT
+from melt_serve.checkpoint_path import revision_of
 from melt_serve.config import MeltConfig
 from melt_serve.verify import certify
 from melt_serve.verify.certify import Options, targets
+from melt_serve.verify.chats import check_efforts, check_end_marks, check_ends, check_splits
 from melt_serve.verify.client import Client
 from melt_serve.verify.contract import check_flat_memory, check_wrong_depths, requests, same_answers
-from melt_serve.verify.parity import Reference, check_efforts, check_parity
+from melt_serve.verify.parity import Reference, check_parity
 from melt_serve.verify.record import Certificate
-from melt_serve.verify.served import Served
-from melt_serve.verify.start import check_start
+from melt_serve.verify.served import Served, served
+from melt_serve.verify.start import check_files, check_start
+from tests.ouro_files import END_THINK, THINK, THINKING_TEMPLATE, write_ouro
 from tests.signals import hear_ctrl_c, still_running
 
 VERIFY = [sys.executable, "-m", "melt_serve.cli", "verify"]
-QUICK = Options(MELT, None, None, None, None, quick=True, words=())
+QUICK = Options(MELT, None, None, None, None, None, 128, quick=True, words=())
+SAYS = {"\n": (THINK,), THINK: ("Hm",), "Hm": ("so",), "so": (END_THINK,), END_THINK: ("Yes",), "Yes": ("<|im_end|>",)}
+"""What the Ouro checkpoint answers to any question."""
 
 
 def with_config(**changes):
@@ -59,6 +66,7 @@ def test_a_machine_that_serves_right_is_certified(tmp_path):
     certificate = Certificate.read(file)
     assert certificate.passed and certificate.kind == "cpu" and certificate.versions["torch"]
     assert certificate.checkpoint == "melt-demo" and "--quick" in certificate.command
+    assert f"melt-demo@{revision_of(MELT)[:12]}" == certificate.named and certificate.named in run.stdout
     checks = {check.name: check for check in certificate.checks}
     for depth in ("4 loops, the default", "1 loop", "8 loops", "exit threshold 0.7"):
         assert checks[f"as the reference, {depth}"].verdict == checks[f"usage.loops, {depth}"].verdict == "pass"
@@ -68,6 +76,9 @@ def test_a_machine_that_serves_right_is_certified(tmp_path):
     assert scarce.verdict == "pass" and scarce.numbers["events"] > 0
     assert checks["from the prefix cache as alone"].numbers["events"] > 0
     assert len(set(checks["KV bytes of final rows, the same at all loops"].numbers["bytes_by_loops"].values())) == 1
+    assert checks["answers end"].numbers == {"ended": 2, "asked": 2}
+    assert checks["reasoning and answer"].numbers == {"reasoned": 2, "wrong": 0}
+    assert {"files", "tokens in the cache", "end marks"} <= checks.keys()
     skipped = {check.measured for check in certificate.checks if check.verdict == "skipped"}
     assert skipped == {"nothing to wait for on a CPU", "left out by --quick"}
     assert certificate.counts in run.stdout
@@ -119,7 +130,7 @@ def test_more_loops_than_the_checkpoint_has_must_be_refused(ready):
 def test_rows_of_another_size_are_seen(ready):
     server = ready(with_config())
     server.info["kv_bytes_per_token"] //= 2
-    assert failed(check_start(server)) == {"KV bytes a token"}
+    assert failed(check_start(server)) == {"KV bytes a token", "tokens in the cache"}
     assert check_flat_memory(server).verdict == "FAIL"
 
 
@@ -131,6 +142,94 @@ def test_a_cache_that_is_not_scarce_proves_nothing_of_preemption(ready):
     assert same_answers("scene", alone, together, 0.05, 3, "preemptions").verdict == "pass"
     assert same_answers("scene", alone, together, 0.05, 0, "preemptions").verdict == "FAIL"
     assert same_answers("scene", alone, together[::-1], 0.05).verdict == "FAIL"
+
+
+@pytest.fixture(scope="module")
+def ouro(tmp_path_factory):
+    """Files as Ouro's are published, whose layers and loops move probabilities a little and no answer."""
+    folder = write_ouro(tmp_path_factory.mktemp("ouro") / "Ouro-tiny-Thinking", SAYS, THINKING_TEMPLATE)
+    weights, random = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith("layernorm_2.weight"):
+            weight.fill_(0.02)
+        elif "_proj" in name or "exit_gate" in name:
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=random))
+    weights["lm_head.weight"] /= 12
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    text = "Why is it so\nYes so it is\nwell Hm user Why so\n" * 16
+    words = ("--dtype=float32",)
+    (target,) = targets(Options(folder, None, None, None, text, 20, 64, quick=True, words=words))
+    with served(target, lambda seconds: None) as server:
+        yield server
+
+
+def test_an_ouro_is_qualified_by_its_own_checks(ouro):
+    checks = {check.name: check for check in certify.checks_of_running(ouro, ouro.target.folder)}
+    assert not failed(checks.values())
+    at_default = checks["as the reference, 4 loops, the default"]
+    assert at_default.numbers["same_tokens"] == at_default.numbers["tokens"] == 20 * ouro.target.generated
+    assert {"as the reference, 1 loop", "usage.loops, exit threshold 0.7", "wrong depths refused"} <= checks.keys()
+    assert checks["end marks"].measured == "<|endoftext|>, <|im_end|>"
+    asked = len(ouro.target.questions)
+    assert checks["answers end"].numbers == {"ended": asked, "asked": asked}
+    assert checks["reasoning and answer"].numbers == {"reasoned": asked, "wrong": 0}
+    held = checks["KV bytes of final rows, as planned at the most loops"]
+    assert held.verdict == checks["reasoning_effort"].verdict == checks["tokens in the cache"].verdict == "pass"
+
+
+def test_answers_that_go_on_after_an_end_mark_are_seen(ouro):
+    ended = ouro.client.chat("Why", 8)
+    on = replace(ended, tokens=[*ended.tokens, 7], ended="length")
+    marks = ended.tokens[-1:]
+    assert check_ends([ended, on], marks, 8).verdict == "FAIL"
+    assert check_ends([ended], marks, 8).verdict == "pass"
+    cut = check_ends([replace(on, tokens=[7, 7])], marks, 8)
+    assert cut.verdict == "skipped" and "raise --answer-tokens" in cut.measured
+
+
+def test_an_end_mark_that_the_server_does_not_heed_is_seen(ouro):
+    tokenizer = copy(ouro.target.tokenizer)
+    tokenizer.eos_token = "well"
+    found = check_end_marks(replace(ouro, target=replace(ouro.target, tokenizer=tokenizer)))
+    assert found.verdict == "FAIL" and found.measured == "goes on after well"
+
+
+def test_reasoning_that_is_not_apart_is_seen(ouro):
+    right = ouro.client.chat("Why", 8)
+    tokenizer = ouro.target.tokenizer
+    assert (right.reasoning, right.content) == ("Hm so", "Yes")
+    glued = replace(right, reasoning=None, content="Hm so Yes")
+    tagged = replace(right, content="</think> Yes")
+    for wrong in (glued, tagged):
+        assert check_splits([right, wrong], tokenizer).measured == "1 of 2 not split at their tags"
+    assert check_splits([right], tokenizer).verdict == "pass"
+
+
+def test_an_effort_that_changes_the_prompt_is_seen(ouro, monkeypatch):
+    class Client:
+        def chat(self, text, tokens, effort, logprobs):
+            return ouro.client.chat(text + " so" * (effort == "max"), tokens, effort, logprobs=logprobs)
+
+    found = check_efforts(replace(ouro, client=Client()), None, 1.0)
+    assert found.verdict == "FAIL" and found.measured.startswith("prompts of ")
+
+
+def test_files_that_are_not_whole_are_seen(ouro, tmp_path):
+    shutil.copytree(ouro.target.folder, tmp_path / "ouro")
+    (tmp_path / "ouro" / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    assert check_files(ouro.target.folder).verdict == "pass"
+    found = check_files(tmp_path / "ouro")
+    assert found.verdict == "FAIL" and "is not as it was written" in found.measured
+
+
+def test_revisions_tell_checkpoints_apart(ouro, tmp_path):
+    other = tmp_path / "models--acme--Ouro" / "snapshots" / "0123abcd"
+    shutil.copytree(ouro.target.folder, other)
+    assert revision_of(other) == "0123abcd"
+    copied = shutil.copytree(other, tmp_path / "copied")
+    assert revision_of(copied) == revision_of(ouro.target.folder)
+    (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
+    assert revision_of(copied) != revision_of(ouro.target.folder)
 
 
 def test_a_server_that_does_not_start_fails(capsys):
@@ -160,6 +259,7 @@ def test_ctrl_c_stops_the_server_and_says_how_far_it_came():
     ("words", "says"),
     [
         (["./nowhere"], "nowhere does not exist"),
+        (["--answer-tokens", "9000"], "--answer-tokens=9000 must be at most 8192"),
         ([str(LOOPLM), "--modes", "token"], "is a LoopLM: --modes and --looplm go with a MELT"),
         (["--looplm", str(MELT)], "is a MELT: name the LoopLM that it came from"),
         (["--text", "./nowhere.txt"], "--text nowhere.txt: "),

@@ -74,12 +74,11 @@ def show(arguments: argparse.Namespace) -> int:
     """
     from transformers import AutoTokenizer
 
-    from melt_serve.checkpoint_config import load_config
-    from melt_serve.checkpoint_path import located
+    from melt_serve.checkpoint_config import load_config, located_looped
     from melt_serve.train.data.datasets import Corpus
     from melt_serve.train.data.packing import Packing
 
-    checkpoint = located(arguments.checkpoint)
+    checkpoint = located_looped(arguments.checkpoint)
     config = load_config(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     corpus = Corpus(arguments.files)
