@@ -168,6 +168,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
         assert server.process.wait(20) == 0
     text = log.read_text()
     assert not re.search("ERROR|Traceback|leaked", text[text.index("shutdown triggered") :])
+    assert re.search("POST '/v1/completions' 503 in .*, refused: The server is stopping., request", text)
 
 
 def wait_for(url: str, wanted: int) -> None:
