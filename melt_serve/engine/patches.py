@@ -6,6 +6,7 @@ silently.
 """
 
 import functools
+import inspect
 import shutil
 import sys
 import threading
@@ -230,6 +231,20 @@ def start_beside_numba() -> None:
 
     if current_platform.is_cpu():
         _replace(dispatcher, "_rebind_kernels", without_llvmlite)
+
+
+def rank_without_a_compiler() -> None:
+    """Let an engine on a CPU count how many tokens are likelier than a token as it is written, not compiled.
+
+    vLLM has that compiled at the first request for log probabilities: seconds in which all others wait, and the end of
+    the engine where there is no C++ compiler.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.sample import sampler
+
+    _replace(sampler, "batched_count_greater_than", inspect.unwrap)
 
 
 def fit_queues_into_shared_memory() -> None:

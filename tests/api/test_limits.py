@@ -24,9 +24,10 @@ def server(tmp_path_factory):
     words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20)]
     words += ["--request-timeout", "4", "--shutdown-timeout", "1", "--enable-lora", "--max-lora-rank", "8"]
     command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
-    log = tmp_path_factory.mktemp("limits") / "log.txt"
-    seldom = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with running(command, port, log, environment={"VLLM_LOGGING_LEVEL": "INFO", **seldom}) as server:
+    folder = tmp_path_factory.mktemp("limits")
+    no_compiler = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    seldom = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1", **no_compiler}
+    with running(command, port, folder / "log.txt", environment={"VLLM_LOGGING_LEVEL": "INFO", **seldom}) as server:
         yield server
 
 
@@ -120,6 +121,12 @@ def test_an_idle_connection_is_kept_longer_than_clients_use_it(server):
 def test_so_many_answers_to_a_prompt_are_refused(server):
     answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 129}, timeout=30)
     assert answer.status_code == 400 and "128" in answer.json()["error"]["message"]
+
+
+def test_log_probabilities_need_no_compiler(server):
+    """vLLM would have their ranks compiled at the first request for them, and the engine would end here."""
+    answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2, "logprobs": 2}, timeout=30)
+    assert answer.status_code == 200 and len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
 
 
 def test_what_cannot_be_streamed_from_a_stored_answer_is_refused_before_a_stream_begins(server):
