@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -122,6 +123,19 @@ def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load,
     if words:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     kill_one(words.split(), victim, load, tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 5])
+def test_a_signal_ends_a_start_at_any_moment(seconds, tmp_path):
+    """Before Python has ours, its own handler ends it."""
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(free_port())]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AS_USERS})
+    time.sleep(seconds)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not still_running(family) and "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_several_api_servers_count_together_and_stop_together(tmp_path):
