@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -124,6 +125,19 @@ def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load,
     kill_one(words.split(), victim, load, tmp_path)
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 5])
+def test_a_signal_ends_a_start_at_any_moment(seconds, tmp_path):
+    """Before Python has ours, its own handler ends it."""
+    command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(free_port())]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **AS_USERS})
+    time.sleep(seconds)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not still_running(family) and "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_several_api_servers_count_together_and_stop_together(tmp_path):
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), "--api-server-count", "2"]
@@ -168,6 +182,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
         assert server.process.wait(20) == 0
     text = log.read_text()
     assert not re.search("ERROR|Traceback|leaked", text[text.index("shutdown triggered") :])
+    assert re.search("POST '/v1/completions' 503 in .*, refused: The server is stopping., request", text)
 
 
 def wait_for(url: str, wanted: int) -> None:

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from melt_serve.api.connections import Connection
 from melt_serve.api.errors import error_body, in_openai_shape
-from melt_serve.api.limits import LAST_SECOND
+from melt_serve.api.limits import LAST_SECOND, RETRY_SECONDS
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Answer:
 
     async def forward(self, message: Message) -> None:
         """Send a part of the application's answer, with the request's id in its head, and errors in OpenAI's shape."""
-        if self.closed:
+        if self.closed or (self.connection is not None and self.connection.lost.done()):
             return
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message["headers"])
@@ -75,7 +75,7 @@ class Answer:
                 return
             message = await self.send_error_head(self.head)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.whole = self.connection is None or not self.connection.lost.done()
+            self.whole = True
         await self.send(message)
 
     async def send_error_head(self, head: Message) -> Message:
@@ -114,6 +114,8 @@ class Answer:
         headers = {"Connection": "close", "X-Request-Id": self.request_id}
         if refusal.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
+        if refusal.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["Retry-After"] = str(RETRY_SECONDS)
         error = Response(error_body(refusal.status, refusal.message), refusal.status, headers, "application/json")
         self.status = refusal.status
 

@@ -24,10 +24,15 @@ INTEGERS = range(-(2**63), 2**64)
 """What goes to the engine in one piece: MessagePack knows no other integers."""
 LONGEST_NAME = 100
 """Characters of a field's name in a message; the client chose it."""
+PRIORITY = "X-Vllm-Priority"
+"""The header that overrides a body's priority. vLLM notes a request before it sends it to the engine: one that
+it cannot send counts as running for ever."""
 
 
 def find_mistake(scope: Scope, body: bytes, max_items: int = Limits().max_items) -> str | None:
-    """Return what is wrong with a request's body, with the field's name, or None."""
+    """Return what is wrong with a request's body, or its priority, with the field's name, or None."""
+    if priority_of(Headers(scope=scope)) not in INTEGERS:
+        return f"{PRIORITY} is an integer of more than 64 bits"
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if not body or not (path in ROUTES or "json" in Headers(scope=scope).get("content-type", "")):
         return None
@@ -51,6 +56,14 @@ def find_mistake(scope: Scope, body: bytes, max_items: int = Limits().max_items)
     if (answers := answers_asked(value)) > max_items:
         return f"This asks for {answers} answers, prompts times n, and {at_most(max_items)}"
     return None
+
+
+def priority_of(headers: Headers) -> int:
+    """Return the number that vLLM reads from the header; 0 if it reads none."""
+    try:
+        return int(headers.get(PRIORITY, "0"))
+    except ValueError:
+        return 0
 
 
 def answers_asked(body: dict[str, Any]) -> int:
@@ -208,16 +221,24 @@ class Tokens(Body):
 
 
 class Abort(Body):
-    """Of the route that ends other requests, which answers before it looks at their ids."""
+    """Of the routes that end other requests, which look at their ids too late."""
 
     request_ids: list[str] | str | None = None
 
 
+class Scaling(Body):
+    """Of the route that changes how many engines share a model's experts, which vLLM has for every model."""
+
+    new_data_parallel_size: Annotated[Any, refused("no looped model has experts")] = None
+
+
 ROUTES: dict[str, type[Body]] = {
+    "/abort_requests": Abort,
     "/generative_scoring": Scoring,
     "/inference/v1/abort_requests": Abort,
     "/inference/v1/generate": Tokens,
     "/invocations": Generation,
+    "/scale_elastic_ep": Scaling,
     "/v1/chat/completions": Generation,
     "/v1/chat/completions/batch": Generation,
     "/v1/chat/completions/render": Generation,

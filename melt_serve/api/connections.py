@@ -4,6 +4,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from vllm.logger import init_logger
 
@@ -23,8 +24,11 @@ class Connection(HttpToolsProtocol):
         ending: done when the server stops and cannot wait for this connection's answer any longer.
     """
 
+    parser: "Parser"
+
     def __init__(self, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
+        self.parser = Parser(self)
         self.limits = limits
         self.lost: asyncio.Future[None] = self.loop.create_future()
         self.ending: asyncio.Future[None] = self.loop.create_future()
@@ -77,9 +81,21 @@ class Connection(HttpToolsProtocol):
         self.await_head()
 
     def on_headers_complete(self) -> None:
-        """Hand the request over to the application."""
-        self.head_is_here()
-        super().on_headers_complete()
+        """Hand the request over to the application; one that offers another protocol comes again, see `Parser`."""
+        if not self.parser.offers_protocol():
+            self.head_is_here()
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """End the request's body."""
+        if not self.parser.offers_protocol():
+            super().on_message_complete()
+
+    def head_without_upgrade(self) -> bytes:
+        """Return the head that was just parsed, without its offer of another protocol."""
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([line, *fields, b"", b""])
 
     def await_head(self) -> None:
         """Give the client its time to send headers, if that time does not run yet."""
@@ -142,3 +158,29 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
         await asyncio.wait({self.lost}, timeout=LAST_SECOND)
         self.transport.abort()
+
+
+class Parser(HttpRequestParser):
+    """An HTTP parser for requests that offer another protocol, which a server may ignore (RFC 9110, 7.8).
+
+    By itself it takes what follows such a head for the other protocol's, and the request's body is lost. Java's client
+    offers HTTP/2 with every first request. WebSockets are another one: no looped model has a route for them.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.connection = connection
+
+    def offers_protocol(self) -> bool:
+        """Return whether the request that is being parsed offers another protocol; CONNECT demands a tunnel."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        """Parse what has come, and a head that offers another protocol once more, without its offer."""
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as offer:
+            if not self.offers_protocol():
+                raise
+            self.feed_data(self.connection.head_without_upgrade() + data[offer.args[0] :])

@@ -20,6 +20,7 @@ from melt_serve.api.answer import Answer, Refusal
 from melt_serve.api.bodies import find_mistake
 from melt_serve.api.connections import Connection
 from melt_serve.api.errors import shorten
+from melt_serve.api.health import ALWAYS_ANSWERED, is_closing
 from melt_serve.api.limits import LAST_SECOND, Limits
 
 logger = init_logger("vllm.melt_serve.guard")
@@ -70,9 +71,9 @@ class Guard:
         app: asyncio.Task[None] | None = None
         try:
             self.check(scope)
-            body = await self.read(scope, receive)
-            app = asyncio.create_task(self.run(answer, body))
-            await self.wait(app, answer)
+            if (body := await self.read(scope, receive)) is not None:
+                app = asyncio.create_task(self.run(answer, body))
+                await self.wait(app, answer)
             end = how_it_ended(answer)
         except Refusal as refusal:
             end = f"{refusal.end}: {refusal.message}"
@@ -95,7 +96,10 @@ class Guard:
         return request_id
 
     def check(self, scope: Scope) -> None:
-        """Raise Refusal unless the headers are short, name this server, and hold a key of ours where one is needed."""
+        """Raise Refusal unless the headers are short, name this server, and hold a key of ours where one is needed.
+
+        A server that is told to stop refuses all that needs its engine.
+        """
         headers = Headers(scope=scope)
         size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
         size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
@@ -109,13 +113,14 @@ class Guard:
                 f"This server is not {shorten(host, LONGEST_PATH)!r}: without a key it answers to its own names only "
                 "(--allowed-hosts adds some).",
             )
-        if self.keys is None or path_of(scope) in OPEN or scope["method"] == "OPTIONS":
-            return
-        if not self.keys.verify_token(headers):
+        needs_key = self.keys is not None and path_of(scope) not in OPEN and scope["method"] != "OPTIONS"
+        if self.keys is not None and needs_key and not self.keys.verify_token(headers):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "This needs the server's API key: Authorization: Bearer KEY.")
+        if path_of(scope) not in ALWAYS_ANSWERED and is_closing(scope["app"].state):
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "The server is stopping.")
 
-    async def read(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the whole body, and return a `receive` that gives it in one piece.
+    async def read(self, scope: Scope, receive: Receive) -> Receive | None:
+        """Read the whole body, and return a `receive` that gives it in one piece; None if the client left before.
 
         Raises:
             Refusal: it is too large or too slow.
@@ -133,6 +138,8 @@ class Guard:
             async with asyncio.timeout(self.limits.body_timeout):
                 while True:
                     message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
@@ -143,13 +150,12 @@ class Guard:
             late = f"The request's body did not arrive within {self.limits.body_timeout:g} s."
             raise Refusal(HTTPStatus.REQUEST_TIMEOUT, late, end="timed out") from None
         whole: Message = {"type": "http.request", "body": b"".join(parts)}
-        if message["type"] == "http.request":  # else the client has left
-            # A large body takes seconds, in which all other clients would wait.
-            look = partial(find_mistake, scope, whole["body"], self.limits.max_items)
-            mistake = await asyncio.to_thread(look) if size > AT_ONCE else look()
-            if mistake is not None:
-                raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
-        first = [whole if message["type"] == "http.request" else message]
+        # A large body takes seconds, in which all other clients would wait.
+        look = partial(find_mistake, scope, whole["body"], self.limits.max_items)
+        mistake = await asyncio.to_thread(look) if size > AT_ONCE else look()
+        if mistake is not None:
+            raise Refusal(HTTPStatus.BAD_REQUEST, mistake)
+        first = [whole]
 
         async def replay() -> Message:
             return first.pop() if first else await receive()

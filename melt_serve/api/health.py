@@ -4,20 +4,19 @@ import os
 import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from pydantic import PositiveFloat, TypeAdapter
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from melt_serve.api.limits import RETRY_SECONDS
 from melt_serve.api.metrics import steps_ended
 from melt_serve.engine.patches import is_stopping
 
 STEP_TIMEOUT = "MELT_STEP_TIMEOUT"
-RETRY_SECONDS = 10
-"""When a client should ask again: by then another server answers for this one, or it has started anew."""
 
 ALWAYS_ANSWERED = frozenset({"/health", "/ping", "/version", "/metrics", "/melt", "/melt/info", "/melt/ready"})
 """Paths that need no engine, and that are of use while the server stops."""
@@ -73,19 +72,10 @@ async def show_ready(request: Request) -> JSONResponse:
     return JSONResponse({"ready": True}) if refusal is None else unavailable(refusal)
 
 
-class Closing:
-    """An ASGI middleware that sends new requests elsewhere once the server is told to stop."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with a 503 if the server is stopping, in OpenAI's shape."""
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) not in ALWAYS_ANSWERED:
-            readiness: Readiness | None = getattr(scope["app"].state, "melt_readiness", None)
-            if readiness is not None and is_stopping(readiness.engine):
-                return await unavailable("The server is stopping.")(scope, receive, send)
-        await self.app(scope, receive, send)
+def is_closing(state: Any) -> bool:
+    """Return whether the server of this application's state has been told to stop."""
+    readiness: Readiness | None = getattr(state, "melt_readiness", None)
+    return readiness is not None and is_stopping(readiness.engine)
 
 
 def unavailable(why: str) -> JSONResponse:

@@ -6,6 +6,8 @@ from pydantic import BaseModel, PositiveFloat, PositiveInt
 
 LAST_SECOND = 1.0
 """Seconds that a client has to take its last words, before its connection is closed under it."""
+RETRY_SECONDS = 10
+"""When a client of a stopping server should ask again: by then another one answers, or this one has started anew."""
 
 
 class Limits(BaseModel):

@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from melt_serve.api.errors import shorten
 from melt_serve.api.guard import Guard, own_hosts
-from melt_serve.api.health import Closing, Readiness, show_ready, step_timeout
+from melt_serve.api.health import Readiness, show_ready, step_timeout
 from melt_serve.api.info import Info, lasting_facts, read_metrics
 from melt_serve.api.limits import Limits
 from melt_serve.config import LoopLMConfig
@@ -37,7 +37,6 @@ class MeltEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and put the guard before all: before vLLM's middlewares, which it adds later, too."""
-        app.add_middleware(Closing)
         guard = make_guard(app.state.args)
         build_all = app.build_middleware_stack
         app.build_middleware_stack = lambda: guard(build_all())  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from melt_serve.config import LoopLMConfig
+from melt_serve.engine import patches
 from melt_serve.engine.cpu_norms import prefer_kernels
 from melt_serve.engine.depth import depth_of
 from melt_serve.engine.step import StepPlan
@@ -95,6 +96,7 @@ class MeltCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         prefer_kernels(vllm_config)
+        patches.rank_without_a_compiler()
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:

@@ -6,11 +6,13 @@ silently.
 """
 
 import functools
+import inspect
 import shutil
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMClientError, VLLMError, VLLMValidationError
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -50,6 +53,7 @@ def apply() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
@@ -59,6 +63,8 @@ def apply() -> None:
     _replace(InputProcessor, "process_inputs", _resolve_depth)
     _replace(AsyncLLM, "generate", _refuse_early)
     _replace(OpenAIServingResponses, "_generate_with_builtin_tools", _refuse_responses_early)
+    _replace(OpenAIServingResponses, "retrieve_responses", _refuse_late_streams)
+    _replace(OpenAIServingModels, "load_lora_adapter", _blame_adapters)
     _replace(AnthropicServingMessages, "create_messages", _answer_refusals)
     _replace(error_response, "sanitize_message", _cut_message)
     _replace(ChatCompletionRequest, "build_chat_params", _read_gateway_effort)
@@ -225,6 +231,20 @@ def start_beside_numba() -> None:
 
     if current_platform.is_cpu():
         _replace(dispatcher, "_rebind_kernels", without_llvmlite)
+
+
+def rank_without_a_compiler() -> None:
+    """Let an engine on a CPU count how many tokens are likelier than a token as it is written, not compiled.
+
+    vLLM has that compiled at the first request for log probabilities: seconds in which all others wait, and the end of
+    the engine where there is no C++ compiler.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.sample import sampler
+
+    _replace(sampler, "batched_count_greater_than", inspect.unwrap)
 
 
 def fit_queues_into_shared_memory() -> None:
@@ -476,6 +496,34 @@ def _refuse_responses_early(original: Callable[..., AsyncGenerator]) -> Callable
         return original(self, request_id, engine_input, sampling_params, **kwargs)
 
     return generate_with_tools
+
+
+def _refuse_late_streams(original: Callable[..., Any]) -> Callable[..., Any]:
+    # The same: what cannot be streamed from a stored answer vLLM finds when the stream has begun.
+    @functools.wraps(original)
+    async def retrieve_responses(self: Any, response_id: str, starting_after: int | None, stream: bool | None) -> Any:
+        wrong = None
+        if stream and response_id in self.response_store and response_id not in self.event_store:
+            wrong = "stream", "only an answer that was asked for with background and stream can be streamed later"
+        elif stream and starting_after is not None and starting_after < 0:
+            wrong = "starting_after", f"events are counted from 0, not {starting_after}"
+        if wrong is not None:
+            return self.create_error_response(message=wrong[1], param=wrong[0])
+        return await original(self, response_id, starting_after, stream)
+
+    return retrieve_responses
+
+
+def _blame_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    # What is wrong with an adapter's files a worker finds, and vLLM calls that an error of the server's.
+    @functools.wraps(original)
+    async def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = await original(self, *args, **kwargs)
+        if isinstance(answer, ErrorResponse) and answer.error.code >= 500 and not self.engine_client.errored:
+            answer.error.code, answer.error.type = HTTPStatus.BAD_REQUEST, "BadRequestError"
+        return answer
+
+    return load_lora_adapter
 
 
 def _check(engine: Any, prompt: Any, params: SamplingParams, request_id: str, **kwargs: Any) -> None:

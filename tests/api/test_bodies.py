@@ -10,9 +10,9 @@ from melt_serve.api.bodies import MOST_NESTED, find_mistake
 CHAT = "/v1/chat/completions"
 
 
-def mistake(body, path=CHAT, content_type="application/json", **limits):
+def mistake(body, path=CHAT, content_type="application/json", headers=(), **limits):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    scope = {"type": "http", "path": path, "headers": [(b"content-type", content_type.encode())]}
+    scope = {"type": "http", "path": path, "headers": [(b"content-type", content_type.encode()), *headers]}
     return find_mistake(scope, content, **limits)
 
 
@@ -92,6 +92,9 @@ def test_as_deep_as_is_allowed_passes_and_is_judged_to_the_bottom():
         ("/inference/v1/generate", {"sampling_params": {"extra_args": {"loops": True}}}, "extra_args.loops"),
         ("/inference/v1/generate", {"sampling_params": {"extra_args": {"ec_transfer_params": 1}}}, "for servers"),
         ("/inference/v1/abort_requests", {"request_ids": 5}, "request_ids"),
+        ("/abort_requests", {"request_ids": {"a": 1}}, "request_ids"),
+        ("/scale_elastic_ep", {"new_data_parallel_size": 2}, "no looped model has experts"),
+        ("/scale_elastic_ep", [], "the body: Input should be"),
         ("/tokenize", {"vllm_xargs": {"kv_transfer_params": {}}}, "for servers"),
         ("/v1/chat/completions/render", {"structured_outputs": []}, "structured_outputs: Input should be"),
         ("/v1/messages/count_tokens", {"messages": []}, "messages: List should have at least 1 item"),
@@ -101,6 +104,22 @@ def test_as_deep_as_is_allowed_passes_and_is_judged_to_the_bottom():
 )
 def test_a_field_that_a_route_would_ignore_or_choke_on_is_refused_there(path, body, says):
     assert says in mistake(body, path)
+
+
+@pytest.mark.parametrize(
+    ("priority", "wrong"),
+    [
+        (b"5", False),
+        (b"-9_0", False),
+        (b"high", False),
+        (b"9" * 5000, False),
+        (b"9" * 30, True),
+        (b"-" + b"9" * 30, True),
+    ],
+)
+def test_a_priority_in_a_header_is_no_larger_than_one_in_a_body(priority, wrong):
+    says = mistake({}, headers=[(b"x-vllm-priority", priority)])
+    assert says == ("X-Vllm-Priority is an integer of more than 64 bits" if wrong else None)
 
 
 MESSAGE = {"role": "user", "content": "a"}

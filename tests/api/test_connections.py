@@ -50,6 +50,7 @@ class Stage:
         app.post("/echo")(self.echo)
         app.get("/stream")(self.stream)
         app.get("/large")(self.large)
+        app.get("/slow")(self.slow)
         self.server = NoSignalServer(uvicorn.Config(app, log_level="warning", timeout_keep_alive=5))
         app.state.server = self.server
         self.socket = socket.socket()
@@ -75,6 +76,9 @@ class Stage:
 
     async def large(self):
         return "x" * 50_000_000
+
+    async def slow(self):
+        await asyncio.sleep(0.5)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -239,6 +243,16 @@ def test_a_client_that_leaves_is_told_apart(stage, lines):
     assert ", client gone, " in lines()[0] and stage.ended
 
 
+@pytest.mark.parametrize("begun", ["POST /echo HTTP/1.1\r\nContent-Length: 9\r\n\r\nx", "GET /slow HTTP/1.1\r\n\r\n"])
+def test_of_a_client_that_leaves_before_an_answer_no_status_is_logged(stage, lines, begun):
+    with stage.connect() as client:
+        client.sendall(begun.encode())
+        until(lambda: stage.server.server_state.tasks)
+    until(lambda: lines())
+    method, path, _ = begun.split(" ", 2)
+    assert f"{method} '{path}' - in " in lines()[0] and ", client gone, " in lines()[0]
+
+
 def test_an_open_answer_ends_with_an_error_when_the_server_stops(stage, lines):
     with stage.connect() as client:
         client.sendall(b"GET /stream HTTP/1.1\r\n\r\n")
@@ -279,3 +293,46 @@ def test_a_long_path_is_cut_in_the_log_and_in_the_answer(stage, lines):
     assert len(body) < 2500
     until(lambda: lines())
     assert len(lines()[0]) < 600
+
+
+OFFERS = {
+    "HTTP/2": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n",
+    "WebSocket": b"Connection: keep-alive, Upgrade\r\nupgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+}
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_an_offer_of_another_protocol_is_ignored_and_the_request_answered(stage, lines, offer, framing):
+    """As Java's client makes one with the first request of every connection, in any pieces."""
+    framed = b"Content-Length: 12\r\n\r\n" + 12 * b"x"
+    if framing == "chunked":
+        framed = b"Transfer-Encoding: chunked\r\n\r\n5\r\nxxxxx\r\n7\r\nxxxxxxx\r\n0\r\n\r\n"
+    offering = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n" + OFFERS[offer] + framed
+    plain = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n" + framed
+    with stage.connect() as client:
+        for request, size in ((offering, len(offering)), (plain, len(plain)), (offering, 7), (offering, 1)):
+            for start in range(0, len(request), size):
+                client.sendall(request[start : start + size])
+            said = b""
+            while not said.endswith(b"}"):
+                said += client.recv(1000)
+            assert said.startswith(b"HTTP/1.1 200 ") and said.endswith(b'\r\n\r\n{"size":12}'), said
+    until(lambda: len(lines()) == 4)
+    assert all("POST '/echo' 200 " in line for line in lines())
+
+
+def test_a_websocket_is_checked_and_logged_like_any_request(stage, lines):
+    offer = dict(line.split(": ") for line in OFFERS["WebSocket"].decode().splitlines())
+    for host, status in (("attacker.example", 403), ("localhost", 404)):
+        answer, body = stage.ask("GET", "/v1/realtime", headers={**offer, "Host": host})
+        assert answer.status == json.loads(body)["error"]["code"] == status
+        until(lambda code=status: any(f"GET '/v1/realtime' {code} " in line for line in lines()))
+
+
+@pytest.mark.parametrize(("target", "status"), [("elsewhere.example:443", 400), ("/echo", 405)])
+def test_a_tunnel_is_refused(stage, target, status):
+    with stage.connect() as client:
+        client.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nmore".encode())
+        assert error(everything(client))[0] == status

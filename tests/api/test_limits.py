@@ -1,4 +1,4 @@
-"""`melt-serve serve` with tight limits: what becomes of requests whose time is over, in the engine, too."""
+"""`melt-serve serve` with tight limits, and with all that is seldom on: what becomes of requests whose time is over."""
 
 import json
 import re
@@ -22,10 +22,12 @@ LONG = {"model": "melt-demo", "prompt": "Find everybody.", "max_tokens": 1900, "
 def server(tmp_path_factory):
     port = free_port()
     words = ["--port", str(port), "--kv-cache-memory-bytes", str(64 << 20)]
-    words += ["--request-timeout", "4", "--shutdown-timeout", "1"]
+    words += ["--request-timeout", "4", "--shutdown-timeout", "1", "--enable-lora", "--max-lora-rank", "8"]
     command = [sys.executable, "-m", "melt_serve.cli", "serve", *words]
-    log = tmp_path_factory.mktemp("limits") / "log.txt"
-    with running(command, port, log, environment={"VLLM_LOGGING_LEVEL": "INFO"}) as server:
+    folder = tmp_path_factory.mktemp("limits")
+    no_compiler = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    seldom = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1", **no_compiler}
+    with running(command, port, folder / "log.txt", environment={"VLLM_LOGGING_LEVEL": "INFO", **seldom}) as server:
         yield server
 
 
@@ -119,6 +121,46 @@ def test_an_idle_connection_is_kept_longer_than_clients_use_it(server):
 def test_so_many_answers_to_a_prompt_are_refused(server):
     answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 129}, timeout=30)
     assert answer.status_code == 400 and "128" in answer.json()["error"]["message"]
+
+
+def test_log_probabilities_need_no_compiler(server):
+    """vLLM would have their ranks compiled at the first request for them, and the engine would end here."""
+    answer = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2, "logprobs": 2}, timeout=30)
+    assert answer.status_code == 200 and len(answer.json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
+def test_what_cannot_be_streamed_from_a_stored_answer_is_refused_before_a_stream_begins(server):
+    asked = {"model": "melt-demo", "input": "Where is Ann?", "max_output_tokens": 4, "background": True}
+    whole = f"{server.url}/v1/responses/{httpx.post(f'{server.url}/v1/responses', json=asked).json()['id']}"
+    assert httpx.get(whole).json()["object"] == "response"
+    begun = httpx.post(f"{server.url}/v1/responses", json={**asked, "stream": True}).text
+    streamed = f"{server.url}/v1/responses/{re.search(r'resp_[0-9a-f]+', begun)[0]}"
+    assert "response.completed" in httpx.get(f"{streamed}?stream=true&starting_after=0").text
+    for wrong, names in ((f"{whole}?stream=true", "stream"), (f"{streamed}?stream=true&starting_after=-5", "start")):
+        answer = httpx.get(wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(names)
+    assert httpx.get(f"{server.url}/v1/responses/resp_unknown?stream=true").status_code == 404
+    assert "Traceback" not in server.log.read_text()
+
+
+ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "bias": "none", "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"), [({}, "lora_alpha"), ({**ADAPTER, "r": 64}, "64"), (ADAPTER, "contain"), (None, "directory")]
+)
+def test_an_adapter_that_cannot_be_loaded_is_the_mistake_of_who_names_it(server, tmp_path, fields, says):
+    path = tmp_path / "adapter"
+    if fields is None:
+        path.touch()
+    else:
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps(fields))
+    asked = {"lora_name": "mine", "lora_path": str(path)}
+    answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=asked, timeout=30)
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/v1/models/mine").status_code == 404
+    assert httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2}, timeout=30).status_code == 200
 
 
 def test_open_answers_end_with_an_error_when_the_server_stops(server):

@@ -20,10 +20,10 @@ GENERATES = {
 STREAMS = [path for path in GENERATES if not path.endswith("/batch")]
 
 
-def ask(server, path, body):
+def ask(server, path, body, **headers):
     """Return the status, the kind of answer and its text."""
     data = json.dumps(body).encode()
-    request = urllib.request.Request(server + path, data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(server + path, data, {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()
@@ -58,6 +58,13 @@ def test_so_is_all_that_vllm_itself_refuses(server, path):
         body["sampling_params"] = {"max_tokens": 4, "stop_token_ids": [10**6]}
     status, kind, text = ask(server, path, body)
     assert (status, kind) == (400, "application/json"), text
+
+
+@pytest.mark.parametrize("path", GENERATES)
+def test_so_is_a_priority_that_no_engine_can_be_sent(server, path):
+    status, kind, text = ask(server, path, GENERATES[path], **{"X-Vllm-Priority": "9" * 30})
+    assert (status, kind) == (400, "application/json") and "X-Vllm-Priority" in json.loads(text)["error"]["message"]
+    assert ask(server, path, GENERATES[path], **{"X-Vllm-Priority": "9"})[0] == 200
 
 
 def test_more_prompts_than_a_request_may_have_are_refused(server):

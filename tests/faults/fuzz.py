@@ -27,8 +27,6 @@ RIGHT: dict[str, dict[str, Any]] = {
 ELSEWHERE = ("vllm_xargs", "kv_transfer_params", "structured_outputs", "reasoning", "reasoning_effort", "tools", "stop")
 """Fields that a client may send anywhere, named or not."""
 MEANT_FOR_OPERATORS = (
-    "/scale_elastic_ep",
-    "/is_scaling_elastic_ep",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 )
