@@ -2,11 +2,15 @@
 
 In `token` mode every loop writes the same slots again, those of the final rows. In `chunk` mode the loops before a
 request's last have rows of their own while their chunk is open (`OpenRowsManager` in cache.py): such a loop's block
-table is the final one with the columns of the open chunk replaced.
+table is the final one with the columns of the open chunk replaced. A LoopLM's loops have rows of their own for all
+tokens (`LoopRowsManager` in looplm_cache.py).
 """
 
 import torch
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from melt_serve.config import chunk_start
 from melt_serve.engine.attention import StepRecord
@@ -45,11 +49,6 @@ class LoopTables:
         # A step that runs a whole chunk has all its rows at hand: it writes the final blocks at every loop.
         whole = (self.common.query_start_loc.diff() == chunk_size) & (lengths % chunk_size == 0)
         own = (loop[:, None] < later_loops) & ~whole
-
-        def entry(block: Tensor, later_loops: Tensor, loop: Tensor) -> Tensor:
-            """Return where `held` has a block of a chunk, counted in it from 0: `split` entries in a row for a loop."""
-            return (block // split * later_loops + loop) * split + block % split
-
         first = chunk_start((lengths - 1).clamp(min=0), chunk_size) // block_size
         width = min(chunk_size // block_size, self.final_blocks.shape[1])
         # The table may end inside the chunk: its columns are then the last ones, and some lie before the chunk.
@@ -57,16 +56,14 @@ class LoopTables:
         self.columns = begin[:, None] + torch.arange(width, device=loops.device)
         block = self.columns - first[:, None]
         rows = torch.arange(len(loops), device=loops.device)[:, None]
-        blocks = held[rows, entry(block.clamp(min=0), later_loops[:, None], loop[:, None, None])]
+        blocks = held[rows, entry(block.clamp(min=0), later_loops[:, None], loop[:, None, None], split)]
         final_blocks = self.final_blocks.gather(1, self.columns)
         self.open_blocks = torch.where(own[:, :, None] & (block >= 0), blocks, final_blocks)
         self.composed_blocks = self.final_blocks.clone()
 
         block = positions % chunk_size // block_size
-        tokens = torch.arange(len(positions), device=loops.device, dtype=torch.int32)
-        ends = self.common.query_start_loc[1:]
-        requests = torch.searchsorted(ends, tokens, right=True).clamp(max=len(loops) - 1)
-        slots = held[requests, entry(block, later_loops[requests], loop[:, None])].long() * block_size
+        requests = requests_of(self.common, len(positions))
+        slots = held[requests, entry(block, later_loops[requests], loop[:, None], split)].long() * block_size
         slots += positions % block_size
         # A negative slot is padding's, which belongs to no request.
         self.open_slots = torch.where(own[:, requests] & (self.final_slots >= 0), slots, self.final_slots)
@@ -80,3 +77,56 @@ class LoopTables:
     def slots(self, loop: int) -> Tensor:
         """Return the slots that the step's tokens write in a loop, [S]."""
         return self.final_slots if loop > self.open_loops else self.open_slots[loop - 1]
+
+
+class TablesByLoop(LoopTables):
+    """A LoopLM's block tables and slots: a request of d loops has d blocks in a row for every block of its tokens."""
+
+    def __init__(self, rows: StepRecord, loops: Tensor, deepest: int, longest: int, positions: Tensor):
+        """Take apart the tables of a step.
+
+        Args:
+            rows: the step and its tables, of all loops.
+            loops: [R], the most loops that each request may run.
+            deepest: the largest of them.
+            longest: the most tokens that a request has at the end of the step, at most.
+            positions: [S], the position of each token in its own sequence.
+        """
+        super().__init__(rows)
+        self.open_loops = deepest
+        split, block_size = rows.builder.entries_per_block, rows.builder.kv_cache_spec.block_size  # of the kernel's
+        block = torch.arange(cdiv(longest, block_size), device=loops.device)
+        loop = torch.arange(deepest, device=loops.device)[:, None]  # counted from 0
+        entries = entry(block, loops[:, None], loop[:, :, None], split)
+        self.open_blocks = self.final_blocks[torch.arange(len(loops), device=loops.device)[:, None], entries]
+        positions, requests = positions[: len(self.final_slots)], requests_of(self.common, len(self.final_slots))
+        # Padding's positions may be anything.
+        slots = self.open_blocks[:, requests, (positions // block_size).clamp(max=len(block) - 1)].long() * block_size
+        written = (loop < loops[requests]) & (self.final_slots >= 0)
+        self.open_slots = torch.where(written, slots + positions % block_size, PAD_SLOT_ID)
+        self.final_blocks, self.final_slots = self.open_blocks[0], self.open_slots[0]
+
+    def blocks(self, loop: int) -> Tensor:
+        """Return a loop's block table, [R, blocks up to the longest request's last]."""
+        return self.open_blocks[loop - 1]
+
+
+def entry(block: Tensor, loops: Tensor, loop: Tensor, split: int) -> Tensor:
+    """Return where a table has a loop's block, both counted from 0, if it has one of each loop in a row.
+
+    Args:
+        block: as the kernel counts them.
+        loops: how many have a block.
+        loop: which of them.
+        split: the kernel's blocks in a block of the table, which are entries in a row.
+    """
+    if split == 1:
+        return block * loops + loop
+    return (block // split * loops + loop) * split + block % split
+
+
+def requests_of(common: CommonAttentionMetadata, tokens: int) -> Tensor:
+    """Return the request of each of a step's first tokens, [tokens], as an index into its R; padding's is the last."""
+    ends = common.query_start_loc[1:]
+    numbers = torch.arange(tokens, device=ends.device, dtype=torch.int32)
+    return torch.searchsorted(ends, numbers, right=True).clamp(max=len(ends) - 1)
