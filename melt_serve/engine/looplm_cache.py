@@ -80,9 +80,9 @@ class LoopRowsManager(FullAttentionManager):
         self.num_cached_block[request_id] = full * loops
 
     def emit_cached_block_events(self, request: Request, computed_blocks: tuple[list[KVCacheBlock], ...]) -> None:
-        """Tell of the blocks that a request has hit, as the coordinator does for a manager of one block a block."""
+        """Tell of the blocks that a request has hit, loop by loop; vLLM takes a block for one of its tokens."""
+        hit = len(computed_blocks[0]) // self.loops_wanted
         for loop in range(self.loops_wanted):
-            hit = len(computed_blocks[0]) // self.loops_wanted
             self.block_pool.emit_cached_block_events(request, hit, self.block_size, loop)
 
 

@@ -262,7 +262,7 @@ class Running:
     def tables(self, loop: int) -> Tables:
         """Return where the rows of these tokens are in this loop."""
         tables = self.rows.tables
-        if loop > tables.open_loops:
+        if loop > tables.own_loops:
             return Tables(self.metadata.block_table, self.metadata.slot_mapping)
         return Tables(tables.blocks(loop)[self.requests], tables.slots(loop)[self.tokens])
 

@@ -20,7 +20,7 @@ class LoopTables:
     """The block tables and slots of a step's loops, for its R requests and S tokens.
 
     Attributes:
-        open_loops: loops 1 to this one have tables of their own; later ones have those of the final rows.
+        own_loops: loops 1 to this one have tables of their own; later ones have those of the final rows.
     """
 
     def __init__(self, final: StepRecord):
@@ -28,7 +28,7 @@ class LoopTables:
         self.common = final.common
         self.final_blocks = final.common.block_table_tensor
         self.final_slots = final.common.slot_mapping
-        self.open_loops = 0
+        self.own_loops = 0
 
     def lay_over(self, open_rows: StepRecord, loops: Tensor, deepest: int, positions: Tensor) -> None:
         """Give loops before a request's last the rows of its open chunk, unless a whole chunk runs.
@@ -39,13 +39,13 @@ class LoopTables:
             deepest: the largest of them.
             positions: [S], the position of each token in its own sequence.
         """
-        self.open_loops = deepest - 1
+        self.own_loops = deepest - 1
         positions = positions[: len(self.final_slots)]
         spec, split = open_rows.builder.kv_cache_spec, open_rows.builder.entries_per_block
         chunk_size, block_size = spec.chunk_size, spec.block_size  # of the kernel's blocks
         held = open_rows.common.block_table_tensor
         lengths, later_loops = self.common.seq_lens, loops - 1
-        loop = torch.arange(self.open_loops, device=loops.device)  # counted from 0
+        loop = torch.arange(self.own_loops, device=loops.device)  # counted from 0
         # A step that runs a whole chunk has all its rows at hand: it writes the final blocks at every loop.
         whole = (self.common.query_start_loc.diff() == chunk_size) & (lengths % chunk_size == 0)
         own = (loop[:, None] < later_loops) & ~whole
@@ -58,25 +58,26 @@ class LoopTables:
         rows = torch.arange(len(loops), device=loops.device)[:, None]
         blocks = held[rows, entry(block.clamp(min=0), later_loops[:, None], loop[:, None, None], split)]
         final_blocks = self.final_blocks.gather(1, self.columns)
-        self.open_blocks = torch.where(own[:, :, None] & (block >= 0), blocks, final_blocks)
+        self.own_blocks = torch.where(own[:, :, None] & (block >= 0), blocks, final_blocks)
         self.composed_blocks = self.final_blocks.clone()
 
         block = positions % chunk_size // block_size
-        requests = requests_of(self.common, len(positions))
+        tokens = torch.arange(len(positions), device=loops.device, dtype=torch.int32)
+        requests = requests_of(tokens, self.common)
         slots = held[requests, entry(block, later_loops[requests], loop[:, None], split)].long() * block_size
         slots += positions % block_size
         # A negative slot is padding's, which belongs to no request.
-        self.open_slots = torch.where(own[:, requests] & (self.final_slots >= 0), slots, self.final_slots)
+        self.own_slots = torch.where(own[:, requests] & (self.final_slots >= 0), slots, self.final_slots)
 
     def blocks(self, loop: int) -> Tensor:
         """Return a loop's block table, [R, blocks]. That of another loop is overwritten."""
-        if loop > self.open_loops:
+        if loop > self.own_loops:
             return self.final_blocks
-        return self.composed_blocks.scatter_(1, self.columns, self.open_blocks[loop - 1])
+        return self.composed_blocks.scatter_(1, self.columns, self.own_blocks[loop - 1])
 
     def slots(self, loop: int) -> Tensor:
         """Return the slots that the step's tokens write in a loop, [S]."""
-        return self.final_slots if loop > self.open_loops else self.open_slots[loop - 1]
+        return self.final_slots if loop > self.own_loops else self.own_slots[loop - 1]
 
 
 class TablesByLoop(LoopTables):
@@ -93,22 +94,23 @@ class TablesByLoop(LoopTables):
             positions: [S], the position of each token in its own sequence.
         """
         super().__init__(rows)
-        self.open_loops = deepest
+        self.own_loops = deepest
         split, block_size = rows.builder.entries_per_block, rows.builder.kv_cache_spec.block_size  # of the kernel's
-        block = torch.arange(cdiv(longest, block_size), device=loops.device)
-        loop = torch.arange(deepest, device=loops.device)[:, None]  # counted from 0
+        width, tokens = cdiv(longest, block_size), len(self.final_slots)
+        numbers = torch.arange(max(width, deepest, len(loops), tokens), dtype=torch.int32, device=loops.device)
+        block, loop = numbers[:width], numbers[:deepest, None]  # counted from 0
         entries = entry(block, loops[:, None], loop[:, :, None], split)
-        self.open_blocks = self.final_blocks[torch.arange(len(loops), device=loops.device)[:, None], entries]
-        positions, requests = positions[: len(self.final_slots)], requests_of(self.common, len(self.final_slots))
+        self.own_blocks = self.final_blocks[numbers[: len(loops), None], entries]
+        positions, requests = positions[:tokens], requests_of(numbers[:tokens], self.common)
         # Padding's positions may be anything.
-        slots = self.open_blocks[:, requests, (positions // block_size).clamp(max=len(block) - 1)].long() * block_size
+        slots = self.own_blocks[:, requests, (positions // block_size).clamp(max=width - 1)].long() * block_size
         written = (loop < loops[requests]) & (self.final_slots >= 0)
-        self.open_slots = torch.where(written, slots + positions % block_size, PAD_SLOT_ID)
-        self.final_blocks, self.final_slots = self.open_blocks[0], self.open_slots[0]
+        self.own_slots = torch.where(written, slots + positions % block_size, PAD_SLOT_ID)
+        self.final_blocks, self.final_slots = self.own_blocks[0], self.own_slots[0]
 
     def blocks(self, loop: int) -> Tensor:
         """Return a loop's block table, [R, blocks up to the longest request's last]."""
-        return self.open_blocks[loop - 1]
+        return self.own_blocks[loop - 1]
 
 
 def entry(block: Tensor, loops: Tensor, loop: Tensor, split: int) -> Tensor:
@@ -125,8 +127,7 @@ def entry(block: Tensor, loops: Tensor, loop: Tensor, split: int) -> Tensor:
     return (block // split * loops + loop) * split + block % split
 
 
-def requests_of(common: CommonAttentionMetadata, tokens: int) -> Tensor:
-    """Return the request of each of a step's first tokens, [tokens], as an index into its R; padding's is the last."""
+def requests_of(tokens: Tensor, common: CommonAttentionMetadata) -> Tensor:
+    """Return the request of each of these tokens of a step, as an index into its R; padding's is the last."""
     ends = common.query_start_loc[1:]
-    numbers = torch.arange(tokens, device=ends.device, dtype=torch.int32)
-    return torch.searchsorted(ends, numbers, right=True).clamp(max=len(ends) - 1)
+    return torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)

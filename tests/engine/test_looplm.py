@@ -6,6 +6,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from melt_serve.api.metrics import capacity_tokens, row_bytes
 from melt_serve.bundled import LOOPLM
 from melt_serve.config import kv_bytes_per_token
 from melt_serve.engine import looplm as looplm_module
@@ -40,11 +41,13 @@ def test_float32_equals_the_reference_at_every_depth_and_the_cache_grows_with_th
     model, asked = save_looplm(tmp_path), prompts(*LENGTHS)
     with engine(tmp_path, hf_overrides={"total_ut_steps": loops}) as llm:
         assert distance(model, asked, generate(llm, asked), loops) <= RIGHT
-        cache = llm.llm_engine.vllm_config.cache_config
+        config = llm.llm_engine.vllm_config
+        cache, room = config.cache_config, capacity_tokens(config) * row_bytes(config)
         rows = cache.num_gpu_blocks * cache.block_size
         assert cache.kv_cache_size_tokens <= rows // loops < cache.kv_cache_size_tokens + cache.block_size
     row = kv_bytes_per_token(model.config, bytes_per_value=4, loops=1)
     assert (32 << 20) // row - cache.block_size < rows <= (32 << 20) // row
+    assert (32 << 20) - (loops + 1) * cache.block_size * row < room <= 32 << 20, "as /melt/info and /metrics say"
 
 
 def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tmp_path):
