@@ -81,7 +81,7 @@ class Result:
     loops: int
     kv_dtype: str
     kv_bytes_per_token: int
-    kv_bytes_by_loops: Mapping[int, int]
+    kv_bytes_by_loops: Mapping[str, int]
     open_chunk_bytes: int
     token_capacity: int
     max_concurrency: float
@@ -177,7 +177,7 @@ def table(results: Sequence[Result]) -> str:
                 str(result.loops),
                 result.kv_dtype,
                 f"{result.kv_bytes_per_token:,} B",
-                f"{result.kv_bytes_by_loops[1]:,} B",
+                f"{result.kv_bytes_by_loops['1']:,} B",
                 f"{result.open_chunk_bytes:,} B",
                 f"{result.token_capacity:,}",
                 f"{result.max_concurrency:.1f}",

@@ -88,7 +88,7 @@ def memory(llm: "LLM", prompt: int) -> dict[str, object]:
     state = vllm_config.scheduler_config.max_num_batched_tokens * config.num_hidden_layers * config.hidden_size
     return {
         "kv_bytes_per_token": held[config.total_ut_steps],
-        "kv_bytes_by_loops": held,
+        "kv_bytes_by_loops": {str(loops): held_bytes for loops, held_bytes in held.items()},
         "open_chunk_bytes": sum(
             group.kv_cache_spec.max_memory_usage_bytes(vllm_config) * len(group.layer_names) for group in open_rows
         ),

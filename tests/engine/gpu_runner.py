@@ -5,6 +5,7 @@ Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so test
 
 from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -227,6 +228,7 @@ def capturing(monkeypatch):
 
     Returns a function of a runner, which captures, and lists what is replayed: the key, and the number of tokens.
     """
+    import_module("vllm.v1.worker.cpu.shm")  # it has its own for torch.accelerator, once it is imported
     monkeypatch.setattr(CpuPlatform, "get_global_graph_pool", lambda self: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
