@@ -25,7 +25,7 @@ on the hub, OWNER/NAME[@REVISION]; without it the bundled demo checkpoint is ser
 it is; these matter for looped models (those marked * are ours):
 
 * --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
-* --max-loops N                            the most that a request may ask for; a LoopLM keeps rows for as many
+* --max-loops N                            the most that a request may ask for; a LoopLM's cache must hold one such
   --hf-overrides '{{"effort_loops": {{"low": 1}}}}'   what OpenAI's reasoning_effort means in loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G

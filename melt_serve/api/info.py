@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from melt_serve.api.metrics import row_bytes, row_dtype
+from melt_serve.api.metrics import capacity_tokens, row_bytes, row_dtype
 from melt_serve.config import DecodeMode, LoopLMConfig, MeltConfig
 
 
@@ -46,9 +46,9 @@ class Info(BaseModel):
         max_loops: the most loops a request may ask for.
         effort_loops: the loops that each `reasoning_effort` of OpenAI's asks for.
         exit_threshold: of requests that name none; at 1 no token leaves its loops early.
-        kv_bytes_per_token: final rows of one token, over all layers of all devices.
+        kv_bytes_per_token: final rows of one token, over all layers of all devices; a LoopLM's at the default loops.
         looplm_kv_bytes_per_token: the same of a LoopLM of this shape that runs the default loops.
-        kv_capacity_tokens: tokens that the KV cache has room for, on each data-parallel rank.
+        kv_capacity_tokens: such tokens that the KV cache has room for, on each data-parallel rank.
         kv_block_size: tokens in a KV block.
         device: what the engine runs on, such as `cuda` or `cpu`.
         model_runner: vLLM's, `V1` or `V2`.
@@ -86,7 +86,6 @@ def lasting_facts(vllm_config: VllmConfig) -> Info:
     compilation = vllm_config.compilation_config
     config: LoopLMConfig = model.hf_config
     own = row_bytes(vllm_config)
-    assert cache.num_gpu_blocks is not None
     names = model.served_model_name
     info = Info(
         models=[names] if isinstance(names, str) else list(names),
@@ -102,7 +101,7 @@ def lasting_facts(vllm_config: VllmConfig) -> Info:
         kv_dtype=row_dtype(vllm_config),
         kv_bytes_per_token=own,
         looplm_kv_bytes_per_token=own,
-        kv_capacity_tokens=cache.num_gpu_blocks * cache.block_size,
+        kv_capacity_tokens=capacity_tokens(vllm_config),
         kv_block_size=cache.block_size,
         device=current_platform.device_type,
         model_runner="V2" if vllm_config.use_v2_model_runner else "V1",

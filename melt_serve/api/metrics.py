@@ -27,8 +27,8 @@ def gauge(name: str, text: str) -> prometheus_client.Gauge:
     return prometheus_client.Gauge(name, text, ENGINE, multiprocess_mode="mostrecent")
 
 
-ROW_BYTES = gauge("melt_kv_bytes_per_token", "Bytes of one token's KV rows, over all layers.")
-CAPACITY = gauge("melt_kv_capacity_tokens", "Tokens that the KV cache has room for.")
+ROW_BYTES = gauge("melt_kv_bytes_per_token", "Bytes of a token's KV rows, over all layers, at the default loops.")
+CAPACITY = gauge("melt_kv_capacity_tokens", "Tokens that the KV cache has room for, at the default loops.")
 TRANSIENT = gauge(
     "melt_transient_state_bytes", "Bytes of the gate's states h, of all layers, in a step as large as steps may be."
 )
@@ -70,12 +70,10 @@ class MeltMetrics(AggregateStatLoggerBase):
         config = model.hf_config
         if not isinstance(config, LoopLMConfig):
             return
-        row = row_bytes(self.vllm_config)
-        self.block_bytes = row * cache.block_size
-        assert cache.num_gpu_blocks is not None
+        self.block_bytes = row_bytes(self.vllm_config, loops=1) * cache.block_size
         for engine in self.engines:
-            ROW_BYTES.labels(engine).set(row)
-            CAPACITY.labels(engine).set(cache.num_gpu_blocks * cache.block_size)
+            ROW_BYTES.labels(engine).set(row_bytes(self.vllm_config))
+            CAPACITY.labels(engine).set(capacity_tokens(self.vllm_config))
             if isinstance(config, MeltConfig):
                 tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
                 states = config.num_hidden_layers * tokens * config.hidden_size
@@ -121,7 +119,20 @@ def row_dtype(vllm_config: VllmConfig) -> str:
     return str(model.dtype).removeprefix("torch.") if cache.cache_dtype == "auto" else cache.cache_dtype
 
 
-def row_bytes(vllm_config: VllmConfig) -> int:
-    """Return the bytes of one token's KV rows, over all layers of all devices."""
+def row_bytes(vllm_config: VllmConfig, loops: int | None = None) -> int:
+    """Return the bytes of one token's KV rows, over all layers of all devices.
+
+    Args:
+        loops: of a LoopLM's request, by default those of one that asks for none.
+    """
+    config: LoopLMConfig = vllm_config.model_config.hf_config
     bytes_per_value = STR_DTYPE_TO_TORCH_DTYPE[row_dtype(vllm_config)].itemsize
-    return kv_bytes_per_token(vllm_config.model_config.hf_config, bytes_per_value)
+    return kv_bytes_per_token(config, bytes_per_value, loops or config.total_ut_steps)
+
+
+def capacity_tokens(vllm_config: VllmConfig) -> int:
+    """Return how many tokens' KV rows the cache has room for, in requests that ask for no loops."""
+    cache = vllm_config.cache_config
+    assert cache.num_gpu_blocks is not None
+    blocks = row_bytes(vllm_config) // row_bytes(vllm_config, loops=1)  # that a block of tokens takes
+    return cache.num_gpu_blocks // blocks * cache.block_size

@@ -1,6 +1,6 @@
 """`melt-serve bench memory`: what a token, a request and a process cost, read from running engines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -67,6 +67,8 @@ class Result:
 
     Attributes:
         decode_mode: None for a LoopLM.
+        kv_bytes_per_token: of a request that runs the engine's loops.
+        kv_bytes_by_loops: the same of requests that run fewer.
         open_chunk_bytes: rows of loops 1..T-1 that a request keeps of its open chunk, at most.
         token_capacity: tokens the cache holds, in requests as long as the context.
         max_concurrency: such requests at once.
@@ -79,6 +81,7 @@ class Result:
     loops: int
     kv_dtype: str
     kv_bytes_per_token: int
+    kv_bytes_by_loops: Mapping[str, int]
     open_chunk_bytes: int
     token_capacity: int
     max_concurrency: float
@@ -154,7 +157,18 @@ def refuse_small_cache(checkpoint: Checkpoint, kv_dtype: str, kv_memory: int, co
 def table(results: Sequence[Result]) -> str:
     """Show the results in columns; MB are 10^6 bytes."""
     lines: list[tuple[str, ...]] = [
-        ("model", "T", "KV dtype", "KV a token", "open chunk", "tokens that fit", "requests", "state of a step", "peak")
+        (
+            "model",
+            "T",
+            "KV dtype",
+            "KV a token",
+            "at one loop",
+            "open chunk",
+            "tokens that fit",
+            "requests",
+            "state",
+            "peak",
+        )
     ]
     for result in results:
         lines.append(
@@ -163,6 +177,7 @@ def table(results: Sequence[Result]) -> str:
                 str(result.loops),
                 result.kv_dtype,
                 f"{result.kv_bytes_per_token:,} B",
+                f"{result.kv_bytes_by_loops['1']:,} B",
                 f"{result.open_chunk_bytes:,} B",
                 f"{result.token_capacity:,}",
                 f"{result.max_concurrency:.1f}",

@@ -1,4 +1,4 @@
-"""`melt-serve bench scheduler`: what the scheduler costs a step in both decode modes, without a model.
+"""`melt-serve bench scheduler`: what the scheduler costs a step, of MELTs in both modes and of LoopLMs, without models.
 
 `--help` reads this, so vLLM is imported only when something is measured.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -22,31 +22,29 @@ from melt_serve.terminal import columns, loop_list, positive
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from melt_serve.config import DecodeMode, MeltConfig
-    from melt_serve.engine.scheduler import ChunkGridScheduler
+    from melt_serve.config import DecodeMode, LoopLMConfig
+    from melt_serve.engine.depth_scheduler import DepthScheduler
 
 HELP = "what the scheduler costs a step, by the most loops of a checkpoint"
 DESCRIPTION = """\
 Time the scheduler's part of a step, in which every request generates a token: the scheduler and the cache manager that
 a server has, in this process, without a model; in processor time, of which other work on the machine takes nothing.
-Shown is chunk mode at each number of loops that a checkpoint may be built for, against token mode, which has no open
-rows. All take turns, step by step."""
+Shown is chunk mode at each number of loops that a checkpoint may be built for, and a LoopLM, whose requests have blocks
+for each of their loops, against token mode, in which one block holds all. All take turns, step by step."""
 EXAMPLES = """\
 examples:
   melt-serve bench scheduler
       256 requests of one loop, on checkpoints built for 2, 4, 8 and 16 loops; takes a minute
   melt-serve bench scheduler --loops 2 --max-loops 2,16
-      requests of two loops, which hold open rows
+      requests of two loops, which hold open rows, or two blocks for each of their tokens
   melt-serve bench scheduler --requests 64 --rounds 9 --plot scheduler.png --json
       fewer requests and more rounds, with a figure, and one line of JSON at the end"""
 
 GOAL = 1.3
-"""The most that chunk mode should cost of token mode, for requests of one loop."""
+"""The most that chunk mode, or a LoopLM, should cost of token mode, for requests of one loop."""
 CHUNK_SIZE = 64
 PROMPT = 40
 BLOCKS = 65536
-LEAST_BLOCK = 16
-"""Tokens of a KV block, at least."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,19 @@ class Result:
     """One checkpoint's scheduler.
 
     Attributes:
+        decode_mode: None for a LoopLM.
         seconds: a step's median, in each round, of processor time.
         ratios: that over token mode's, in each round.
-        open_blocks: KV blocks that open rows take, of all requests.
+        blocks: KV blocks that all requests hold.
+        open_blocks: of these, for open rows.
         judged: whether the goal, which is for requests of one loop, is this one's.
     """
 
-    decode_mode: "DecodeMode"
+    decode_mode: "DecodeMode | None"
     max_loops: int
     seconds: Sequence[float]
     ratios: Sequence[float]
+    blocks: int
     open_blocks: int
     judged: bool
 
@@ -93,15 +94,18 @@ def measure(options: Options) -> list[Result]:
     if options.loops > min(options.max_loops):
         raise BenchError(f"--loops={options.loops} is above the least of --max-loops, {min(options.max_loops)}")
     tokens = PROMPT + 2 + options.rounds * options.steps
-    if (most := options.requests * (tokens + options.loops * CHUNK_SIZE) // LEAST_BLOCK) > BLOCKS:
+    own, loops = -(-tokens // BLOCK_SIZE), options.loops
+    most = options.requests * max(own + (loops - 1) * CHUNK_SIZE // BLOCK_SIZE, own * loops)
+    if most > BLOCKS:
         raise BenchError(f"this needs {most:,} KV blocks, and there are {BLOCKS:,}: ask for fewer requests or steps")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
-    kinds: list[tuple[DecodeMode, int]] = [("token", max(options.max_loops))]
+    kinds: list[tuple[DecodeMode | None, int]] = [("token", max(options.max_loops))]
     kinds += [("chunk", loops) for loops in sorted(options.max_loops)]
-    schedulers = [
-        start_scheduler(Checkpoint(shape("demo"), "melt", loops, CHUNK_SIZE, mode).config, options.requests, tokens)  # type: ignore[arg-type]
-        for mode, loops in kinds
+    kinds += [(None, max(options.max_loops))]
+    checkpoints = [
+        Checkpoint(shape("demo"), "melt" if mode else "looplm", loops, CHUNK_SIZE, mode) for mode, loops in kinds
     ]
+    schedulers = [start_scheduler(checkpoint.config, options.requests, tokens) for checkpoint in checkpoints]
     for scheduler in schedulers:
         add_requests(scheduler, options.requests, options.loops, tokens - PROMPT)
         run_step(scheduler)  # all prompts
@@ -116,14 +120,21 @@ def measure(options: Options) -> list[Result]:
             max_loops=loops,
             seconds=each,
             ratios=[one / base for one, base in zip(each, seconds[0], strict=True)],
-            open_blocks=scheduler.open_rows.num_blocks_in_use() if scheduler.open_rows else 0,
-            judged=options.loops == 1 and mode == "chunk",
+            blocks=blocks_in_use(scheduler),
+            open_blocks=blocks_in_use(scheduler, since_group=1),
+            judged=options.loops == 1 and mode != "token",
         )
         for (mode, loops), scheduler, each in zip(kinds, schedulers, seconds, strict=True)
     ]
 
 
-def start_scheduler(config: "MeltConfig", requests: int, tokens: int) -> "ChunkGridScheduler":
+def blocks_in_use(scheduler: "DepthScheduler", since_group: int = 0) -> int:
+    """Return how many KV blocks all requests hold, in this cache group and later ones."""
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers[since_group:]
+    return sum(len(blocks) for group in groups for blocks in group.req_to_blocks.values())
+
+
+def start_scheduler(config: "LoopLMConfig", requests: int, tokens: int) -> "DepthScheduler":
     """Start what a server of this checkpoint would have, with cache groups as of a model of one layer.
 
     Args:
@@ -135,8 +146,9 @@ def start_scheduler(config: "MeltConfig", requests: int, tokens: int) -> "ChunkG
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from melt_serve.config import MeltConfig
     from melt_serve.engine.cache import FinalRowsSpec, OpenRowsSpec
-    from melt_serve.engine.scheduler import ChunkGridScheduler
+    from melt_serve.engine.looplm_cache import LoopRowsSpec
 
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
@@ -150,19 +162,23 @@ def start_scheduler(config: "MeltConfig", requests: int, tokens: int) -> "ChunkG
             max_num_batched_tokens=max(requests * PROMPT, CHUNK_SIZE),  # all prompts in one step
             enforce_eager=True,
         ).create_engine_config()
-    rows = {
+    rows: dict[str, Any] = {
         "block_size": BLOCK_SIZE,
         "num_kv_heads": config.num_key_value_heads,
         "head_size": config.head_dim,
         "dtype": vllm_config.model_config.dtype,
-        "chunk_size": config.chunk_size,
     }
-    specs: list[KVCacheSpec] = [FinalRowsSpec(**rows, decode_mode=config.decode_mode)]  # type: ignore[arg-type]
-    if config.decode_mode == "chunk":
-        specs.append(OpenRowsSpec(**rows, max_loops=config.max_loops))  # type: ignore[arg-type]
+    specs: list[KVCacheSpec] = []
+    if isinstance(config, MeltConfig):
+        rows["chunk_size"] = config.chunk_size
+        specs.append(FinalRowsSpec(**rows, decode_mode=config.decode_mode))
+        if config.decode_mode == "chunk":
+            specs.append(OpenRowsSpec(**rows, max_loops=config.most_loops))
+    else:
+        specs.append(LoopRowsSpec(**rows, max_loops=config.most_loops))
     groups = [KVCacheGroupSpec([f"layer.{number}"], spec) for number, spec in enumerate(specs)]
     vllm_config.cache_config.num_gpu_blocks = BLOCKS
-    return ChunkGridScheduler(
+    return vllm_config.scheduler_config.get_scheduler_cls()(
         vllm_config,
         KVCacheConfig(BLOCKS, [], groups),
         StructuredOutputManager(vllm_config),
@@ -171,7 +187,7 @@ def start_scheduler(config: "MeltConfig", requests: int, tokens: int) -> "ChunkG
     )
 
 
-def add_requests(scheduler: "ChunkGridScheduler", requests: int, loops: int, generated: int) -> None:
+def add_requests(scheduler: "DepthScheduler", requests: int, loops: int, generated: int) -> None:
     """Add requests of prompts that share nothing."""
     from vllm import SamplingParams
     from vllm.utils.hashing import sha256
@@ -188,7 +204,7 @@ def add_requests(scheduler: "ChunkGridScheduler", requests: int, loops: int, gen
         scheduler.add_request(Request(str(number), [number] * PROMPT, sampling, None, block_hasher=hasher))
 
 
-def run_step(scheduler: "ChunkGridScheduler") -> float:
+def run_step(scheduler: "DepthScheduler") -> float:
     """Schedule a step and take a token of each request whose prompt is over; return the former's processor seconds."""
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -207,7 +223,7 @@ def table(results: Sequence[Result]) -> str:
     """Show the results in columns: milliseconds a step, and their ratio to token mode's."""
     lines: list[tuple[str, ...]] = [
         (
-            "decode mode",
+            "model",
             "max loops",
             "ms a step",
             "least",
@@ -216,17 +232,19 @@ def table(results: Sequence[Result]) -> str:
             "least",
             "most",
             "at most",
-            "open blocks",
+            "blocks",
+            "open",
         )
     ]
     for result in results:
         lines.append(
             (
-                result.decode_mode,
+                f"MELT, {result.decode_mode} mode" if result.decode_mode else "LoopLM",
                 str(result.max_loops),
                 *spread([1e3 * each for each in result.seconds], unit=""),
                 *spread(result.ratios),
                 judged(GOAL if result.judged else None, result.ratio, at_most=True),
+                f"{result.blocks:,}",
                 f"{result.open_blocks:,}",
             )
         )

@@ -75,16 +75,20 @@ def memory(llm: "LLM", prompt: int) -> dict[str, object]:
 
     from melt_serve.device import peak_memory
 
-    generate(llm, requests=1, prompt=prompt, generated=1, seed=0)
     vllm_config = llm.llm_engine.vllm_config
     runner = model_runner(llm)
-    cache = runner.kv_cache_config
-    final, *open_rows = cache.kv_cache_groups
+    _, *open_rows = runner.kv_cache_config.kv_cache_groups
     config = vllm_config.model_config.hf_config
+    depths = sorted({1 << power for power in range(config.total_ut_steps.bit_length())} | {config.total_ut_steps})
+    held = {
+        loops: rows_held(llm, requests=1, prompt=prompt, generated=1, seed=loops, loops=[loops])["kv_bytes_per_token"]
+        for loops in depths
+    }
     # A MELT's h of every layer lives through all loops of a step; a LoopLM has none.
     state = vllm_config.scheduler_config.max_num_batched_tokens * config.num_hidden_layers * config.hidden_size
     return {
-        "kv_bytes_per_token": block_bytes(runner) // final.kv_cache_spec.block_size,
+        "kv_bytes_per_token": held[config.total_ut_steps],
+        "kv_bytes_by_loops": {str(loops): held_bytes for loops, held_bytes in held.items()},
         "open_chunk_bytes": sum(
             group.kv_cache_spec.max_memory_usage_bytes(vllm_config) * len(group.layer_names) for group in open_rows
         ),

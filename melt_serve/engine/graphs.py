@@ -3,8 +3,8 @@
 A graph replays on the memory it was captured on. So what a loop reads and writes lies in buffers that stay: x, h,
 positions, slots, block tables and lengths. Since those who run on come first, tokens that have left are behind the
 others, and nothing moves between loops. A graph of a MELT is one of loop 1 or of any later loop, for a number of
-tokens; a LoopLM, whose loops have rows of their own, has one for each loop. They serve every depth. (vLLM's own graphs
-of a whole step do not: they replay the default depth, whatever a request asks.)
+tokens; of a LoopLM it is one of any loop. They serve every depth. (vLLM's own graphs of a whole step do not: they
+replay the default depth, whatever a request asks.)
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class LoopGraphs:
         self.loop.fill_(loop)
         tables = running.tables(loop)
         self.positions[:tokens] = running.positions
-        self.blocks[:tokens] = tables.blocks
+        self.blocks[:tokens, : tables.blocks.shape[1]] = tables.blocks
         self.slots[:tokens] = tables.slots[:tokens]
         self.seq_lens[:tokens] = running.metadata.seq_lens
         # Tokens behind them belong to no sequence and write no row: some have left the step, and have theirs.

@@ -26,7 +26,7 @@ from vllm.sequence import IntermediateTensors
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine.exits import StepExits
 from melt_serve.engine.graphs import LoopGraphs
-from melt_serve.engine.loop_rows import LoopRows, Loops, copies_of
+from melt_serve.engine.loop_rows import LoopRows, copies_of
 from melt_serve.engine.lora import TokenAdapters
 from melt_serve.engine.step import Running, StepPlan, StepRows
 from melt_serve.engine.weights import WeightChecks
@@ -38,10 +38,7 @@ MLP_WEIGHTS = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj",
 
 
 class OuroAttention(nn.Module):
-    """A LoopLM's attention: every loop has rows of its own, so a vLLM `Attention` of its own; there is no state h.
-
-    What is called is always the first loop's, which stands for the loop that runs (`Loops`).
-    """
+    """A LoopLM's attention: every loop has rows of its own, which its block table finds; there is no state h."""
 
     def __init__(self, config: LoopLMConfig, vllm_config: VllmConfig, prefix: str, layer: int):
         super().__init__()
@@ -63,17 +60,14 @@ class OuroAttention(nn.Module):
             heads * config.head_dim, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_embedding(config)
-        self.attn = nn.ModuleList(
-            paged_attention(LoopRows, config, vllm_config, prefix=f"{cache_name(config, prefix, layer, loop)}.attn")
-            for loop in range(config.most_loops)
-        )
+        self.attn = paged_attention(LoopRows, config, vllm_config, prefix=f"{prefix}.attn")
 
     def forward(self, positions: Tensor, n: Tensor, h: None, loop: int) -> tuple[Tensor, None]:
         """Return W_O attn(...), [tokens, hidden], and no state; whatever the loop, it is the same computation."""
         qkv, _ = self.qkv_proj(n)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn[0](q, k, v))
+        output, _ = self.o_proj(self.attn(q, k, v))
         return output, None
 
 
@@ -188,13 +182,11 @@ class OuroModel(LoopedModel):
     """The layers of a LoopLM, run as often as each token needs: one that has run all its loops leaves the step."""
 
     attention = OuroAttention
+    graph_kinds = 1
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config: LoopLMConfig = vllm_config.model_config.hf_config
-        self.early_exit_gate = nn.Linear(config.hidden_size, 1)
-        self.graph_kinds = config.most_loops
-        self.rows = Loops([list(layer.self_attn.attn) for layer in self.layers])
+        self.early_exit_gate = nn.Linear(vllm_config.model_config.hf_config.hidden_size, 1)
         self.one_loop = OneLoop(vllm_config=vllm_config, model=self)
 
     def forward(
@@ -218,7 +210,8 @@ class OuroModel(LoopedModel):
                 x = self.one_loop(positions, x)
             return x
         assert plan is not None
-        running, arranged = Running.all_of(plan, StepRows(self.rows.first, None, plan, positions), positions)
+        rows = StepRows([layer.self_attn.attn for layer in self.layers], None, plan, positions)
+        running, arranged = Running.all_of(plan, rows, positions)
         exits = StepExits(plan, x.device, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
         x, finished = x[arranged], None
@@ -230,7 +223,7 @@ class OuroModel(LoopedModel):
                 if graphs is not None and copies is None and graphs.fit(running):
                     x, _ = graphs.replay(loop, running, x, None)
                 else:
-                    with running.select_loop(loop), self.rows.selected(loop, copies):
+                    with running.select_loop(loop, copies):
                         x = self.one_loop(running.positions, x)
                 following, staying = running.after(loop, plan, exits.decide(loop, running.sequences, x))
                 if following is running:
@@ -249,9 +242,8 @@ class OuroModel(LoopedModel):
     def run_captured(
         self, kind: int, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run a loop as a CUDA graph has it: each has rows of its own, so a graph of its own. There is no h."""
-        with self.rows.selected(kind):
-            return self.one_loop(positions, x), x.new_empty(0, len(x))
+        """Run a loop as a CUDA graph has it: whatever the loop, it is the same computation. There is no h."""
+        return self.one_loop(positions, x), x.new_empty(0, len(x))
 
 
 class LoopedForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
@@ -347,14 +339,6 @@ def rotary_embedding(config: LoopLMConfig) -> nn.Module:
     return get_rope(
         config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
     )
-
-
-def cache_name(config: LoopLMConfig, prefix: str, layer: int, loop: int) -> str:
-    """Name one loop's rows of a layer.
-
-    vLLM reads a layer's number off its name: these are the names of a model with T times N layers.
-    """
-    return prefix.replace(f".{layer}.", f".{loop * config.num_hidden_layers + layer}.")
 
 
 def paged_attention(kind: type[RowsT], config: LoopLMConfig, vllm_config: VllmConfig, prefix: str) -> RowsT:

@@ -12,14 +12,18 @@ from melt_serve.engine.scheduler_stats import StepCounts
 
 
 class LoopLMScheduler(DepthScheduler):
-    """vLLM's scheduler, in which a request hits only blocks that hold the rows of its loops."""
+    """vLLM's scheduler, with a cache manager that knows how many loops each request runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rows = next(
-            each for each in self.kv_cache_manager.coordinator.single_type_managers if isinstance(each, LoopRowsManager)
-        )
-        self.rows.depths = self.depths
+        manager = self.kv_cache_manager
+        (rows,) = manager.coordinator.single_type_managers
+        assert isinstance(rows, LoopRowsManager)
+        rows.depths = self.depths
+        self.rows = rows
+        # Events of the KV cache name a loop where vLLM's name a group: it describes each as it does its one group.
+        manager.kv_cache_event_metadata *= rows.kv_cache_spec.max_loops
+        manager.coordinator.emit_cached_block_events = rows.emit_cached_block_events
 
     def add_request(self, request: Request) -> None:
         """Enqueue a request. Where tokens may exit, later rows stand for others: then its depth is in its hashes."""
@@ -31,15 +35,8 @@ class LoopLMScheduler(DepthScheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
-        found = blocks.blocks[self.rows.kv_cache_group_id] if hit else ()
-        if shallower := self.rows.shallower(found, self.depths[request.request_id].loops):
-            # vLLM finds the oldest of several blocks with a hash: without them, the deeper ones that are about to be
-            # computed are found, by requests of fewer loops, too.
-            self.kv_cache_manager.evict_blocks({found[i].block_id for i in shallower})
-            hit = shallower[0] * self.rows.block_size
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
-        return blocks, hit, boundary, diverged
+        self.rows.loops_wanted = self.depths[request.request_id].loops
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _count_blocks(self, counts: StepCounts) -> None:
         counts.final_blocks = counts.looplm_blocks = self._blocks_in_use()

@@ -21,7 +21,6 @@ from melt_serve.engine.looplm import (
     MLP_WEIGHTS,
     LoopedForCausalLM,
     LoopedModel,
-    cache_name,
     local_kv_heads,
     paged_attention,
     rotary_embedding,
@@ -65,8 +64,9 @@ class MeltAttention(nn.Module):
         assert config.max_loops is not None
         self.open_rows: OpenRows | None = None
         if config.decode_mode == "chunk" and config.max_loops > 1:
-            name = cache_name(config, prefix, layer, loop=1)  # no layer that there is
-            self.open_rows = paged_attention(OpenRows, config, vllm_config, prefix=f"{name}.attn")
+            # vLLM reads a layer's number off its name: this is of no layer that there is.
+            other = prefix.replace(f".{layer}.", f".{config.num_hidden_layers + layer}.")
+            self.open_rows = paged_attention(OpenRows, config, vllm_config, prefix=f"{other}.attn")
 
     def forward(
         self, positions: Tensor, n: Tensor, before: tuple[Tensor, Tensor | None] | None, loop: Tensor

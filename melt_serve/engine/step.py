@@ -25,7 +25,8 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from melt_serve.engine.attention import OpenRows, StepRecord
 from melt_serve.engine.depth import Depth
-from melt_serve.engine.tables import LoopTables
+from melt_serve.engine.looplm_cache import LoopRowsSpec
+from melt_serve.engine.tables import LoopTables, TablesByLoop
 
 Selection: TypeAlias = slice | Tensor
 """Some of a list: the first of it, which takes no copy, or indices on the device."""
@@ -200,8 +201,8 @@ class StepRows:
         """Take what vLLM states about the step.
 
         Args:
-            final: the final rows of all layers, or a LoopLM's rows, which have one block table in all loops.
-            open_rows: those of one layer; None in `token` mode.
+            final: the final rows of all layers, or a LoopLM's rows, of all loops.
+            open_rows: those of one layer; None in `token` mode and of a LoopLM.
             plan: of the step.
             positions: [S], the position of each token in its request.
         """
@@ -210,15 +211,21 @@ class StepRows:
         self.builder = record.builder
         self.deepest = plan.deepest
         self.tables = LoopTables(record)
+        # Where all run one loop, its table is vLLM's.
+        by_loop = open_rows is not None or isinstance(record.builder.kv_cache_spec, LoopRowsSpec)
+        tables_differ = by_loop and plan.deepest > 1
         # What the device has to know of the plan, in one copy: the order, if it is another, and everybody's loops.
         arrays = [plan.sequences.tokens, *plan.sequences.for_device] if plan.moved else []
-        if open_rows is not None and plan.deepest > 1:
+        if tables_differ:
             padding = record.common.num_reqs - len(plan.loops)
             arrays.append(np.pad(plan.loops, (0, padding), constant_values=1))
         self.order = to_device(positions.device, *arrays) if arrays else ()
-        if open_rows is not None and plan.deepest > 1:
+        if tables_differ:
             *_, loops = self.order
-            self.tables.lay_over(open_rows.step, loops, plan.deepest, positions)
+            if open_rows is None:
+                self.tables = TablesByLoop(record, loops, plan.deepest, int(plan.sequences.ends.max()), positions)
+            else:
+                self.tables.lay_over(open_rows.step, loops, plan.deepest, positions)
 
 
 @dataclass(frozen=True)
@@ -255,13 +262,17 @@ class Running:
     def tables(self, loop: int) -> Tables:
         """Return where the rows of these tokens are in this loop."""
         tables = self.rows.tables
-        if loop > tables.open_loops:
+        if loop > tables.own_loops:
             return Tables(self.metadata.block_table, self.metadata.slot_mapping)
         return Tables(tables.blocks(loop)[self.requests], tables.slots(loop)[self.tokens])
 
     @contextmanager
-    def select_loop(self, loop: int) -> Iterator[None]:
-        """Give attention layers that are called inside this loop's tables, for the tokens that run."""
+    def select_loop(self, loop: int, copies: Tensor | None = None) -> Iterator[None]:
+        """Give attention layers that are called inside this loop's tables, for the tokens that run.
+
+        Args:
+            copies: [copies, A], slots that a LoopLM's layers write the same rows to.
+        """
         context, names, tables = get_forward_context(), self.rows.names, self.tables(loop)
         metadata = self.metadata
         if tables.blocks is not metadata.block_table:
@@ -270,10 +281,11 @@ class Running:
         elif metadata is context.attn_metadata[names[0]]:
             yield  # as vLLM has set it up
             return
+        slots = metadata.slot_mapping if copies is None else torch.vstack([metadata.slot_mapping, copies])
         changed = replace(
             context,
             attn_metadata={**context.attn_metadata, **dict.fromkeys(names, metadata)},
-            slot_mapping={**context.slot_mapping, **dict.fromkeys(names, metadata.slot_mapping)},
+            slot_mapping={**context.slot_mapping, **dict.fromkeys(names, slots)},
         )
         with override_forward_context(changed):
             yield
@@ -331,11 +343,11 @@ class Running:
             slot_mapping=self.rows.tables.final_slots[tokens],
         ), gathered
 
-    def slots_after(self, loop: int, leaving: Tensor) -> Tensor:
-        """Return the slots in later loops' tables of tokens that leave after this loop.
+    def slots_after(self, loop: int, leaving: Selection) -> Tensor:
+        """Return the slots in later loops' tables of tokens that leave, or may leave, after this loop.
 
         Args:
-            leaving: [L], the tokens that leave, as indices into the A.
+            leaving: [L], these tokens, as indices into the A.
 
         Returns:
             [loops left, L]; `PAD_SLOT_ID`, where nothing is written, for the slot that the token has written already.
@@ -370,7 +382,7 @@ class Running:
         )
 
 
-def compose(outer: Selection, inner: Tensor) -> Tensor:
+def compose(outer: Selection, inner: Selection) -> Selection:
     """Return which of a list are the `inner` ones of its `outer` ones."""
     return inner if isinstance(outer, slice) else outer[inner]
 

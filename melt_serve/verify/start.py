@@ -72,7 +72,7 @@ def check_start(served: Served) -> Iterator[Check]:
     if info["kv_dtype"] not in VALUE_BYTES:
         yield Check.skip("KV bytes a token", f"rows of {info['kv_dtype']}, of unknown size")
         return
-    expected = kv_bytes_per_token(config, VALUE_BYTES[info["kv_dtype"]])
+    expected = kv_bytes_per_token(config, VALUE_BYTES[info["kv_dtype"]], config.total_ut_steps)
     held, looplm = info["kv_bytes_per_token"], info["looplm_kv_bytes_per_token"]
     measured = f"{held:,} (a LoopLM's: {looplm:,})" if served.target.mode else f"{held:,}"
     yield Check.judge(

@@ -33,6 +33,7 @@ def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant
     rows, table = bench(capsys, "--models", "melt", "--loops", "4")
     assert [(row["decode_mode"], row["loops"]) for row in rows] == [("token", 4), ("chunk", 4)]
     assert [row["kv_bytes_per_token"] for row in rows] == [MELT_ROW] * 2  # of four loops as of one
+    assert all(set(row["kv_bytes_by_loops"].values()) == {MELT_ROW} for row in rows)
     assert [row["open_chunk_bytes"] for row in rows] == [0, 3 * 64 * MELT_ROW]
     token, chunk = (row["max_concurrency"] for row in rows)
     assert token == rows[0]["token_capacity"] / 2048
@@ -45,6 +46,7 @@ def test_a_melts_rows_do_not_grow_with_the_loops_and_an_open_chunk_is_a_constant
 def check_looplm(row, size):
     expected = kv_bytes_per_token(LoopLMConfig(**shape("demo")), size, loops=4)
     assert row["kv_bytes_per_token"] == expected == 2 * size * MELT_ROW
+    assert row["kv_bytes_by_loops"] == {str(loops): expected * loops // 4 for loops in (1, 2, 4)}
     assert row["token_capacity"] == pytest.approx((64 << 20) / expected, rel=0.01)
     assert (row["decode_mode"], row["open_chunk_bytes"], row["transient_bytes"]) == (None, 0, 0)
 

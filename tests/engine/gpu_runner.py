@@ -5,6 +5,7 @@ Eager only. On a CPU vLLM makes none of the dummy runs of a GPU's start, so test
 
 from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -231,6 +232,7 @@ def capturing(monkeypatch):
 
     Returns a function of a runner, which captures, and lists what is replayed: the key, and the number of tokens.
     """
+    import_module("vllm.v1.worker.cpu.shm")  # it has its own for torch.accelerator, once it is imported
     monkeypatch.setattr(CpuPlatform, "get_global_graph_pool", lambda self: None)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     monkeypatch.setattr(model_runner, "lock_workspace", lambda: None)
@@ -324,4 +326,4 @@ def test_a_looplms_requests_of_mixed_depths_equal_the_reference_in_graphs_and_wi
         for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
             outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
             assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
-        assert {key for key, _ in replayed} >= {(1, 8), (2, 4), (3, 4), (4, 1), (6, 1), (2, 8)}
+        assert {key for key, _ in replayed} == {(1, size) for size in SIZES}, "one graph serves all loops"

@@ -4,7 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 from vllm import SamplingParams, TokensPrompt
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from melt_serve.api.metrics import capacity_tokens, row_bytes
 from melt_serve.bundled import LOOPLM
 from melt_serve.config import kv_bytes_per_token
 from melt_serve.engine import looplm as looplm_module
@@ -28,7 +30,7 @@ from tests.engine.engines import (
 )
 from tests.engine.engines import LENGTHS as MIXED
 from tests.engine.random_scenes import FEW, judge, plays
-from tests.engine.scenes import LIMITS, Server, counted, save_tokenizer
+from tests.engine.scenes import LIMITS, Server, blocks_of_longest, confined, counted, save_tokenizer
 from tests.engine.test_depth import loops_run
 
 LENGTHS = (1, 2, 31, 64, 65, 203)
@@ -39,10 +41,13 @@ def test_float32_equals_the_reference_at_every_depth_and_the_cache_grows_with_th
     model, asked = save_looplm(tmp_path), prompts(*LENGTHS)
     with engine(tmp_path, hf_overrides={"total_ut_steps": loops}) as llm:
         assert distance(model, asked, generate(llm, asked), loops) <= RIGHT
-        cache = llm.llm_engine.vllm_config.cache_config
-        tokens = cache.num_gpu_blocks * cache.block_size
-    row = kv_bytes_per_token(model.config, bytes_per_value=4, loops=loops)
-    assert (32 << 20) // row - cache.block_size < tokens <= (32 << 20) // row
+        config = llm.llm_engine.vllm_config
+        cache, room = config.cache_config, capacity_tokens(config) * row_bytes(config)
+        rows = cache.num_gpu_blocks * cache.block_size
+        assert cache.kv_cache_size_tokens <= rows // loops < cache.kv_cache_size_tokens + cache.block_size
+    row = kv_bytes_per_token(model.config, bytes_per_value=4, loops=1)
+    assert (32 << 20) // row - cache.block_size < rows <= (32 << 20) // row
+    assert (32 << 20) - (loops + 1) * cache.block_size * row < room <= 32 << 20, "as /melt/info and /metrics say"
 
 
 def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tmp_path):
@@ -83,7 +88,7 @@ class TestDepths:
 
     def test_nor_do_gaps_change_answers_where_attention_bridges_them_as_on_a_gpu(self, looplm, monkeypatch):
         llm, model = looplm
-        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.rows.layers[0][2]
+        layer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.layers[0].self_attn.attn
         builder, bridged = layer.attn_backend.get_builder_cls(), []
         monkeypatch.setattr(builder, "bridges_gaps", True)
         attend = layer.impl.forward
@@ -117,6 +122,37 @@ class TestDepths:
         assert sum(passed) == sum(map(sum, ran))
         assert len({loops for each in ran for loops in each}) >= 6, "exits must come at many loops"
 
+    def test_hold_rows_of_their_own_loops_only(self, looplm, monkeypatch):
+        llm, model = looplm
+        scheduler, asked = scheduler_of(llm), prompts(40, 33, 5, 64)
+        pool, schedule, held = scheduler.kv_cache_manager.block_pool, scheduler.schedule, []
+
+        def counting(*args):
+            output = schedule(*args)
+            held.append(scheduler._blocks_in_use())
+            return output
+
+        monkeypatch.setattr(scheduler, "schedule", counting)
+        assert llm.reset_prefix_cache()
+        for loops, blocks in ((1, 7), (3, 21), ([1, 2, 3, 8], 2 + 2 * 2 + 3 + 2 * 8)):  # of 32 tokens
+            held.clear()
+            outputs = generate(llm, asked, loops, max_tokens=1)
+            assert distance(model, asked, outputs, loops) <= RIGHT
+            assert max(held) == blocks
+            assert llm.reset_prefix_cache()
+        assert scheduler._blocks_in_use() == 0 and pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+    def test_of_one_loop_fit_where_as_many_of_eight_do_not(self, looplm):
+        llm, model = looplm
+        asked = prompts(*[60] * 8, seed=7)
+        scheduler = scheduler_of(llm)
+        for loops, preempted in ((1, False), (8, True)):
+            with confined(scheduler, blocks=blocks_of_longest(scheduler)), counted(scheduler) as counts:
+                outputs = generate(llm, asked, loops, max_tokens=40)
+            assert distance(model, asked, outputs, loops) <= RIGHT
+            assert bool(counts["preempted"]) is preempted
+            assert llm.reset_prefix_cache()
+
     def test_share_prefixes_with_deeper_requests_only(self, looplm, monkeypatch):
         llm, model = looplm
         asked = prompts(100, seed=3)
@@ -128,9 +164,62 @@ class TestDepths:
             assert distance(model, asked, outputs, loops, threshold) <= RIGHT
             assert counts["hit"] == found, (loops, threshold)
         assert llm.reset_prefix_cache()
-        monkeypatch.setattr(LoopRowsManager, "shallower", lambda self, blocks, loops: [])
+
+        def of_any_loop(manager, *args, kv_cache_group_ids, **kwargs):
+            (found,), tokens = FullAttentionManager.find_longest_cache_hit(*args, kv_cache_group_ids=[0], **kwargs)
+            return ([block for block in found for _ in range(manager.loops_wanted)],), tokens
+
+        monkeypatch.setattr(LoopRowsManager, "find_longest_cache_hit", of_any_loop)
         generate(llm, asked, loops=2)
         assert distance(model, asked, generate(llm, asked, loops=4), loops=4) > WRONG
+        assert llm.reset_prefix_cache()
+
+    def test_find_a_longer_prefix_where_they_run_fewer_loops(self, looplm):
+        llm, model = looplm
+        long, deep = prompts(190, seed=8), prompts(190, seed=8)
+        deep[0] = deep[0][:70]
+        assert llm.reset_prefix_cache()
+        generate(llm, deep, loops=4, max_tokens=1)
+        for loops, before, found in ((2, 64, 160), (4, 64, 160), (8, 0, 160)):
+            for expected in (before, found):
+                with counted(scheduler_of(llm)) as counts:
+                    outputs = generate(llm, long, loops, max_tokens=1)
+                assert distance(model, long, outputs, loops) <= RIGHT
+                assert counts["hit"] == expected, loops
+
+    def test_too_deep_for_the_room_leave_rows_cached_that_are_too_shallow_for_them(self, looplm):
+        llm, _ = looplm
+        live, (shared, other) = llm.llm_engine, prompts(100, 60, seed=9)
+        assert llm.reset_prefix_cache()
+        generate(llm, [shared], loops=2, max_tokens=1)
+        deep = SamplingParams(max_tokens=3, extra_args={"loops": 8})
+        with confined(scheduler_of(llm), blocks=2 * 8 + 3 * 8):  # of the other, and too few of this one
+            live.add_request("other", TokensPrompt(prompt_token_ids=other), deep)
+            live.add_request("shared", TokensPrompt(prompt_token_ids=shared), deep)
+            live.step()
+            running = [request.num_prompt_tokens for request in scheduler_of(llm).running]
+            live.abort_request(["other", "shared"])
+            with counted(scheduler_of(llm)) as counts:
+                generate(llm, [shared], loops=2, max_tokens=1)
+        assert running == [60] and counts["hit"] == 96
+
+    def test_are_told_apart_in_events_of_the_cache(self, looplm, monkeypatch):
+        manager = scheduler_of(looplm.llm).kv_cache_manager
+        take, seen = manager.take_events, []
+
+        def watched():
+            events = take()
+            seen.extend((each.group_idx, len(each.block_hashes), each.kv_cache_spec_kind) for each in events)
+            return events
+
+        assert looplm.llm.reset_prefix_cache()
+        monkeypatch.setattr(manager, "take_events", watched)
+        for pool in (manager, manager.block_pool):
+            monkeypatch.setattr(pool, "enable_kv_cache_events", True)
+        for stored in ({}, {"kv_cache_report_mode": "full"}):  # then hits are told, too
+            generate(looplm.llm, prompts(70, seed=11), extra_args={"loops": 3, **stored}, max_tokens=1)
+            assert seen == [(loop, 2, "full_attention") for loop in range(3)]
+            seen.clear()
 
     def test_with_exits_are_part_of_a_prefix(self, looplm, monkeypatch):
         llm, model = looplm
