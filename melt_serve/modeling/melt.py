@@ -97,8 +97,8 @@ class MeltForCausalLM(LoopedForCausalLM):
 
         Raises:
             ValueError: loops outside 1..max_loops, a threshold outside (0, 1], a contrast below 0 or with no loop
-                before the last one, a prompt piece that begins inside a chunk; a pack with a past or `prompt_lengths`, or whose documents begin off the grid; two
-                passes in `chunk` mode, or with `prompt_lengths`.
+                before the last one, a prompt piece that begins inside a chunk; a pack with a past or `prompt_lengths`,
+                or whose documents begin off the grid; two passes in `chunk` mode, or with `prompt_lengths`.
         """
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
