@@ -15,7 +15,9 @@ from melt_serve.config import EFFORTS, LoopLMConfig
 EFFORT = "reasoning_effort"
 """The key under which `patches.py` leaves a request's effort in `extra_args`."""
 RETURN_LOOPS = "return_loops"
+"""The key under which a request asks to be told what each of its generated tokens ran."""
 MOST_CONTRAST = 10
+"""The largest weight of a contrast that is taken: far beyond what helps, and finite in every dtype."""
 
 
 @dataclass(frozen=True)

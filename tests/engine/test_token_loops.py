@@ -45,7 +45,7 @@ def test_so_they_are_of_requests_that_were_preempted(served):
     asked = prompts(*[100] * 4)
     scheduler = scheduler_of(llm)
     with confined(scheduler, blocks=blocks_of_longest(scheduler)), counted(scheduler) as counts:
-        answers = generate(llm, asked, 4, 0.7, told=True, max_tokens=200)
+        answers = generate(llm, asked, 4, 0.7, told=True, max_tokens=60)
     assert counts["preempted"] > 0
     for prompt, answer in zip(asked, answers, strict=True):
         judge_told(model, prompt, answer, 4, 0.7)
