@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -53,6 +54,17 @@ def threshold_list(text: str) -> list[float]:
     if not thresholds or not all(0 < threshold <= 1 for threshold in thresholds):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers above 0 and at most 1, with commas between them")
     return thresholds
+
+
+def contrast_list(text: str) -> list[float]:
+    """Parse weights of a contrast such as `0,0.5,1`."""
+    try:
+        weights = [float(word) for word in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 <= weight < math.inf for weight in weights):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 0, with commas between them")
+    return weights
 
 
 def words_of(first: str, second: str) -> Callable[[str], list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -173,7 +173,16 @@ def no_internal_names(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-Arguments = Annotated[dict[str, Annotated[Any, AfterValidator(no_boolean)]], AfterValidator(no_internal_names)]
+def no_switch(arguments: Any) -> Any:
+    """Leave out the one argument that is true or false; the engine says what else it may not be."""
+    if not isinstance(arguments, dict):
+        return arguments
+    return {name: value for name, value in arguments.items() if name != "return_loops"}
+
+
+Arguments = Annotated[
+    dict[str, Annotated[Any, AfterValidator(no_boolean)]], BeforeValidator(no_switch), AfterValidator(no_internal_names)
+]
 
 
 class Body(BaseModel):

@@ -6,6 +6,7 @@ import sys
 from melt_serve.terminal import (
     Subcommands,
     add_command,
+    contrast_list,
     fail,
     loop_list,
     positive,
@@ -27,6 +28,8 @@ examples:
       the same by depth, and the MELT in both decode modes
   melt-serve eval --exit-threshold 1,0.5
       with and without tokens that leave their loops early
+  melt-serve eval --loops 2,3 --contrast 0,0.5,1
+      where there are too few loops, with answers that are moved on, away from an earlier loop's
   melt-serve eval ./my-melt --questions 200 --json
       another checkpoint, quicker; ends with one line of JSON
   melt-serve eval --server http://localhost:8000/v1
@@ -62,6 +65,12 @@ def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:
         metavar="Q,Q",
         help="how sure the MELT's exit gate must be that a token may leave; 1: never (default: the MELT's own)",
     )
+    add(
+        "--contrast",
+        type=contrast_list,
+        metavar="W,W",
+        help="how far answers are moved on, away from those of half of the loops; 0: not at all (default: 0)",
+    )
     add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="of the server's (default: the first it lists)")
     add("--api-key", metavar="KEY", help="for the server (default: OPENAI_API_KEY, which other users cannot see)")
@@ -74,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from melt_serve.checkpoint_path import CheckpointError
     from melt_serve.task import evaluate
 
-    depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold)
+    depth = (arguments.loops, arguments.decode_mode, arguments.exit_threshold, arguments.contrast)
     if arguments.server and (arguments.checkpoints or any(depth)):
         says = "--server goes with --model, --api-key, --questions and --json only"
         print(f"melt-serve eval: error: {says}", file=sys.stderr)

@@ -5,6 +5,7 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig
@@ -15,7 +16,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import patches
 from melt_serve.engine.cpu_norms import prefer_kernels
-from melt_serve.engine.depth import depth_of
+from melt_serve.engine.depth import asked_of
 from melt_serve.engine.step import StepPlan
 
 
@@ -28,19 +29,22 @@ class MeltCPUModelRunner(CPUModelRunner):
 
     Attributes:
         token_loops: by request id, the loops that ran for the last token of the last step.
+        exit_probabilities: by request id, [loops], those of the same token, where the request asks for them.
     """
 
     token_loops: Mapping[str, int] = {}
+    exit_probabilities: Mapping[str, np.ndarray] = {}
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.model_config.hf_config, LoopLMConfig):
             return super()._model_forward(*args, **kwargs)
         request_ids = self.input_batch.req_ids
-        depths = [depth_of(self.requests[request_id].sampling_params) for request_id in request_ids]
-        query_starts = self.query_start_loc.np[: len(depths) + 1]
-        plan = StepPlan.of(depths, query_starts, self.optimistic_seq_lens_cpu.numpy()[: len(depths)])
+        asked = [asked_of(self.requests[request_id].sampling_params) for request_id in request_ids]
+        query_starts = self.query_start_loc.np[: len(asked) + 1]
+        plan = StepPlan.of(asked, query_starts, self.optimistic_seq_lens_cpu.numpy()[: len(asked)])
         output = super()._model_forward(*args, plan=plan, **kwargs)
         self.token_loops = dict(zip(request_ids, plan.ran[query_starts[1:] - 1].tolist(), strict=True))
+        self.exit_probabilities = {request_ids[request]: said for request, said in plan.exit_probabilities.items()}
         return output
 
     def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -49,10 +53,11 @@ class MeltCPUModelRunner(CPUModelRunner):
             return super().initialize_kv_cache_tensors(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample as vLLM does; the output also states how many loops ran for each request's sampled token."""
+        """Sample as vLLM does; the output also states what ran for each request's sampled token."""
         output = super().sample_tokens(*args, **kwargs)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             output.token_loops = self.token_loops  # type: ignore[attr-defined]
+            output.exit_probabilities = self.exit_probabilities  # type: ignore[attr-defined]
         return output
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:

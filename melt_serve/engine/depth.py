@@ -1,7 +1,11 @@
-"""A request's depth: its loops and exit threshold, from `vllm_xargs` or OpenAI's `reasoning_effort`."""
+"""What a request asks of its steps: its depth, a contrast of depths, and to be told what each token ran.
+
+It asks in `vllm_xargs`, for its depth also by OpenAI's `reasoning_effort`.
+"""
 
 from dataclasses import asdict, dataclass
 from reprlib import repr as shorten
+from typing import Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -10,6 +14,10 @@ from melt_serve.config import EFFORTS, LoopLMConfig
 
 EFFORT = "reasoning_effort"
 """The key under which `patches.py` leaves a request's effort in `extra_args`."""
+RETURN_LOOPS = "return_loops"
+"""The key under which a request asks to be told what each of its generated tokens ran."""
+MOST_CONTRAST = 10
+"""The largest weight of a contrast that is taken: far beyond what helps, and finite in every dtype."""
 
 
 @dataclass(frozen=True)
@@ -26,47 +34,99 @@ class Depth:
     exit_threshold: float
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """What an answer adds to its last loop's logits: `weight` times their difference to those of `loop`.
+
+    No row depends on it, so it is no part of a request's depth.
+    """
+
+    weight: float
+    loop: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of the steps that it runs in.
+
+    Attributes:
+        contrast: None for none.
+        returns_loops: whether it wants to know what each generated token ran.
+    """
+
+    depth: Depth
+    contrast: Contrast | None = None
+    returns_loops: bool = False
+
+
 def default_depth(config: LoopLMConfig) -> Depth:
     """Return the depth of requests that ask for none."""
     return Depth(config.total_ut_steps, config.early_exit_threshold)
 
 
 def resolve_depth(params: SamplingParams, config: LoopLMConfig) -> SamplingParams:
-    """Validate a request's depth and write it out in a copy of its parameters, in `extra_args`, for `depth_of`.
+    """Validate what a request asks and write it out in a copy of its parameters, in `extra_args`, for `asked_of`.
 
     Raises:
-        VLLMValidationError: a depth that this checkpoint does not run; the message names the range, and a long value
+        VLLMValidationError: something that this checkpoint does not do; the message names the range, and a long value
             is cut in it.
     """
     extra = dict(params.extra_args or {})
     effort = extra.pop(EFFORT, None)
     if effort is not None and effort not in EFFORTS:
-        raise VLLMValidationError(
-            f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {shorten(effort)}",
-            parameter=EFFORT,
-            value=shorten(effort),
-        )
+        raise refusal(EFFORT, effort, f"must be one of {', '.join(EFFORTS)}")
     loops = extra.get("loops", config.total_ut_steps if effort is None else config.loops_by_effort[effort])
     threshold = extra.get("exit_threshold", config.early_exit_threshold)
     if isinstance(loops, bool) or loops not in range(1, config.most_loops + 1):
-        raise VLLMValidationError(
-            f"loops must be a whole number from 1 to {config.most_loops}, this checkpoint's max_loops, "
-            f"not {shorten(loops)}",
-            parameter="loops",
-            value=shorten(loops),
+        raise refusal(
+            "loops", loops, f"must be a whole number from 1 to {config.most_loops}, this checkpoint's max_loops"
         )
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
-        raise VLLMValidationError(
-            f"exit_threshold must be above 0 and at most 1, where no token exits early, not {shorten(threshold)}",
-            parameter="exit_threshold",
-            value=shorten(threshold),
-        )
+        raise refusal("exit_threshold", threshold, "must be above 0 and at most 1, where no token exits early")
+    extra |= asdict(Depth(int(loops), float(threshold)))
+    if "contrast" in extra or "contrast_loop" in extra:
+        contrast = resolve_contrast(extra.get("contrast"), extra.get("contrast_loop"), int(loops))
+        extra |= {"contrast": contrast.weight, "contrast_loop": contrast.loop}
+    if (told := extra.get(RETURN_LOOPS, False)) not in (True, False):
+        raise refusal(RETURN_LOOPS, told, "must be true or false")
     resolved = params.clone()
-    resolved.extra_args = {**extra, **asdict(Depth(int(loops), float(threshold)))}
+    resolved.extra_args = extra
     return resolved
+
+
+def resolve_contrast(weight: Any, loop: Any, loops: int) -> Contrast:
+    """Validate the contrast of a request of so many loops.
+
+    Raises:
+        VLLMValidationError: as `resolve_depth`.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_CONTRAST:
+        raise refusal("contrast", weight, f"must be a number from 0, for none, to {MOST_CONTRAST}")
+    if weight == 0:
+        return Contrast(0.0, 0)
+    if loops == 1:
+        raise refusal("contrast", weight, "needs a loop before the last one, so at least 2 loops; with 1 it must be 0")
+    loop = max(1, loops // 2) if loop is None else loop
+    if isinstance(loop, bool) or loop not in range(1, loops):
+        raise refusal("contrast_loop", loop, f"must be a whole number from 1 to {loops - 1}, below the request's loops")
+    return Contrast(float(weight), int(loop))
+
+
+def refusal(parameter: str, value: Any, rule: str) -> VLLMValidationError:
+    """Make the error that says what a parameter must be."""
+    return VLLMValidationError(f"{parameter} {rule}, not {shorten(value)}", parameter=parameter, value=shorten(value))
 
 
 def depth_of(params: SamplingParams | None) -> Depth:
     """Return a request's depth. `resolve_depth` must have made its parameters."""
     assert params is not None and params.extra_args is not None
     return Depth(params.extra_args["loops"], params.extra_args["exit_threshold"])
+
+
+def asked_of(params: SamplingParams | None) -> Asked:
+    """Return all that a request asks. `resolve_depth` must have made its parameters."""
+    depth = depth_of(params)
+    assert params is not None and params.extra_args is not None
+    extra = params.extra_args
+    contrast = Contrast(extra["contrast"], extra["contrast_loop"]) if extra.get("contrast") else None
+    return Asked(depth, contrast, bool(extra.get(RETURN_LOOPS)))

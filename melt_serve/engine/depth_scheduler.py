@@ -14,9 +14,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.engine import patches
-from melt_serve.engine.depth import Depth, depth_of
+from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of
 from melt_serve.engine.scheduler_stats import StepCounts
-from melt_serve.engine.usage import LOOPS, LOOPS_RUN
+from melt_serve.engine.usage import LOOPS, LOOPS_RUN, TOKEN
 
 
 class DepthScheduler(AsyncScheduler):
@@ -56,9 +56,11 @@ class DepthScheduler(AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Count the loops that the generated tokens ran, and update the requests as vLLM does.
 
-        An output of a request with stop strings may be its last, which only the front end finds: it has the count.
+        An output of a request with stop strings may be its last, which only the front end finds: it has the count. One
+        of a request that wants to know what each token ran has that.
         """
         token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
+        told: dict[str, tuple[int, list[float]]] = {}
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
         ):
@@ -69,11 +71,15 @@ class DepthScheduler(AsyncScheduler):
                 continue
             loops = depth.loops if depth.exit_threshold == 1 else token_loops[request_id]
             self.loops_run[request_id][loops] += len(generated)
+            if request.sampling_params.extra_args.get(RETURN_LOOPS):
+                told[request_id] = loops, model_runner_output.exit_probabilities[request_id][:loops].tolist()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for output in chain.from_iterable(each.outputs for each in outputs.values()):
             request = self.requests.get(output.request_id)
             if request is not None and not output.finished and request.sampling_params.stop:
                 output.kv_transfer_params = self._loops_of(output.request_id)
+            if output.new_token_ids and output.request_id in told:
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), TOKEN: told[output.request_id]}
         return outputs
 
     def _loops_of(self, request_id: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Never run on a GPU yet; `tests/engine/test_gpu_runner.py` runs it on a CPU, its 
 
 from typing import Any
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -16,13 +17,13 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import patches
-from melt_serve.engine.depth import Depth, default_depth, depth_of, resolve_depth
+from melt_serve.engine.depth import Asked, asked_of, default_depth, resolve_depth
 from melt_serve.engine.graphs import LoopGraphs
 from melt_serve.engine.step import StepPlan
 
 
 class MeltModelState(DefaultModelState):
-    """Keeps the depth of every running request, and the step that ran last.
+    """Keeps what every running request asks, and the step that ran last.
 
     Attributes:
         plan: of that step.
@@ -34,7 +35,7 @@ class MeltModelState(DefaultModelState):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: LoopLMConfig = self.model_config.hf_config
-        self.depths: dict[str, Depth] = {}
+        self.asked: dict[str, Asked] = {}
         model = self.model.model
         self.graphs = LoopGraphs(model.run_captured, model.graph_kinds, self.vllm_config, self.device)
         self.last_tokens: dict[str, int] = {}
@@ -47,18 +48,18 @@ class MeltModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         # vLLM warms up with requests that no scheduler of ours has seen.
         params = new_req_data.sampling_params or SamplingParams()
-        self.depths[new_req_data.req_id] = depth_of(resolve_depth(params, self.config))
+        self.asked[new_req_data.req_id] = asked_of(resolve_depth(params, self.config))
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that has finished or was preempted."""
         super().remove_request(req_id)
-        self.depths.pop(req_id, None)
+        self.asked.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Return what the model's forward takes besides tokens and positions."""
-        unknown = default_depth(self.config)  # dummy batches: vLLM measures memory, captures graphs, or idles
-        depths = [self.depths.get(request_id, unknown) for request_id in input_batch.req_ids]
-        plan = StepPlan.of(depths, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
+        unknown = Asked(default_depth(self.config))  # dummy batches: vLLM measures memory, captures graphs, or idles
+        asked = [self.asked.get(request_id, unknown) for request_id in input_batch.req_ids]
+        plan = StepPlan.of(asked, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
         self.plan = plan
         self.last_tokens = dict(zip(input_batch.req_ids, input_batch.query_start_loc_np[1:] - 1, strict=False))
         return {**super().prepare_inputs(input_batch, req_states), "plan": plan, "graphs": self.graphs}
@@ -66,6 +67,11 @@ class MeltModelState(DefaultModelState):
     def token_loops(self) -> dict[str, int]:
         """Return the loops that ran for each request's last token in the step that ran last, by request id."""
         return {request_id: int(self.plan.ran[token]) for request_id, token in self.last_tokens.items()}
+
+    def exit_probabilities(self) -> dict[str, np.ndarray]:
+        """Return those of the same tokens, by request id, where requests ask for them; they may still be under way."""
+        request_ids = list(self.last_tokens)
+        return {request_ids[request]: said for request, said in self.plan.exit_probabilities.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Drop graphs of another KV cache, whose addresses they hold."""

@@ -24,7 +24,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import LoopLMConfig
-from melt_serve.engine.exits import StepExits
+from melt_serve.engine.contrast import StepContrasts
+from melt_serve.engine.exits import ExitReport, StepExits
 from melt_serve.engine.graphs import LoopGraphs
 from melt_serve.engine.loop_rows import LoopRows, copies_of
 from melt_serve.engine.lora import TokenAdapters
@@ -213,6 +214,7 @@ class OuroModel(LoopedModel):
         rows = StepRows([layer.self_attn.attn for layer in self.layers], None, plan, positions)
         running, arranged = Running.all_of(plan, rows, positions)
         exits = StepExits(plan, x.device, self.early_exit_gate)
+        contrasts, report = StepContrasts(plan), ExitReport(plan, x.device, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
         x, finished = x[arranged], None
         with adapters.restored():
@@ -225,11 +227,14 @@ class OuroModel(LoopedModel):
                 else:
                     with running.select_loop(loop, copies):
                         x = self.one_loop(running.positions, x)
+                contrasts.keep(loop, running, x)
+                report.note(loop, running, x)
                 following, staying = running.after(loop, plan, exits.decide(loop, running.sequences, x))
                 if following is running:
                     continue
                 if following is None and finished is None and isinstance(running.tokens, slice):
-                    return x  # all tokens ran as many loops, in the order they came
+                    finished = x  # all tokens ran as many loops, in the order they came
+                    break
                 finished = torch.empty_like(x) if finished is None else finished
                 finished[running.tokens] = x
                 if following is None:
@@ -237,7 +242,8 @@ class OuroModel(LoopedModel):
                 adapters.keep(staying)
                 exits.keep(staying)
                 running, x = following, x[staying]
-        return finished
+        report.close()
+        return contrasts.apply(finished)
 
     def run_captured(
         self, kind: int, loop: Tensor, positions: Tensor, x: Tensor, h: Tensor | None

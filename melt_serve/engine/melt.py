@@ -14,7 +14,8 @@ from vllm.sequence import IntermediateTensors
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine.attention import FinalRows, OpenRows
-from melt_serve.engine.exits import StepExits
+from melt_serve.engine.contrast import StepContrasts
+from melt_serve.engine.exits import ExitReport, StepExits
 from melt_serve.engine.gate import KVGate
 from melt_serve.engine.graphs import LoopGraphs
 from melt_serve.engine.looplm import (
@@ -174,6 +175,7 @@ class MeltModel(LoopedModel):
         rows = StepRows([each.attn for each in attention], open_rows, plan, positions)
         running, arranged = Running.all_of(plan, rows, positions)
         exits = StepExits(plan, x.device, self.early_exit_gate)
+        contrasts, report = StepContrasts(plan), ExitReport(plan, x.device, self.early_exit_gate)
         adapters = TokenAdapters(self.layers[0].mlp.down_proj)
         x, h, finished = x[arranged], None, None
         with adapters.restored():
@@ -185,6 +187,8 @@ class MeltModel(LoopedModel):
                 else:
                     with running.select_loop(loop):
                         x, h = self.run(positions.new_full((), loop), running.positions, x, h)
+                contrasts.keep(loop, running, x)
+                report.note(loop, running, x)
                 exited = exits.decide(loop, running.sequences, x)
                 following, staying = running.after(loop, plan, exited)
                 if following is running:
@@ -192,7 +196,8 @@ class MeltModel(LoopedModel):
                 if open_rows is not None and exited.any():
                     self.write_later_rows(running, loop, np.flatnonzero(exited), h, adapters)
                 if following is None and finished is None and isinstance(running.tokens, slice):
-                    return x  # all tokens ran as many loops, in the order they came
+                    finished = x  # all tokens ran as many loops, in the order they came
+                    break
                 finished = torch.empty_like(x) if finished is None else finished
                 finished[running.tokens] = x
                 if following is None:
@@ -200,7 +205,8 @@ class MeltModel(LoopedModel):
                 adapters.keep(staying)
                 exits.keep(staying)
                 running, x, h = following, x[staying], h[:, staying]
-        return finished
+        report.close()
+        return contrasts.apply(finished)
 
     def merge_weights(self) -> None:
         """Let one matmul do the work of several that wait for the same tensor, where weights lie as they were loaded.

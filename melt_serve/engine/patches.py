@@ -27,12 +27,12 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.async_utils import cancel_task_threadsafe
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
 from melt_serve.engine import lifeline, usage, versions
-from melt_serve.engine.depth import EFFORT, depth_of, resolve_depth
+from melt_serve.engine.depth import EFFORT, RETURN_LOOPS, asked_of, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARE_OF_A_QUEUE = 16
@@ -72,6 +72,7 @@ def apply() -> None:
         _replace(request, "to_sampling_params", _forward_effort)
     _replace(OutputProcessor, "add_request", _count_accepted)
     _replace(OutputProcessor, "process_outputs", _record_loops)
+    _replace(RequestState, "_new_completion_output", usage.wrap_completion)
     _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_response)
     _replace(OpenAIServingChat, versions.chat_stream(OpenAIServingChat), usage.wrap_stream(results_at=1))
     _replace(OpenAIServingChatBatch, "chat_completion_full_generator_batch", usage.wrap_batch)
@@ -328,11 +329,13 @@ def forget_measured_graphs(model_state: type[Any]) -> None:
 def report_loops_run(model_state: type[Any]) -> None:
     """Let vLLM's GPU runner state, with each step's output, the loops that ran for every sampled token.
 
-    It has no hook between a step and its output. The numbers are the host's, and ride on the output of their own step:
-    the next one may be under way before it is read. For the processes that run the model.
+    It has no hook between a step and its output. The numbers are the host's, or come to the host before the step's
+    tokens do, and ride on the output of their own step: the next one may be under way before it is read. For the
+    processes that run the model.
 
     Args:
-        model_state: the class of the models that this concerns; its `token_loops` is of the step that ran last.
+        model_state: the class of the models that this concerns; its `token_loops` and `exit_probabilities` are of the
+            step that ran last.
 
     Raises:
         RuntimeError: vLLM does not have what is to be patched.
@@ -345,6 +348,7 @@ def report_loops_run(model_state: type[Any]) -> None:
             output = original(self, *args, **kwargs)
             if output is not None and isinstance(self.model_state, model_state):
                 output.model_runner_output.token_loops = self.model_state.token_loops()
+                output.model_runner_output.exit_probabilities = self.model_state.exit_probabilities()
             return output
 
         return sample_tokens
@@ -433,6 +437,9 @@ EXITS_OF_DRAFTS_REFUSED = (
     "exit_threshold below 1 is not proved beside drafts of tokens: this server has a --speculative-config; "
     "ask with exit_threshold 1"
 )
+LOOPS_OF_DRAFTS_REFUSED = (
+    "return_loops does not tell tokens that were drafted: this server has a --speculative-config; ask without it"
+)
 RESUMABLE_REFUSED = (
     "sessions with streamed inputs cannot be resumed: in token mode a prompt would be cut elsewhere, "
     "in chunk mode and of a LoopLM it is not proved; send the whole prompt as one request"
@@ -468,8 +475,12 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _resolved(params: SamplingParams, vllm_config: VllmConfig) -> SamplingParams:
     resolved = resolve_depth(params, vllm_config.model_config.hf_config)
-    if vllm_config.speculative_config is not None and depth_of(resolved).exit_threshold < 1:
-        raise VLLMValidationError(EXITS_OF_DRAFTS_REFUSED, parameter="exit_threshold")
+    if vllm_config.speculative_config is not None:
+        asked = asked_of(resolved)
+        if asked.depth.exit_threshold < 1:
+            raise VLLMValidationError(EXITS_OF_DRAFTS_REFUSED, parameter="exit_threshold")
+        if asked.returns_loops:
+            raise VLLMValidationError(LOOPS_OF_DRAFTS_REFUSED, parameter=RETURN_LOOPS)
     return resolved
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from melt_serve.engine.attention import OpenRows, StepRecord
-from melt_serve.engine.depth import Depth
+from melt_serve.engine.depth import Asked
 from melt_serve.engine.looplm_cache import LoopRowsSpec
 from melt_serve.engine.tables import LoopTables, TablesByLoop
 
@@ -128,35 +128,41 @@ class StepPlan:
     """What the host knows of a step before it runs.
 
     Attributes:
-        loops: [R], the most loops of each request, as the step's tokens are packed.
+        asked: [R], what each request asks, as the step's tokens are packed.
+        loops: [R], the most loops of each.
         thresholds: [R], its exit threshold.
         sequences: the requests, those with most loops first.
         moved: they are in another order than the step's tokens.
         ran: [S], the loops that each token runs; where tokens exit early it is right once the step has run.
+        exit_probabilities: by request, [loops], of the token that is sampled from, after each loop that it ran; of
+            requests that ask for it, and right once the step's output is read.
     """
 
+    asked: Sequence[Asked]
     loops: np.ndarray
     thresholds: np.ndarray
     sequences: Sequences
     moved: bool
     ran: np.ndarray
+    exit_probabilities: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, depths: Sequence[Depth], query_starts: np.ndarray, seq_lens: np.ndarray) -> StepPlan:
+    def of(cls, asked: Sequence[Asked], query_starts: np.ndarray, seq_lens: np.ndarray) -> StepPlan:
         """Plan a step.
 
         Args:
-            depths: one of each of the R requests.
+            asked: by each of the R requests.
             query_starts: [R + 1], where the tokens of each begin among the step's S, and S.
             seq_lens: [R], how many tokens each has at the end of the step, at most.
         """
-        loops = np.array([depth.loops for depth in depths], dtype=np.int32)
+        loops = np.array([each.depth.loops for each in asked], dtype=np.int32)
         order = np.argsort(-loops, kind="stable").astype(np.int32)
         lengths = np.diff(query_starts)
         starts = np.append(0, np.cumsum(lengths[order])).astype(np.int32)
         return cls(
+            asked,
             loops,
-            np.array([depth.exit_threshold for depth in depths], dtype=np.float32),
+            np.array([each.depth.exit_threshold for each in asked], dtype=np.float32),
             Sequences(order, query_starts[order], starts, seq_lens[order], np.arange(starts[-1], dtype=np.int32)),
             bool((np.diff(loops) > 0).any()),
             np.repeat(loops, lengths),
@@ -393,13 +399,20 @@ def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
     return packed.split([len(array) for array in arrays])
 
 
-def to_host(values: Tensor) -> np.ndarray:
-    """Return values of the device, which the host waits for."""
+def begin_to_host(values: Tensor) -> np.ndarray:
+    """Return memory that values of the device come to, with what the device does until now; nobody waits for it."""
     if values.device.type == "cpu":
         return values.numpy()
     copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=is_pin_memory_available())
-    copied.copy_(values, non_blocking=True)
+    return copied.copy_(values, non_blocking=True).numpy()
+
+
+def to_host(values: Tensor) -> np.ndarray:
+    """Return values of the device, which the host waits for."""
+    copied = begin_to_host(values)
+    if values.device.type == "cpu":
+        return copied
     arrived = torch.Event(values.device)
     arrived.record()
     arrived.synchronize()
-    return copied.numpy()
+    return copied

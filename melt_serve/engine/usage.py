@@ -1,14 +1,17 @@
-"""The loops that an answer's tokens ran: `usage.loops` in responses, and metrics of the server.
+"""The loops that an answer's tokens ran: `usage.loops` in responses, each token's where asked, and metrics.
 
 The worker reports how many loops each token ran (`cpu_worker.py`). The scheduler counts them for each request and
 hands the count over with the request's last output (`depth_scheduler.py`), in vLLM's one field for facts about a
 finished request, `kv_transfer_params`. A stop string is found here, after the engine, and any output may prove to be
 the last: a request that has one hands its count over with every output. Here it is taken out again.
+
+A request with `return_loops` hands over with every output what its token ran. vLLM merges and cuts outputs on their way
+to the client, so each has the list of all its answer's tokens so far, and what it states is counted off by its tokens.
 """
 
 import functools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +25,10 @@ LOOPS_RUN = "melt_loops_run"
 """In `kv_transfer_params`: generated tokens by the loops they ran."""
 LOOPS = "melt_loops"
 """In `kv_transfer_params`: the most loops a token could run."""
+TOKEN = "melt_token"
+"""In `kv_transfer_params`: the loops that this output's token ran, and its exit probabilities after each."""
+TOKENS = "token_loops"
+"""An attribute of a `CompletionOutput`: the same of all tokens of its answer so far."""
 
 REQUESTS = prometheus_client.Counter("melt_requests", "Requests, by the loops their tokens may run.", ["loops"])
 TOKEN_LOOPS = prometheus_client.Histogram(
@@ -49,7 +56,7 @@ class Run(NamedTuple):
 def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> dict[str, Run]:
     """Return what the engine's outputs say of their requests' loops, by request id.
 
-    Each of several answers to a prompt then hands on the sum over all of them.
+    Each of several answers to a prompt then hands on the sum over all of them. What each token ran goes to the states.
 
     Args:
         outputs: what the engine returns of this step's requests.
@@ -59,7 +66,12 @@ def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> di
     for output in outputs:
         params = output.kv_transfer_params or {}
         state = states.get(output.request_id)
-        if LOOPS_RUN not in params or state is None:
+        if state is None:
+            continue
+        if TOKEN in params:
+            vars(state).setdefault(TOKENS, []).append(params.pop(TOKEN))
+            output.kv_transfer_params = params or None
+        if LOOPS_RUN not in params:
             continue
         run = runs[output.request_id] = Run(params.pop(LOOPS), params[LOOPS_RUN])
         if (parent := state.parent_req) is not None:
@@ -80,11 +92,34 @@ def observe(runs: Iterable[Run]) -> None:
                 observed.observe(loops)
 
 
-class LoopUsage:
-    """Adds up the loops of one response's tokens, as its results come in."""
+def wrap_completion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what makes an answer's output, (a request's state, ...) -> `CompletionOutput`."""
 
-    def __init__(self) -> None:
+    @functools.wraps(original)
+    def make(self: Any, *args: Any, **kwargs: Any) -> Any:
+        completion = original(self, *args, **kwargs)
+        if TOKENS in vars(self):
+            setattr(completion, TOKENS, getattr(self, TOKENS))
+        return completion
+
+    return make
+
+
+class LoopUsage:
+    """Adds up the loops of one response's tokens, as its results come in, and those of each token where they are told.
+
+    Attributes:
+        run: by prompt, tokens by the loops they ran.
+        tokens: by choice, what each token ran that the client has not been told yet.
+        counted: by choice, the tokens that have come in.
+    """
+
+    def __init__(self, request: Any = None) -> None:
         self.run: dict[int, Counter[int]] = {}
+        self.tokens: defaultdict[int, list[tuple[int, list[float]]]] = defaultdict(list)
+        self.counted: Counter[int] = Counter()
+        self.answers = getattr(request, "n", None) or 1
+        self.tells_tokens = hasattr(request, "vllm_xargs")  # other APIs have choices that take no more fields, or none
 
     def add(self, output: Any, prompt: int = 0) -> None:
         """Take the loops out of a result or a response; the last result of a prompt counts all its answers."""
@@ -92,6 +127,19 @@ class LoopUsage:
         if run := params.pop(LOOPS_RUN, None):
             self.run[prompt] = Counter(run)
             output.kv_transfer_params = params or None
+        for answer in output.outputs if self.tells_tokens else ():
+            if (tokens := getattr(answer, TOKENS, None)) is not None:
+                choice = prompt * self.answers + answer.index
+                before = self.counted[choice]
+                self.counted[choice] += len(answer.token_ids)
+                self.tokens[choice] += tokens[before : self.counted[choice]]
+
+    def take_tokens(self, choice: int) -> dict[str, list[Any]]:
+        """Return the fields of a choice that say what its tokens ran since the last call; none if nobody asked."""
+        if choice not in self.tokens:
+            return {}
+        tokens = self.tokens.pop(choice)
+        return {"loops": [loops for loops, _ in tokens], "exit_probabilities": [said for _, said in tokens]}
 
     async def watch(self, results: AsyncIterator[Any], prompt: int = 0) -> AsyncIterator[Any]:
         """Yield the same results, outputs of a prompt or pairs of a prompt's number and its output, and add each."""
@@ -116,7 +164,7 @@ def wrap_response(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     async def respond(self: Any, request: Any, results: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        loops = LoopUsage()
+        loops = LoopUsage(request)
         response = await original(self, request, loops.watch(results), *args, **kwargs)
         return add_usage(response, loops)
 
@@ -130,7 +178,7 @@ def wrap_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     async def respond(
         self: Any, request: Any, results: Sequence[AsyncIterator[RequestOutput]], *args: Any, **kwargs: Any
     ) -> Any:
-        loops = LoopUsage()
+        loops = LoopUsage(request)
         watched = [loops.watch(each, prompt) for prompt, each in enumerate(results)]
         return add_usage(await original(self, request, watched, *args, **kwargs), loops)
 
@@ -187,14 +235,14 @@ def wrap_message_stream(original: Callable[..., AsyncIterator[str]]) -> Callable
 
 
 def wrap_completions(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's completions, (self, outputs, ...) -> response."""
+    """Wrap vLLM's completions, (self, outputs, request, ...) -> response."""
 
     @functools.wraps(original)
-    def respond(self: Any, outputs: list[RequestOutput], *args: Any, **kwargs: Any) -> Any:
-        loops = LoopUsage()
+    def respond(self: Any, outputs: list[RequestOutput], request: Any, *args: Any, **kwargs: Any) -> Any:
+        loops = LoopUsage(request)
         for prompt, output in enumerate(outputs):
             loops.add(output, prompt)
-        return add_usage(original(self, outputs, *args, **kwargs), loops)
+        return add_usage(original(self, outputs, request, *args, **kwargs), loops)
 
     return respond
 
@@ -214,10 +262,40 @@ def wrap_responses(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_usage(response: Any, loops: LoopUsage) -> Any:
-    """Set `usage.loops`, if the response has a usage (an error has none), and return the response."""
+    """Set `usage.loops`, if the response has a usage (an error has none), and what tokens ran; return the response."""
     if loops.summary and getattr(response, "usage", None) is not None:
         response.usage.loops = loops.summary
+    if loops.tokens:
+        for choice in getattr(response, "choices", ()):
+            tell_tokens(choice, loops)
     return response
+
+
+def tell_tokens(choice: Any, loops: LoopUsage) -> None:
+    """Set a choice's fields that say what its tokens ran."""
+    for name, values in loops.take_tokens(choice.index).items():
+        setattr(choice, name, values)
+
+
+def add_tokens(event: Any, loops: LoopUsage) -> Any:
+    """Set what tokens ran in a part of a stream, and return it.
+
+    A part of a chat's stream that has tokens states `token_ids`, if only as null: the first ones, of the role, do not.
+    Where vLLM sends no part for a token, the next one tells of both.
+    """
+    if not isinstance(event, str):
+        for choice in getattr(event, "choices", ()):
+            if "token_ids" in choice.model_fields_set:
+                tell_tokens(choice, loops)
+        return event
+    if '"token_ids":' not in event:
+        return event
+    head, _, data = event.partition("data: ")
+    body = json.loads(data)
+    for choice in body["choices"]:
+        if "token_ids" in choice:
+            choice.update(loops.take_tokens(choice["index"]))
+    return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def add_to_event(event: Any, loops: dict[str, float]) -> Any:
@@ -237,19 +315,21 @@ def add_to_event(event: Any, loops: dict[str, float]) -> Any:
 
 
 def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a wrapper of vLLM's streams, of server-sent events or chunks, which adds the loops to what has the usage.
+    """Return a wrapper of vLLM's streams, of server-sent events or chunks, which adds what ran.
 
     Args:
-        results_at: the index, among the arguments after self, of the results.
+        results_at: the index, among the arguments after self, of the results; the first is the request.
     """
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            loops = LoopUsage()
+            loops = LoopUsage(args[0])
             arguments = list(args)
             arguments[results_at] = loops.watch(arguments[results_at])
             async for event in original(self, *arguments, **kwargs):
+                if loops.tokens:
+                    event = add_tokens(event, loops)
                 yield add_to_event(event, loops.summary) if loops.summary else event
 
         return stream

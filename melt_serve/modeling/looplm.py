@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from melt_serve.config import LoopLMConfig
+from melt_serve.modeling.contrast import Contrast
 from melt_serve.modeling.depth import TokenDepths
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -27,7 +28,7 @@ class LoopedOutput(ModelOutput):
 
     Attributes:
         loss: next-token cross-entropy of the last loop, where `labels` were given.
-        logits: [B, S, V], after the last loop.
+        logits: [B, S, V], after the last loop; contrasted, where `contrast` was set.
         loop_logits: [T, B, S, V], the answer at every loop, where `output_loops` was set.
         exit_probabilities: [T, B, S], Ouro's exit gate after every loop, where `output_loops` was set.
         loop_states: [T, B, S, d], the normed state after every loop, which the heads answer from, in place of answers
@@ -239,12 +240,13 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         output_states: bool,
         logits_to_keep: int,
         cache: Cache | None,
+        contrast: Contrast | None,
     ) -> LoopedOutput:
         """Apply the heads to the states after each loop (T of [B, S, d]), as `LoopedOutput` describes."""
         if output_states:
             return LoopedOutput(loop_states=torch.stack(loop_states), past_key_values=cache)
         states = [x[:, -logits_to_keep:] for x in loop_states] if logits_to_keep else loop_states
-        logits = self.lm_head(states[-1])
+        logits = self.lm_head(states[-1] if contrast is None else contrast.combine(states))
         output = LoopedOutput(logits=logits, past_key_values=cache)
         if output_loops:
             stacked = torch.stack(states)
@@ -276,6 +278,8 @@ class OuroForCausalLM(LoopedForCausalLM):
         use_cache: bool = False,
         loops: int | Tensor | None = None,
         exit_threshold: float | Tensor | None = None,
+        contrast: float | Tensor | None = None,
+        contrast_loop: int | Tensor | None = None,
         output_loops: bool = False,
         output_states: bool = False,
         logits_to_keep: int = 0,
@@ -297,6 +301,8 @@ class OuroForCausalLM(LoopedForCausalLM):
             loops: T, by default the config's `total_ut_steps`; or [B], each sequence's.
             exit_threshold: in (0, 1], by default the config's; or [B]. Below 1, a token leaves its loops early where
                 the exit gate says so.
+            contrast: w, from 0, by default no contrast; or [B] (README.md, section 5).
+            contrast_loop: k, from 1 to T - 1, by default half of T; or [B].
             output_loops: also give logits and exit probabilities of every loop.
             output_states: give the states after every loop, and no answers.
             logits_to_keep: answer only for this many last tokens (0: all).
@@ -304,10 +310,12 @@ class OuroForCausalLM(LoopedForCausalLM):
                 without a past.
 
         Raises:
-            ValueError: fewer than 1 loop, or more than a `max_loops` of the config; a threshold outside (0, 1].
+            ValueError: fewer than 1 loop, or more than a `max_loops` of the config; a threshold outside (0, 1]; a
+                contrast below 0, or with no loop before the last one.
         """
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
+        contrasted = Contrast.of(contrast, contrast_loop, each_loops)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         real = new_token_mask(input_ids, attention_mask)
         if past and attention_mask is None:
@@ -344,6 +352,8 @@ class OuroForCausalLM(LoopedForCausalLM):
                 x = depths.keep(x, before)
                 depths.after(loop, self.exit_probabilities(x))
             loop_states.append(x)
-        output = self.answer(loop_states, labels, output_loops, output_states, logits_to_keep, past_key_values)
+        output = self.answer(
+            loop_states, labels, output_loops, output_states, logits_to_keep, past_key_values, contrasted
+        )
         output.depths = real * loops if depths is None else depths.ran
         return output

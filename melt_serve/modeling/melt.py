@@ -12,6 +12,7 @@ from transformers.initialization import constant_, copy_, normal_
 
 from melt_serve.config import MeltConfig
 from melt_serve.modeling.chunks import Chunk, cut, cut_packs
+from melt_serve.modeling.contrast import Contrast
 from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.gate import GATE_BIAS, GateProjection, KVGate, fresh_weight_std, running_mean_biases
 from melt_serve.modeling.looplm import (
@@ -60,6 +61,8 @@ class MeltForCausalLM(LoopedForCausalLM):
         use_cache: bool = False,
         loops: int | Tensor | None = None,
         exit_threshold: float | Tensor | None = None,
+        contrast: float | Tensor | None = None,
+        contrast_loop: int | Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         output_loops: bool = False,
         output_states: bool = False,
@@ -80,6 +83,8 @@ class MeltForCausalLM(LoopedForCausalLM):
             loops: T from 1 to `max_loops`, by default the config's `total_ut_steps`; or [B], each sequence's.
             exit_threshold: in (0, 1], by default the config's; or [B]. Below 1, a token leaves its loops early where
                 the exit gate says so (README.md, section 4).
+            contrast: w, from 0, by default no contrast; or [B] (README.md, section 5).
+            contrast_loop: k, from 1 to T - 1, by default half of T; or [B].
             prompt_lengths: [B], `token` mode: tokens from these positions on are chunks of their own,
                 as they are when generated.
             output_loops: also give logits and exit probabilities of every loop.
@@ -91,12 +96,13 @@ class MeltForCausalLM(LoopedForCausalLM):
                 chunk at once, in two passes (README.md, section 3); without `prompt_lengths`.
 
         Raises:
-            ValueError: loops outside 1..max_loops, a threshold outside (0, 1], a prompt piece that begins
-                inside a chunk; a pack with a past or `prompt_lengths`, or whose documents begin off the grid; two
-                passes in `chunk` mode, or with `prompt_lengths`.
+            ValueError: loops outside 1..max_loops, a threshold outside (0, 1], a contrast below 0 or with no loop
+                before the last one, a prompt piece that begins inside a chunk; a pack with a past or `prompt_lengths`,
+                or whose documents begin off the grid; two passes in `chunk` mode, or with `prompt_lengths`.
         """
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
+        contrasted = Contrast.of(contrast, contrast_loop, each_loops)
         real = new_token_mask(input_ids, attention_mask)
         rows = MeltRows(self.config, len(input_ids), input_ids.device) if past_key_values is None else past_key_values
         embeddings = self.model.embed_tokens(input_ids)
@@ -123,7 +129,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         states = [torch.cat(parts, dim=1) for parts in zip(*states_by_chunk, strict=True)]
         states = [x.gather(1, place[:, :, None].expand(-1, -1, x.shape[-1])) for x in states]
         cache = rows if use_cache else None
-        output = self.answer(states, labels, output_loops, output_states, logits_to_keep, cache)
+        output = self.answer(states, labels, output_loops, output_states, logits_to_keep, cache, contrasted)
         output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
         return output
 

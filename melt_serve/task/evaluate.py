@@ -45,6 +45,7 @@ class Score:
         loops: the most that a token runs; unknown of a server, and so are `mean_loops`.
         mean_loops: over the tokens of prompts and replies.
         accuracy: the share of right answers.
+        contrast: of the last loop to half of the loops; 0 for none.
     """
 
     checkpoint: str
@@ -55,6 +56,7 @@ class Score:
     mean_loops: float | None
     questions: int
     accuracy: float
+    contrast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def evaluate_checkpoints(
     loops: Sequence[int] | None = None,
     modes: Sequence[DecodeMode] | None = None,
     thresholds: Sequence[float] | None = None,
+    contrasts: Sequence[float] | None = None,
 ) -> list[Score]:
     """Score LoopLM and MELT checkpoints with the reference model in float32, greedily.
 
@@ -91,10 +94,11 @@ def evaluate_checkpoints(
         loops: depths to run, by default the checkpoint's own.
         modes: a MELT's decode modes, by default its own.
         thresholds: a MELT's exit thresholds, by default its own.
+        contrasts: weights of a contrast of depths, by default none.
 
     Raises:
         CheckpointError: not a checkpoint of ours, or not a whole one. Before anything is run.
-        EvaluationError: too many loops.
+        EvaluationError: too many loops, or too few for a contrast.
         OSError: files that cannot be read.
     """
     paths = paths or (LOOPLM, MELT)
@@ -102,12 +106,15 @@ def evaluate_checkpoints(
     for path, config in zip(paths, configs, strict=True):
         if loops and isinstance(config, MeltConfig) and max(loops) > config.max_loops:  # type: ignore[operator]
             raise EvaluationError(f"{path} runs at most max_loops={config.max_loops} loops, not {max(loops)}")
+        if contrasts and max(contrasts) > 0 and min(loops or [config.total_ut_steps]) == 1:
+            raise EvaluationError(f"{path}: a contrast needs a loop before the last one, so 2 loops or more, not 1")
     scores = []
     for path, config in zip(paths, configs, strict=True):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Ouro's files name none
-        scores += score(model, tokenizer, Path(path).name, loops or [config.total_ut_steps], count, modes, thresholds)
+        depths = loops or [config.total_ut_steps]
+        scores += score(model, tokenizer, Path(path).name, depths, count, modes, thresholds, contrasts)
     return scores
 
 
@@ -131,28 +138,23 @@ def score(
     count: int,
     modes: Sequence[DecodeMode] | None = None,
     thresholds: Sequence[float] | None = None,
+    contrasts: Sequence[float] | None = None,
 ) -> list[Score]:
-    """Score a model at each depth, and a MELT at each decode mode and exit threshold, too."""
-    asked = heldout(count)
+    """Score a model at each depth and contrast, and a MELT at each decode mode and exit threshold, too."""
+    asked, weights, own_threshold = heldout(count), contrasts or [0.0], model.config.early_exit_threshold
+    scores = []
     if not isinstance(model, MeltForCausalLM):
-        exits = model.config.early_exit_threshold
-        return [
-            Score(
-                name,
-                t,
-                None,
-                None,
-                None,
-                *measure(model, tokenizer, asked, f"{name} T={t}", loops=t, exit_threshold=exits),
-            )
-            for t in loops
-        ]
-    own, scores = model.config.decode_mode, []
-    for mode, t, threshold in product(modes or [own], loops, thresholds or [model.config.early_exit_threshold]):
+        for t, w in product(loops, weights):
+            depth = {"loops": t, "exit_threshold": own_threshold, "contrast": w}
+            facts = measure(model, tokenizer, asked, f"{name} T={t} w={w}", **depth)
+            scores.append(Score(name, t, None, None, None, *facts, contrast=w))
+        return scores
+    own = model.config.decode_mode
+    for mode, t, threshold, w in product(modes or [own], loops, thresholds or [own_threshold], weights):
         model.config.decode_mode = mode
-        label = f"{name} {mode} T={t} exit={threshold}"
-        facts = measure(model, tokenizer, asked, label, loops=t, exit_threshold=threshold)
-        scores.append(Score(name, t, model.config.chunk_size, mode, threshold, *facts))
+        label = f"{name} {mode} T={t} exit={threshold} w={w}"
+        facts = measure(model, tokenizer, asked, label, loops=t, exit_threshold=threshold, contrast=w)
+        scores.append(Score(name, t, model.config.chunk_size, mode, threshold, *facts, contrast=w))
     model.config.decode_mode = own
     return scores
 
@@ -180,7 +182,7 @@ def answers(
     asked: Sequence[Question],
     **depth: float,
 ) -> list[Reply]:
-    """Ask the model one batch of questions; `depth` are `loops` and a MELT's `exit_threshold`."""
+    """Ask the model one batch of questions; `depth` are `loops`, `exit_threshold` and `contrast`."""
     prompts = tokenizer.pad({"input_ids": [prompt_ids(question, tokenizer) for question in asked]}, return_tensors="pt")
     prompt, lengths = prompts["input_ids"], prompts["attention_mask"].sum(-1)
     marks = end_marks(tokenizer)
@@ -261,9 +263,11 @@ def first_model(client: "OpenAI") -> str:
 
 def table(scores: Sequence[Score]) -> str:
     """Format the scores in columns."""
-    lines: list[tuple[str, ...]] = [("checkpoint", "loops", "C", "mode", "exit", "mean loops", "questions", "right")]
+    lines: list[tuple[str, ...]] = [
+        ("checkpoint", "loops", "C", "mode", "exit", "contrast", "mean loops", "questions", "right")
+    ]
     for each in scores:
-        facts = (each.loops, each.chunk_size, each.decode_mode, each.exit_threshold)
+        facts = (each.loops, each.chunk_size, each.decode_mode, each.exit_threshold, each.contrast or None)
         mean_loops = None if each.mean_loops is None else f"{each.mean_loops:.2f}"
         known = ["-" if fact is None else str(fact) for fact in (*facts, mean_loops)]
         lines.append((each.checkpoint, *known, f"{each.questions:,}", f"{each.accuracy:.1%}"))

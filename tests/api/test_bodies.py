@@ -27,6 +27,7 @@ def nested(levels):
         {"messages": [{"role": "user", "content": "Größe 🙂"}], "max_tokens": None, "temperature": 0.5},
         {"prompt": [0, 511], "top_k": 2**63, "seed": -(2**63)},
         {"vllm_xargs": {"loops": 2, "exit_threshold": 0.5, "mine": ["a", 1]}, "kv_transfer_params": None},
+        {"vllm_xargs": {"return_loops": True, "contrast": 1.5}},
         {"structured_outputs": {"regex": "a+"}, "stop": ["\n", ""]},
         {"reasoning": {"enabled": True}, "logit_bias": {"5": -100}},
         {"messages": [], "tools": [{"function": {"parameters": {"properties": {"next": {"$ref": "#"}}}}}]},

@@ -4,7 +4,7 @@ import json
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 
 import openai
 import pytest
@@ -183,6 +183,81 @@ def test_every_answer_tells_how_many_loops_its_tokens_ran(client, server):
     assert re.search(r'^melt_token_loops_sum\{loops="2"\} [1-9]', metrics, re.MULTILINE)
 
 
+def test_a_contrast_of_depths_moves_the_answer_on_in_chats_completions_and_responses(client):
+    without, contrasted, to_one = (
+        said_at(client, extra_body={"vllm_xargs": {"loops": 3, **asked}})
+        for asked in ({}, {"contrast": 1.0}, {"contrast": 1.0, "contrast_loop": 1})
+    )
+    assert contrasted == pytest.approx(to_one, abs=1e-4) and contrasted != pytest.approx(without, abs=1e-2)
+
+    def first(**asked):
+        arguments = {"model": MODEL, "prompt": ASKED[0].prompt, "max_tokens": 1, "temperature": 0, "logprobs": 3}
+        choice = client.completions.create(**arguments, extra_body={"vllm_xargs": asked}).choices[0]
+        return list(choice.logprobs.top_logprobs[0].values())
+
+    assert first(contrast=2, contrast_loop=1) != pytest.approx(first(), abs=1e-2)
+    with pytest.raises(openai.BadRequestError, match="contrast_loop must be a whole number from 1 to 3"):
+        extra = {"vllm_xargs": {"contrast": 1, "contrast_loop": 4}}
+        client.responses.create(model=MODEL, input="Where?", extra_body=extra, stream=True)
+
+
+def tokens_told(choices):
+    """Join what choices, whole ones or those of a stream, tell of their tokens: log-probabilities, loops and exits."""
+    told = {}
+    for choice in choices:
+        logprobs, loops, exits = told.setdefault(choice.index, ([], [], []))
+        content = choice.logprobs and getattr(choice.logprobs, "content", None)
+        logprobs += [token.logprob for token in content] if content else getattr(choice.logprobs, "token_logprobs", [])
+        loops += getattr(choice, "loops", [])
+        exits += getattr(choice, "exit_probabilities", [])
+    return told
+
+
+def assert_same(told, expected):
+    assert sorted(told) == sorted(expected)
+    for index, (logprobs, loops, exits) in expected.items():
+        assert told[index][1] == loops and told[index][0] == pytest.approx(logprobs, abs=1e-4)
+        assert list(chain(*told[index][2])) == pytest.approx(list(chain(*exits)), abs=1e-4)
+
+
+EXITS_TOLD = {"vllm_xargs": {"exit_threshold": 0.5, "return_loops": True}}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n": 3, "temperature": 1.0, "seed": 1}, {"stop": [" is"]}], ids=str)
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_a_chat_tells_what_each_token_ran_beside_its_log_probability(client, arguments, logprobs):
+    asked = {"logprobs": logprobs, "extra_body": EXITS_TOLD, **arguments}
+    answer = chat(client, ASKED[0], **asked)
+    told = tokens_told(answer.choices)
+    loops = [ran for _, each, _ in told.values() for ran in each]
+    assert len(loops) == answer.usage.completion_tokens and sum(loops) / len(loops) == answer.usage.loops["mean"]
+    assert len(set(loops)) > 1
+    for said, ran, exits in told.values():
+        assert len(said) == (len(ran) if logprobs else 0) and [len(each) for each in exits] == ran
+        for each in exits:
+            stays = 1.0
+            for probability in each:
+                assert 1 - stays < 0.5
+                stays *= 1 - probability
+            assert 1 - stays >= 0.5 or len(each) == 4
+    pieces = [choice for chunk in chat(client, ASKED[0], stream=True, **asked) for choice in chunk.choices]
+    assert_same(tokens_told(pieces), told)
+    if logprobs:
+        counts = [(len(piece.logprobs.content or []) if piece.logprobs else 0) for piece in pieces]
+        assert [len(getattr(piece, "loops", [])) for piece in pieces] == counts
+    assert "loops" not in chat(client, ASKED[0], max_tokens=2).choices[0].model_extra
+
+
+def test_completions_tell_it_too_for_each_answer_to_each_prompt(client):
+    prompts = {"model": MODEL, "prompt": ["Find everybody.", "Where is"], "n": 2, "max_tokens": 9, "logprobs": 1}
+    asked = {**prompts, "temperature": 1.0, "seed": 3, "extra_body": EXITS_TOLD}
+    whole = tokens_told(client.completions.create(**asked).choices)
+    pieces = [choice for chunk in client.completions.create(**asked, stream=True) for choice in chunk.choices]
+    assert_same(tokens_told(pieces), whole)
+    assert sorted(whole) == [0, 1, 2, 3]
+    assert all(len(said) == len(ran) == len(exits) > 0 for said, ran, exits in whole.values())
+
+
 def test_no_reasoning_effort_skips_the_reasoning_too(client):
     message = chat(client, ASKED[0], reasoning_effort="none").choices[0].message
     assert not message.reasoning and message.content
@@ -325,6 +400,12 @@ def test_models_health_and_metrics(client, server):
         ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
         ({"extra_body": {"vllm_xargs": {"loops": 9}}}, openai.BadRequestError, "from 1 to 8"),
         ({"extra_body": {"vllm_xargs": {"loops": "deep"}}}, openai.BadRequestError, "from 1 to 8"),
+        ({"extra_body": {"vllm_xargs": {"contrast": 11}}}, openai.BadRequestError, "from 0, for none, to 10"),
+        (
+            {"extra_body": {"vllm_xargs": {"return_loops": "yes"}}, "stream": True},
+            openai.BadRequestError,
+            "true or false",
+        ),
         ({"reasoning_effort": "hardest"}, openai.BadRequestError, "reasoning_effort"),
         ({"extra_body": {"use_beam_search": True}, "n": 2}, openai.BadRequestError, "beam search"),
         ({"extra_body": {"use_beam_search": True}, "n": 2, "stream": True}, openai.BadRequestError, "beam search"),

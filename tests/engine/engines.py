@@ -50,7 +50,8 @@ AROUND_CUTS = (1, 2, 31, 32, 33, 63, 64, 65, 100, 203)
 LENGTHS = (1, 31, 32, 33, 64, 65, 100, 203)
 DEPTHS = (1, 4, 8, 2, 4, 1, 3, 8)
 EXITS = (1.0, 0.5, 0.85, 1.0, 0.7, 0.3, 0.6, 0.9)
-"""A batch that mixes depths: prompts of `LENGTHS` tokens, each with its own loops and exit threshold."""
+CONTRASTS = ((0, 1), (1.5, 2), (3, 1), (0.5, 1), (0, 1), (0, 1), (2, 2), (1, 7))
+"""A batch that mixes depths: prompts of `LENGTHS` tokens, each with its loops, exit threshold and contrast (w, k)."""
 
 ADAPTERS = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 KINDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
@@ -160,7 +161,9 @@ def generate(
     asked: Sequence[list[int]],
     loops: int | Sequence[int] | None = None,
     exits: float | Sequence[float] | None = None,
+    contrasts: Sequence[tuple[float, int]] | None = None,
     adapters: Sequence[LoRARequest | None] | None = None,
+    told: bool = False,
     **sampling: object,
 ) -> list[CompletionOutput]:
     """Answer all prompts in one batch, with `GENERATED` tokens each, sampled as in `everything`.
@@ -169,14 +172,19 @@ def generate(
         asked: the prompts' token ids.
         loops: of all requests or of each; the checkpoint's own if None.
         exits: exit thresholds, likewise.
+        contrasts: w and k of each, or none; with a w of 0 the request says nothing of it.
         adapters: one for each prompt, or None where there is none.
+        told: ask what each token ran, too.
     """
-    depths: list[dict[str, object]] = [{} for _ in asked]
+    depths: list[dict[str, object]] = [{"return_loops": True} if told else {} for _ in asked]
     for name, values in (("loops", loops), ("exit_threshold", exits)):
         if values is not None:
             each = values if isinstance(values, Sequence) else [values] * len(asked)
             for depth, value in zip(depths, each, strict=True):
                 depth[name] = value
+    for depth, (weight, loop) in zip(depths, contrasts or (), strict=contrasts is not None):
+        if weight:
+            depth |= {"contrast": weight, "contrast_loop": loop}
     parameters = [everything(**{"max_tokens": GENERATED, "extra_args": depth, **sampling}) for depth in depths]
     tokens = [TokensPrompt(prompt_token_ids=ids) for ids in asked]
     outputs = llm.generate(tokens, parameters, use_tqdm=False, lora_request=adapters and list(adapters))
@@ -198,9 +206,10 @@ def reference_logprobs(
     answers: Sequence[Sequence[int]],
     loops: int | Sequence[int] | None = None,
     exits: float | Sequence[float] | None = None,
+    contrasts: Sequence[tuple[float, int]] | None = None,
 ) -> list[torch.Tensor]:
     """Return what the reference says when it decodes the same tokens: [generated, vocabulary] for each prompt."""
-    return [logits.log_softmax(-1) for logits in reference_logits(model, asked, answers, loops, exits)]
+    return [logits.log_softmax(-1) for logits in reference_logits(model, asked, answers, loops, exits, contrasts)]
 
 
 @torch.no_grad()
@@ -210,6 +219,7 @@ def reference_logits(
     answers: Sequence[Sequence[int]],
     loops: int | Sequence[int] | None = None,
     exits: float | Sequence[float] | None = None,
+    contrasts: Sequence[tuple[float, int]] | None = None,
 ) -> list[torch.Tensor]:
     """Return the reference's logits when it decodes the same tokens in the checkpoint's mode.
 
@@ -225,6 +235,8 @@ def reference_logits(
         prompt_lengths=torch.tensor([len(prompt) for prompt in asked]),
         loops=torch.tensor(loops) if isinstance(loops, Sequence) else loops,
         exit_threshold=torch.tensor(exits) if isinstance(exits, Sequence) else exits,
+        contrast=torch.tensor([weight for weight, _ in contrasts]) if contrasts else None,
+        contrast_loop=torch.tensor([loop for _, loop in contrasts]) if contrasts else None,
     )
     return [
         each[len(prompt) - 1 : len(tokens) - 1]
@@ -238,9 +250,10 @@ def distance(
     outputs: Sequence[CompletionOutput],
     loops: int | Sequence[int] | None = None,
     exits: float | Sequence[float] | None = None,
+    contrasts: Sequence[tuple[float, int]] | None = None,
 ) -> float:
     """Return the largest difference in log-probability between engine and reference, over all answers and tokens."""
-    expected = reference_logprobs(model, asked, [output.token_ids for output in outputs], loops, exits)
+    expected = reference_logprobs(model, asked, [output.token_ids for output in outputs], loops, exits, contrasts)
     return (torch.cat([engine_logprobs(output) for output in outputs]) - torch.cat(expected)).abs().max().item()
 
 

@@ -39,12 +39,13 @@ from tests.engine.engines import (
     scheduler_of,
 )
 from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
-from tests.engine.test_depth import loops_run
+from tests.engine.test_token_loops import judge_told
 from tests.engine.waits import judge_waits, watched
 
 LENGTHS = (1, 31, 33, 64, 100)
 DEPTHS = (1, 8, 4, 2, 6)
 EXITS = (1.0, 0.85, 0.5, 1.0, 0.6)
+CONTRASTS = ((0, 1), (1.5, 3), (2, 1), (0, 1), (0.5, 2))
 MODES = on("token", "chunk")
 
 
@@ -60,9 +61,9 @@ def test_requests_of_mixed_depths_equal_the_reference(served, exits):
     llm, model = served
     asked = prompts(*LENGTHS)
     with confined(scheduler_of(llm), budget=96):  # a prompt takes several steps
-        for _ in range(2):  # the second time prefixes are found
-            outputs = generate(llm, asked, DEPTHS, exits, max_tokens=10)
-            assert distance(model, asked, outputs, DEPTHS, exits) <= RIGHT
+        for contrasts in (None, CONTRASTS):  # the second time prefixes are found
+            outputs = generate(llm, asked, DEPTHS, exits, contrasts, max_tokens=10)
+            assert distance(model, asked, outputs, DEPTHS, exits, contrasts) <= RIGHT
 
 
 @MODES
@@ -158,13 +159,14 @@ def test_usage_tells_the_loops_that_ran(served, ahead):
     asked, outputs = prompts(*LENGTHS), {}
     with scheduled_ahead(llm.llm_engine.engine_core.engine_core, ahead):
         for number, (prompt, loops, threshold) in enumerate(zip(asked, DEPTHS, EXITS, strict=True)):
-            parameters = everything(12, extra_args={"loops": loops, "exit_threshold": threshold})
+            depth = {"loops": loops, "exit_threshold": threshold, "return_loops": True}
+            parameters = everything(12, extra_args=depth)
             llm.llm_engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
         while llm.llm_engine.has_unfinished_requests():
             outputs |= {int(output.request_id): output for output in llm.llm_engine.step()}
     told = [outputs[number].kv_transfer_params["melt_loops_run"] for number in range(len(asked))]
     ran = [
-        loops_run(model, prompt, outputs[number].outputs[0], loops, threshold)[len(prompt) - 1 :].tolist()
+        judge_told(model, prompt, outputs[number].outputs[0], loops, threshold)
         for number, (prompt, loops, threshold) in enumerate(zip(asked, DEPTHS, EXITS, strict=True))
     ]
     assert told == [dict(Counter(each)) for each in ran]
@@ -221,6 +223,7 @@ def left_gaps(plan):
 
 
 SIZES = [1, 2, 4, 8]
+GRAPHED = ((2, 1), (0, 1), (1, 4), (0.5, 1), (2, 1))
 
 
 @pytest.fixture
@@ -303,9 +306,16 @@ def test_graphs_of_a_loop_give_what_eager_loops_give(tmp_path, capturing, mode, 
     asked, loops, exits = prompts(40, 5, 33, 20, 7), [3, 1, 6, 3, 2], [1.0, 1.0, 0.5, 0.6, 1.0]
     with engine(tmp_path, block_size=32) as llm:
         replayed = capturing(runner_of(llm))
-        for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
-            outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
-            assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
+        for depths, thresholds, contrasts in (
+            (loops, None, None),
+            (loops, exits, GRAPHED),
+            (2, None, None),
+        ):
+            outputs = generate(llm, asked, depths, thresholds, contrasts, told=contrasts is not None, max_tokens=4)
+            assert distance(model, asked, outputs, depths, thresholds, contrasts) <= RIGHT
+            if contrasts is not None:
+                for each in zip(asked, outputs, depths, thresholds, strict=True):
+                    judge_told(model, *each)
         assert {key for key, _ in replayed} >= {(1, 8), (2, 8), (2, 4), (2, 1)}
         assert any(tokens < size for (_, size), tokens in replayed)
         count = len(replayed)
@@ -323,7 +333,11 @@ def test_a_looplms_requests_of_mixed_depths_equal_the_reference_in_graphs_and_wi
     with engine(tmp_path, block_size=32) as llm:
         runner_of(llm)._dummy_run(8)
         replayed = capturing(runner_of(llm))
-        for depths, thresholds in ((loops, None), (loops, exits), (2, None)):
-            outputs = generate(llm, asked, depths, thresholds, max_tokens=4)
-            assert distance(model, asked, outputs, depths, thresholds) <= RIGHT
+        for depths, thresholds, contrasts in (
+            (loops, None, None),
+            (loops, exits, GRAPHED),
+            (2, None, None),
+        ):
+            outputs = generate(llm, asked, depths, thresholds, contrasts, told=contrasts is not None, max_tokens=4)
+            assert distance(model, asked, outputs, depths, thresholds, contrasts) <= RIGHT
         assert {key for key, _ in replayed} == {(1, size) for size in SIZES}, "one graph serves all loops"

@@ -15,6 +15,7 @@ from melt_serve.engine.looplm_cache import LoopRowsManager
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import (
+    CONTRASTS,
     DEPTHS,
     EXITS,
     RIGHT,
@@ -32,6 +33,7 @@ from tests.engine.engines import LENGTHS as MIXED
 from tests.engine.random_scenes import FEW, judge, plays
 from tests.engine.scenes import LIMITS, Server, blocks_of_longest, confined, counted, save_tokenizer
 from tests.engine.test_depth import loops_run
+from tests.engine.test_token_loops import judge_told
 
 LENGTHS = (1, 2, 31, 64, 65, 203)
 
@@ -71,6 +73,11 @@ def test_drafts_of_ngrams_change_no_answer(tmp_path):
     with engine(tmp_path, block_size=32, speculative_config=drafts) as llm:
         outputs = generate(llm, asked, [1, 2], max_tokens=24)
         assert distance(model, asked, outputs, [1, 2]) <= RIGHT
+        contrasts = [(0, 1), (2, 1)]
+        outputs = generate(llm, asked, [1, 2], contrasts=contrasts, max_tokens=24)
+        assert distance(model, asked, outputs, [1, 2], contrasts=contrasts) <= RIGHT
+        with pytest.raises(VLLMValidationError, match="return_loops does not tell tokens that were drafted"):
+            generate(llm, asked, told=True)
 
 
 @pytest.fixture(scope="class")
@@ -85,6 +92,15 @@ def looplm(tmp_path_factory):
 class TestDepths:
     def test_mixed_in_a_batch_equal_the_reference_with_and_without_exits(self, looplm):
         assert distance_at_mixed_depths(*looplm) <= RIGHT
+
+    def test_take_contrasts_and_tell_what_each_token_ran(self, looplm):
+        llm, model = looplm
+        asked = prompts(*MIXED)
+        for exits in ((1.0,) * len(asked), EXITS):
+            outputs = generate(llm, asked, DEPTHS, exits, CONTRASTS, told=True, max_tokens=12)
+            assert distance(model, asked, outputs, DEPTHS, exits, CONTRASTS) <= RIGHT
+            for each in zip(asked, outputs, DEPTHS, exits, strict=True):
+                judge_told(model, *each)
 
     def test_nor_do_gaps_change_answers_where_attention_bridges_them_as_on_a_gpu(self, looplm, monkeypatch):
         llm, model = looplm

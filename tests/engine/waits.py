@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from melt_serve.engine import exits, step
 from melt_serve.engine.melt import MeltModel
-from tests.engine.engines import DEPTHS, EXITS, LENGTHS, RIGHT, Served, distance, generate, prompts
+from tests.engine.engines import CONTRASTS, DEPTHS, EXITS, LENGTHS, RIGHT, Served, distance, generate, prompts
 
 OPERATIONS = ("nonzero", "_local_scalar_dense", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
 """Operators of PyTorch whose result, or its shape, depends on a value."""
@@ -105,6 +105,7 @@ def watched() -> Iterator[list[Step]]:
         for module in (step, exits):
             patches.setattr(module, "to_host", counted("reads", step.to_host))
             patches.setattr(module, "async_tensor_h2d", counted("copies", step.async_tensor_h2d))
+        patches.setattr(exits, "begin_to_host", counted("copies", step.begin_to_host))
         for name in (*TO_HOST, "to", "new_tensor"):
             patches.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
         for name in FROM_HOST:
@@ -116,9 +117,16 @@ def judge_waits(served: Served) -> None:
     """Answer prompts and generate at one depth, at several, and with exits: each right, and none waited for unplanned.
 
     Depths known before cost no wait, and at most one copy. Exits cost a wait for each loop after which a token may go.
+    Contrasts and exit probabilities of tokens cost copies, and no wait.
     """
     llm, model = served
     asked = prompts(*LENGTHS)
+    with watched() as steps:
+        outputs = generate(llm, asked, DEPTHS, contrasts=CONTRASTS, max_tokens=2, told=True)
+    assert distance(model, asked, outputs, DEPTHS, contrasts=CONTRASTS) <= RIGHT
+    assert not {what for each in steps for what in each.surprises} and not any(each.reads for each in steps)
+    assert max(each.copies for each in steps) > 2
+    assert llm.reset_prefix_cache()
     for loops, exit_thresholds in ((3, None), (DEPTHS, None), (DEPTHS, EXITS)):
         with watched() as steps:
             outputs = generate(llm, asked, loops, exit_thresholds, max_tokens=6)

@@ -84,6 +84,18 @@ def test_a_server_that_is_not_there_is_one_error():
         evaluate_server("http://127.0.0.1:9/v1", 1)
 
 
+def test_a_contrast_is_scored_at_each_depth_and_weight():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MELT).eval(), AutoTokenizer.from_pretrained(MELT)
+    asked = heldout(12)
+    scores = evaluate_checkpoints([MELT], 12, [2, 3], contrasts=[0, 4])
+    assert [(score.loops, score.contrast) for score in scores] == [(2, 0), (2, 4), (3, 0), (3, 4)]
+    replies = answers(model, tokenizer, asked, loops=3, contrast=4.0, contrast_loop=1)
+    right = sum(question.check(reply.answer) for question, reply in zip(asked, replies, strict=True))
+    assert scores[3].accuracy == right / 12
+    with pytest.raises(EvaluationError, match=r"2 loops or more, not 1"):
+        evaluate_checkpoints([LOOPLM], 10**9, [4, 1], contrasts=[0, 1])
+
+
 def test_the_table_lines_up():
     text = table(
         [Score("a", 4, None, None, None, 4, 1000, 0.9514), Score("melt-demo", 4, 32, "token", 0.5, 2.1, 1000, 1.0)]
@@ -117,6 +129,8 @@ def test_eval_prints_a_table_and_a_line_of_json(capsys):
         (["--decode-mode", "fast"], "'fast' is neither"),
         (["--exit-threshold", "0.5,0"], "'0.5,0' is not numbers above 0"),
         (["--exit-threshold", "often"], "'often' is not numbers above 0"),
+        (["--contrast", "1,-1"], "'1,-1' is not numbers from 0"),
+        (["--contrast", "inf"], "'inf' is not numbers from 0"),
     ],
 )
 def test_wrong_words_are_usage_errors(words, says, capsys):
