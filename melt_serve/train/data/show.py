@@ -114,8 +114,8 @@ def read_once(
     """
     from tqdm import tqdm
 
-    from melt_serve.train.data.datasets import DataError
     from melt_serve.train.data.packing import Batches
+    from melt_serve.train.data.records import DataError
 
     broken: list[str] = []
     lengths: list[int] = []
@@ -141,6 +141,11 @@ def table(counts: "Counts", lengths: list[int], packing: "Packing") -> str:
         (f"  longer than {packing.length:,} tokens ({packing.too_long})", f"{counts.too_long:,}", ""),
         ("tokens", f"{counts.tokens:,}", ""),
         ("  learnt", f"{counts.supervised:,}", f"{counts.supervised / counts.tokens:.1%}"),
+        (
+            f"  learnt beyond the first {packing.chunk_size:,} of a document",
+            f"{counts.beyond_first_chunk:,}",
+            f"{counts.beyond_first_chunk / max(1, counts.supervised):.1%}",
+        ),
         ("  a document, median", f"{ordered[len(ordered) // 2]:,}", ""),
         ("  a document, longest", f"{ordered[-1]:,}", ""),
         (f"packs of {packing.length:,} tokens", f"{counts.packs:,}", ""),
@@ -165,8 +170,8 @@ def example(corpus: "Corpus", number: int, tokenizer: "PreTrainedTokenizerFast")
     Raises:
         DataError: there is no such record, or it is broken.
     """
-    from melt_serve.train.data.datasets import BrokenRecord, DataError
     from melt_serve.train.data.documents import documents_of
+    from melt_serve.train.data.records import BrokenRecord, DataError
 
     record, _ = next(islice(corpus.stream([]), number, None), (None, None))
     if record is None:
