@@ -26,7 +26,7 @@ from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
 from melt_serve.train.inputs import data_files, note_inputs, teacher_files
-from melt_serve.train.loop.distributed import load_model, process_group, rank, world_size
+from melt_serve.train.loop.distributed import any_of, load_model, process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.loggers import logger_of
 from melt_serve.train.loop.logs import LOG
@@ -56,22 +56,13 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     path = located(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
     config = student_config(recipe, teacher.config)
-    if rank() == 0:
-        forget_unsaved(folder)
-    sequences = Sequences(recipe, tokenizer, folder)
     with process_group(DTYPES[recipe.dtype]) as device:
         check_share(recipe)
         if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / RECIPE).exists():
-                check_data(recipe, sequences.corpus, tokenizer)
-            check_disk(recipe, config, folder)
-            note_recipe(facts_of(recipe), folder)
-            models = teacher_files(recipe.teacher, path)
-            if recipe.student is not None:
-                models |= teacher_files(recipe.student, located(recipe.student))
-            note_inputs(models, data_files(recipe), folder, sequences.accept_changes)
-            warn_about_blocks(recipe.chunk_size)
+            sequences = begun(recipe, config, path, tokenizer, folder)
+        any_of([False], device)  # the others read what the first has written
+        if rank() > 0:
+            sequences = Sequences(recipe, tokenizer, folder)
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)
         saving = Saving(
@@ -81,7 +72,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             keep_every=recipe.keep_every,
             most_skipped=recipe.most_skipped,
         )
-        heldout = heldout_of(recipe, tokenizer, device)
+        heldout = heldout_of(recipe, config.max_position_embeddings, tokenizer, device)
 
         def flops(stage: Distillation) -> float:
             return sequence_flops(config, recipe, stage) * recipe.sequences / world_size()
@@ -107,6 +98,33 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         melt = plain(student)
         if rank() == 0:
             write_melt(melt, recipe, tokenizer, path, folder)
+
+
+def begun(
+    recipe: PostTraining, config: MeltConfig, teacher: Path, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> Sequences:
+    """Begin a run, or go on with the one in its folder: check and note what it is made from; return its sequences.
+
+    Args:
+        config: the student's.
+        teacher: its folder.
+
+    Raises:
+        CheckpointError, DataError, TrainingError: see `post_train`.
+    """
+    forget_unsaved(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sequences = Sequences(recipe, tokenizer, folder)
+    if not (folder / RECIPE).exists():
+        check_data(recipe, sequences.corpus, tokenizer)
+    check_disk(recipe, config, folder)
+    note_recipe(facts_of(recipe), folder)
+    models = teacher_files(recipe.teacher, teacher)
+    if recipe.student is not None:
+        models |= teacher_files(recipe.student, located(recipe.student))
+    note_inputs(models, data_files(recipe), folder, sequences.accept_changes)
+    warn_about_blocks(recipe.chunk_size)
+    return sequences
 
 
 def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:
@@ -185,8 +203,13 @@ def check_output(output: Path) -> None:
         raise TrainingError(f"output={output} holds something that is not a MELT checkpoint; name a new folder")
 
 
-def heldout_of(recipe: PostTraining, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Heldout | None:
+def heldout_of(
+    recipe: PostTraining, positions: int, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> Heldout | None:
     """Return the documents that a run is measured on, each alone; None where the recipe names none.
+
+    Args:
+        positions: that the models have; a document has no more tokens.
 
     Raises:
         DataError: there is nothing to learn in them.
@@ -196,7 +219,7 @@ def heldout_of(recipe: PostTraining, tokenizer: PreTrainedTokenizerFast, device:
         return None
     packing = replace(
         packing_of(recipe),
-        length=asked.length,
+        length=min(asked.length, positions),
         window=asked.documents,
         streaming=True,
         alone=True,

@@ -1,6 +1,7 @@
 """`python -m melt_serve.train run`: follow a recipe, most often from a LoopLM of one's own to a MELT that is served."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,5 +116,6 @@ def run(arguments: argparse.Namespace) -> int:
             return f"{recipe.output} and {push(Path(recipe.output), arguments.push)}"
         return recipe.output
 
-    again = several if isinstance(recipe, PostTraining) else [named or "", *words, *several]
+    again = [] if isinstance(recipe, PostTraining) else [named or "", *words]
+    again += ["--processes", os.environ["WORLD_SIZE"]] if launched() else []
     return run_stages(train, folder, arguments, " ".join(["run", *again, f"--resume --run {folder}"]))

@@ -38,7 +38,8 @@ class Sequences:
         self.start = self.stream.state_dict()
         self.windows: list[tuple[int, dict[str, Any]]] = []
         if self.index.exists():
-            self.windows = [(entry["first"], entry["state"]) for entry in map(parsed, self.index.open()) if entry]
+            noted = {entry["first"]: entry["state"] for entry in map(parsed, self.index.open()) if entry}
+            self.windows = list(noted.items())
         self.next = 0
 
     def __call__(self, numbers: range) -> Batch:
