@@ -52,6 +52,8 @@ examples:
       on eight GPUs, with FSDP; the losses are those of one, up to rounding
   torchrun --nnodes 2 --nproc-per-node 8 ... -m melt_serve.train run ./mine.toml --run-folder runs/mine
       on those of two machines
+  python -m melt_serve.train run ./mine.toml evaluation.files=heldout.jsonl report_to=wandb
+      measured on held-out records before the first step and every 50; shown in Weights & Biases
   tensorboard --logdir runs
       watch
 """

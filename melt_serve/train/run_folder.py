@@ -117,7 +117,7 @@ def read_facts(folder: Path) -> Facts:
             f"{folder} holds no run of a post-training: it has no {RECIPE}; name its --run folder"
         ) from None
     except (ValueError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); say the recipe again") from error
+        raise TrainingError(f"{path} is damaged ({error}); delete it, if the recipe is that of before") from error
 
 
 def changes(known: Facts, facts: Facts, folder: Path) -> list[str]:

@@ -23,9 +23,10 @@ DESCRIPTION = """\
 Read data once as a run would, and say what is in it: documents, tokens, the share that is learnt, the share of padding,
 records that cannot be learnt from, by file and line. Then show one document with what is learnt between ⟦ and ⟧.
 
-FILES are .jsonl files with an object a line, .parquet files, or folders that a Hugging Face dataset was saved to
-(save_to_disk). A record has `messages` (a chat, with `tools` if you like), of which the assistant's replies are learnt,
-or `text`, of which everything is."""
+FILES are .jsonl or .json files (also .gz), .parquet files, folders that a Hugging Face dataset was saved to
+(save_to_disk), or datasets on the hub, OWNER/NAME:SPLIT. A record has `messages` (a chat, with `tools` if you like), of
+which the assistant's replies are learnt, or `text`, of which everything is; `conversations`, `prompt` with
+`completion`, and `instruction` with `output` are chats, too."""
 EXAMPLES = """\
 examples:
   python -m melt_serve.train data chats.jsonl --checkpoint ./Ouro-1.4B-Thinking --length 10000 --chunk-size 512
