@@ -87,7 +87,7 @@ def keep_for_good(path: Path, step: int, last: int, every: int | None) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
     found = sorted(folder.glob(f"{name}-[0-9]*.state.pt"))
-    for old in found[: len(found) - last]:
+    for old in found[: max(0, len(found) - last)]:
         if every is None or int(old.name.removesuffix(".state.pt").rpartition("-")[2]) % every:
             old.unlink()
 
