@@ -9,7 +9,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melt_serve.task.tokenizer import VOCABULARY
 from melt_serve.train.__main__ import main
@@ -256,3 +256,17 @@ def test_the_last_states_and_every_nth_are_kept(folder):
     kept = sorted(path.name for path in (folder / "run" / "states").iterdir())
     numbers = [int(name[-15:-9]) for name in kept if name.startswith("transition")]
     assert numbers == [3, 6, 7] and os.path.getsize(folder / "run" / "states" / kept[-1]) > 0
+
+
+def test_answers_end_where_the_template_ends_them_whatever_the_teachers_files_say(folder):
+    """Ouro's name `<|endoftext|>`; turns end with `<|im_end|>`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert tokenizer.eos_token == "<|im_end|>"
+    for name, changes in (("tokenizer_config", {"eos_token": "<|im_start|>"}), ("config", {"eos_token_id": other})):
+        path = folder / "teacher" / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (folder / "teacher" / "generation_config.json").unlink()
+    assert run(folder, "run", "order=['alignment']") == 0
+    stated = json.loads((folder / "run-melt" / "generation_config.json").read_text())["eos_token_id"]
+    assert stated == [other, end]
