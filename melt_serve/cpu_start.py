@@ -23,6 +23,7 @@ from melt_serve.start_checks import (
     value_of,
 )
 
+CGROUP_USAGE = ("memory.current", "memory.usage_in_bytes")
 GIB = 1 << 30
 PROCESSES = 3 * GIB
 """Memory that vLLM's processes take beside weights and rows."""
@@ -154,9 +155,20 @@ def threads(environment: Mapping[str, str]) -> dict[str, str]:
 
 def free_memory() -> int:
     """Return the bytes that are free on this machine, or in this control group (a container)."""
-    stated = [path.read_text().strip() for path in CGROUP_LIMITS if path.is_file()][:1]
-    limits = [int(each) for each in stated if each.isdecimal()]
-    return min([psutil.virtual_memory().available, *limits])
+    available = psutil.virtual_memory().available
+    limit = next((path for path in CGROUP_LIMITS if path.is_file()), None)
+    if limit is None or not (stated := limit.read_text().strip()).isdecimal():
+        return available
+    return max(0, min(available, int(stated) - used_in_group(limit.parent)))
+
+
+def used_in_group(folder: Path) -> int:
+    """Return the bytes that a control group uses, without the files' pages that are dropped when room is needed."""
+    used = next((path for name in CGROUP_USAGE if (path := folder / name).is_file()), None)
+    if used is None:
+        return 0
+    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return int(used.read_text()) - int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def flags_of_processor() -> set[str]:

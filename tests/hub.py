@@ -1,15 +1,17 @@
-"""A hub on this machine: the routes by which Hugging Face's library finds and fetches a model's files."""
+"""A hub on this machine: the routes by which Hugging Face's library finds, fetches and uploads a model's files."""
 
 import hashlib
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of-a-user-who-may"
+COMMIT = "c0ffee" + 34 * "0"
 
 
 class Hub(ThreadingHTTPServer):
@@ -19,6 +21,7 @@ class Hub(ThreadingHTTPServer):
         models: folders by OWNER/NAME.
         closed: names that need `TOKEN`: of private models (404 without) and of gated ones (403).
         fetched: the paths of files that were sent.
+        pushed: the files of each model that was uploaded, by path.
     """
 
     daemon_threads = True
@@ -27,6 +30,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Routes)
         self.models, self.private, self.gated = models, private, gated
         self.fetched: list[str] = []
+        self.pushed: dict[str, dict[str, bytes]] = {}
 
     @property
     def url(self) -> str:
@@ -42,13 +46,43 @@ class Routes(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        """Take an upload: the making of a model, how its files will come, and the commit that holds them."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send(401, {})
+        match unquote(urlsplit(self.path).path).strip("/").split("/"):
+            case ["api", "repos", "create"]:
+                made = json.loads(body)
+                name = f"{made['organization']}/{made['name']}"
+                self.server.pushed[name] = {}
+                return self.send_json({"url": f"{self.server.url}/{name}", "id": name})
+            case ["api", "models", _, _, "preupload", _]:
+                files = [
+                    {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for each in json.loads(body)["files"]
+                ]
+                return self.send_json({"files": files})
+            case ["api", "models", owner, model, "commit", _]:
+                lines = [json.loads(line) for line in body.splitlines()]
+                files = {each["value"]["path"]: each["value"]["content"] for each in lines if each["key"] == "file"}
+                self.server.pushed[f"{owner}/{model}"] |= {path: b64decode(text) for path, text in files.items()}
+                url = f"{self.server.url}/{owner}/{model}/commit/{COMMIT}"
+                return self.send_json({"commitUrl": url, "commitOid": COMMIT, "success": True})
+            case ["api", "datasets", owner, name, "paths-info", _]:
+                folder = self.server.models[f"{owner}/{name}"]
+                paths = [path for path in parse_qs(body.decode()).get("paths", []) if (folder / path).is_file()]
+                return self.send_json([entry(folder, folder / path) for path in paths])
+        return self.send_json({"errors": [], "warnings": []})  # of a card
+
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
     def answer(self) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
-        owner, model, kind, *rest = [*(parts[2:] if is_api else parts), "", "", ""][: len(parts) + 3]
+        is_api = parts[0] == "api" and parts[1] in ("models", "datasets")
+        named = parts[2:] if is_api else parts[1:] if parts[0] == "datasets" else parts
+        owner, model, kind, *rest = [*named, "", "", ""][: len(parts) + 3]
         name, may = f"{owner}/{model}", self.headers.get("Authorization") == f"Bearer {TOKEN}"
         folder = self.server.models.get(name)
         if folder is None or (name in self.server.private and not may):
@@ -64,8 +98,7 @@ class Routes(BaseHTTPRequestHandler):
             siblings = [{"rfilename": each} for each in files]
             return self.send_json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
         if kind == "tree":
-            entries = [{"type": "file", "path": k, "size": p.stat().st_size, "oid": oid(p)} for k, p in files.items()]
-            return self.send_json(entries)
+            return self.send_json([entry(folder, path) for path in files.values()])
         path = files.get("/".join(each for each in rest[1:] if each))
         if kind != "resolve" or path is None:
             return self.send(404, {"X-Error-Code": "EntryNotFound"})
@@ -82,8 +115,13 @@ class Routes(BaseHTTPRequestHandler):
         for header, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(header, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def entry(folder: Path, path: Path) -> dict[str, object]:
+    """Return what the hub says of a file."""
+    return {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "oid": oid(path)}
 
 
 def oid(path: Path) -> str:

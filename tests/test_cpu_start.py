@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from melt_serve import cpu_start
 from melt_serve.cpu_start import NATIVE, choose, free_memory, threads
 from melt_serve.start_checks import StartError, on_cpu
 from tests.ouro_files import PUBLISHED_OURO
@@ -97,6 +98,26 @@ def test_a_second_server_on_a_host_is_bound_to_no_core():
     assert threads({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
     assert threads({"VLLM_CPU_OMP_THREADS_BIND": "0"}) == {}
     first.communicate("\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "cached"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_of_a_containers_memory_only_what_is_not_used_is_free(tmp_path, monkeypatch, limit, usage, cached):
+    """Pages of files that nobody looks at count as used, but are free for whoever needs them."""
+    monkeypatch.setattr(cpu_start, "CGROUP_LIMITS", (tmp_path / "none", tmp_path / limit))
+    (tmp_path / limit).write_text(f"{200 << 20}\n")
+    (tmp_path / usage).write_text(f"{150 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\n{cached} {30 << 20}\n")
+    assert free_memory() == 80 << 20
+    (tmp_path / usage).write_text(f"{290 << 20}\n")
+    assert free_memory() == 0
+    (tmp_path / limit).write_text("max\n")
+    assert free_memory() > 80 << 20
 
 
 def test_this_machine_is_read():

@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from melt_serve.train import bundled, run
+from melt_serve.train import bundled, export, run
 from melt_serve.train.commands import expected_errors, fail, say
 from melt_serve.train.cost import memory, plan, trial
 from melt_serve.train.data import show
 from melt_serve.train.studies import ablate, lengths
 
-COMMANDS = (bundled, run, plan, trial, memory, show, ablate, lengths)
+COMMANDS = (bundled, run, export, plan, trial, memory, show, ablate, lengths)
 RENAMED = {"demo": "bundled", "plan": "cost"}
 """Commands by the names they had while `melt-serve` used the same names for others."""
 

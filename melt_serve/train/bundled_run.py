@@ -56,7 +56,7 @@ def make_checkpoints(
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = None if kept is None else located_looped(kept)
-    note_inputs({} if kept is None or there is None else teacher_files(kept, there), folder)
+    note_inputs({} if kept is None or there is None else teacher_files(kept, there), {}, folder)
     tokenizer = build_tokenizer()
     shallow = None
     if there is None:

@@ -38,17 +38,18 @@ def new_command(
     return command
 
 
-def add_recipe(command: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_recipe(command: argparse.ArgumentParser, default: str | None = None, may_lack: bool = False) -> None:
     """Add the words that name a recipe and change its fields.
 
     Args:
         default: the recipe's name where none is given; None where one must be.
+        may_lack: whether the command does without one.
     """
     shown = "" if default is None else f" (default: {default})"
     command.add_argument(
         "recipe",
         metavar="RECIPE",
-        nargs=None if default is None else "?",
+        nargs=None if default is None and not may_lack else "?",
         default=default,
         help=f"a bundled recipe's name, or a TOML file{shown}",
     )
@@ -76,6 +77,15 @@ def add_questions(command: argparse.ArgumentParser) -> None:
         default=1000,
         metavar="N",
         help="held-out questions to measure the bundled checkpoints on (default: 1000)",
+    )
+
+
+def add_push(command: argparse.ArgumentParser) -> None:
+    """Add the flag that puts the checkpoint on the hub."""
+    command.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload it to the Hugging Face hub (HF_TOKEN); a new model there is private",
     )
 
 
@@ -164,7 +174,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors whose message tells a user what to do. Their modules are imported only now."""
     from melt_serve.capacity import PlanError
     from melt_serve.checkpoint_path import CheckpointError
-    from melt_serve.train.data.datasets import DataError
+    from melt_serve.train.data.records import DataError
     from melt_serve.train.recipe_files import RecipeError
 
     return (OSError, CheckpointError, DataError, PlanError, RecipeError, StudyError, TrainingError)

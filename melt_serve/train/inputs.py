@@ -1,9 +1,12 @@
 """What a run is made from, by content: its teacher's files and its data. They must be the same in every session."""
 
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from melt_serve.checkpoint_path import is_there
 from melt_serve.checksums import sum_of
 from melt_serve.train.atomic import replacing
 from melt_serve.train.recipe import PostTraining
@@ -13,21 +16,28 @@ INPUTS = "inputs.json"
 OF_TEACHER = ("config.json", "*.safetensors", "tokenizer*", "chat_template*", "vocab.*", "merges.txt")
 
 
-def note_inputs(files: Mapping[str, Path], folder: Path) -> None:
+def note_inputs(
+    teacher: Mapping[str, Path],
+    data: Mapping[str, Path],
+    folder: Path,
+    accept_changes: Callable[[], bool] = lambda: False,
+) -> None:
     """Write down the checksums of what the run is made from, or see that they are those of before.
 
     A file with the size and the time of before is not read again.
 
     Args:
-        files: what the run is made from, by the names that the user gave: where the hub's cache has a file may change.
+        teacher, data: files by the names that the user gave: where the hub's cache has a file may change.
+        accept_changes: asked where files of the data are others: whether what the run has read of them is the same.
 
     Raises:
         TrainingError: a file is another one, or is gone.
     """
     path = folder / INPUTS
-    begun, known = path.exists(), read_inputs(path)
+    begun, known = path.exists(), {really(name): fact for name, fact in read_inputs(path).items()}
     facts = {}
-    for name, file in files.items():
+    for name, file in {**teacher, **data}.items():
+        name = really(name)
         status, before = file.stat(), known.get(name)
         stamp = {"bytes": status.st_size, "modified": status.st_mtime_ns}
         if before is None or any(before.get(key) != value for key, value in stamp.items()):
@@ -36,7 +46,10 @@ def note_inputs(files: Mapping[str, Path], folder: Path) -> None:
             facts[name] = before
     changed = [name for name in known if name not in facts or facts[name]["sha256"] != known[name].get("sha256")]
     changed += [name for name in facts if begun and name not in known]
-    if changed:
+    mendable = {really(name) for name in data}
+    if changed and mendable.issuperset(changed) and accept_changes():
+        print(f"{changed[0]} has changed; what the run has read of it has not, so it goes on", file=sys.stderr)
+    elif changed:
         raise TrainingError(
             f"{changed[0]} is not what the run in {folder} was begun with; put back what was there, or use another "
             "--run folder"
@@ -61,11 +74,18 @@ def read_inputs(path: Path) -> dict[str, dict[str, object]]:
         ) from error
 
 
-def input_files(recipe: PostTraining, teacher: Path) -> dict[str, Path]:
-    """Return the files of the teacher, whose folder is given, and of the data, in an order that is always the same."""
-    files = teacher_files(recipe.teacher, teacher)
+def really(named: str) -> str:
+    """Return the one path of what a user may name in several ways; a name on the hub as it is."""
+    return os.path.realpath(named) if is_there(named) else named
+
+
+def data_files(recipe: PostTraining) -> dict[str, Path]:
+    """Return the files of the data that are here, by name, in an order that is always the same."""
+    files: dict[str, Path] = {}
     for name in recipe.data.files:
         data = Path(name)
+        if not data.exists():
+            continue
         of_data = sorted(file for file in data.rglob("*") if file.is_file()) if data.is_dir() else [data]
         files |= {str(file): file for file in of_data}
     return files

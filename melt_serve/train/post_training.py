@@ -1,33 +1,40 @@
 """Post-training of a LoopLM of one's own: all stages of a recipe, then the MELT that is served."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from melt_serve.checkpoint_config import located_looped
 from melt_serve.config import MeltConfig
 from melt_serve.convert import warn_about_blocks
-from melt_serve.train.atomic import replacing
+from melt_serve.modeling import MeltForCausalLM
+from melt_serve.train.checks import check_data, check_disk
+from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.data.batch import Batch, moved
-from melt_serve.train.data.sequences import Sequences
-from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain
+from melt_serve.train.data.datasets import Corpus
+from melt_serve.train.data.packing import Batches, collate
+from melt_serve.train.data.records import DataError
+from melt_serve.train.data.sequences import Sequences, as_chats, packing_of
+from melt_serve.train.distil.build import DTYPES, fresh_student, place, plain, student_config
+from melt_serve.train.distil.evaluate import Heldout
 from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
-from melt_serve.train.inputs import input_files, note_inputs
-from melt_serve.train.loop.distributed import process_group, rank, world_size
+from melt_serve.train.inputs import data_files, note_inputs, teacher_files
+from melt_serve.train.loop.distributed import any_of, load_model, process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
+from melt_serve.train.loop.loggers import logger_of
 from melt_serve.train.loop.logs import LOG
+from melt_serve.train.loop.states import read_state
 from melt_serve.train.loop.trainer import Saving
-from melt_serve.train.recipe import PostTraining
+from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.run_folder import RECIPE, facts_of, forget_unsaved, note_recipe
 from melt_serve.train.session import Session, TrainingError
-
-RECIPE = "recipe.json"
-MAY_CHANGE = ("output", "gate_rank", "save_steps", "save_minutes", "micro_batch", "checkpoint_chunks", "compile")
-"""Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
 
 
 def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
@@ -44,30 +51,126 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         Paused: the session ended first.
     """
     check_output(Path(recipe.output))
+    for name in recipe.report_to:
+        logger_of(name)
     path = located_looped(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
-    sequences = Sequences(recipe, tokenizer, folder)
-    dtype, target = DTYPES[recipe.dtype], Path(recipe.output)
-    with process_group(dtype) as device:
+    config = student_config(recipe, teacher.config)
+    with process_group(DTYPES[recipe.dtype]) as device:
         check_share(recipe)
         if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            note_recipe(recipe, folder)
-            note_inputs(input_files(recipe, path), folder)
-            warn_about_blocks(recipe.chunk_size)
+            sequences = begun(recipe, config, path, tokenizer, folder)
+        any_of([False], device)  # the others read what the first has written
+        if rank() > 0:
+            sequences = Sequences(recipe, tokenizer, folder)
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)
-        saving, first = Saving(recipe.save_steps, recipe.save_minutes), 0
+        saving = Saving(
+            recipe.save_steps,
+            recipe.save_minutes,
+            keep_last=recipe.keep_last,
+            keep_every=recipe.keep_every,
+            most_skipped=recipe.most_skipped,
+        )
+        heldout = heldout_of(recipe, config.max_position_embeddings, tokenizer, device)
+
+        def flops(stage: Distillation) -> float:
+            return sequence_flops(config, recipe, stage) * recipe.sequences / world_size()
+
+        first = 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)
-            run_phase(name, stage, teacher, student, batches, folder, session, saving)
+            watch = heldout and heldout.watch(name, first == 0, stage.steps, teacher, student, folder)
+            run_phase(
+                name,
+                stage,
+                teacher,
+                student,
+                batches,
+                folder,
+                session,
+                saving,
+                flops,
+                watch or (lambda done, show: None),
+                recipe.report_to,
+            )
             first += stage.steps * recipe.sequences
         melt = plain(student)
         if rank() == 0:
-            if recipe.gate_rank is not None:
-                melt = cut_gate(melt, recipe.gate_rank)
-            melt.to(dtype)
-            export(melt, tokenizer, run_card(melt, recipe, path, folder / LOG), target, path)
+            write_melt(melt, recipe, tokenizer, path, folder)
+
+
+def begun(
+    recipe: PostTraining, config: MeltConfig, teacher: Path, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> Sequences:
+    """Begin a run, or go on with the one in its folder: check and note what it is made from; return its sequences.
+
+    Args:
+        config: the student's.
+        teacher: its folder.
+
+    Raises:
+        CheckpointError, DataError, TrainingError: see `post_train`.
+    """
+    forget_unsaved(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sequences = Sequences(recipe, tokenizer, folder)
+    if not (folder / RECIPE).exists():
+        check_data(recipe, sequences.corpus, tokenizer)
+    check_disk(recipe, config, folder)
+    note_recipe(facts_of(recipe), folder)
+    models = teacher_files(recipe.teacher, teacher)
+    if recipe.student is not None:
+        models |= teacher_files(recipe.student, located(recipe.student))
+    note_inputs(models, data_files(recipe), folder, sequences.accept_changes)
+    warn_about_blocks(recipe.chunk_size)
+    return sequences
+
+
+def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:
+    """Write the MELT of a saved state to the recipe's output; say which steps it has.
+
+    Raises:
+        CheckpointError: the teacher is not whole.
+        TrainingError: no free output, or the state is damaged, or another run's.
+    """
+    check_output(Path(recipe.output))
+    path = located(recipe.teacher)
+    teacher, tokenizer = load_teacher(recipe, path)
+    student = fresh_student(recipe, teacher)
+    state = read_state(state_file)
+    try:
+        load_model(student, state["model"])
+    except (LookupError, RuntimeError) as error:
+        raise TrainingError(f"{state_file} is not a state of the run in {folder}: its weights are others") from error
+    stage = re.sub(r"(-\d+)?\.state\.pt(\.before)?$", "", state_file.name)
+    says = f"after {state['step']:,} steps of {stage}"
+    write_melt(plain(student), recipe, tokenizer, path, folder, f"It is the run {says}.")
+    return says
+
+
+def write_melt(
+    melt: MeltForCausalLM,
+    recipe: PostTraining,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: Path,
+    folder: Path,
+    said: str = "",
+) -> None:
+    """Write a run's MELT to the recipe's output, its gate cut and its weights rounded as the recipe says.
+
+    Args:
+        teacher: its folder.
+        folder: the run's.
+        said: what the card says besides.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    if recipe.gate_rank is not None:
+        melt = cut_gate(melt, recipe.gate_rank)
+    melt.to(DTYPES[recipe.dtype])
+    export(melt, tokenizer, run_card(melt, recipe, teacher, folder / LOG, said), Path(recipe.output), teacher)
 
 
 def check_share(recipe: PostTraining) -> None:
@@ -100,23 +203,37 @@ def check_output(output: Path) -> None:
         raise TrainingError(f"output={output} holds something that is not a MELT checkpoint; name a new folder")
 
 
-def note_recipe(recipe: PostTraining, folder: Path) -> None:
-    """Write down what the run is, or see that it is the one that is there.
+def heldout_of(
+    recipe: PostTraining, positions: int, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> Heldout | None:
+    """Return the documents that a run is measured on, each alone; None where the recipe names none.
+
+    Args:
+        positions: that the models have; a document has no more tokens.
 
     Raises:
-        TrainingError: it is another one.
+        DataError: there is nothing to learn in them.
     """
-    path, facts = folder / RECIPE, json.loads(json.dumps(asdict(recipe)))
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in facts if key not in MAY_CHANGE and facts[key] != known.get(key)]
-        if changed:
-            raise TrainingError(
-                f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
-                "say the same again, or use another --run folder"
-            )
-    with replacing(path) as part:
-        part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    packing = replace(
+        packing_of(recipe),
+        length=min(asked.length, positions),
+        window=asked.documents,
+        streaming=True,
+        alone=True,
+        broken="skip",
+        weights=None,
+        too_long="cut",
+    )
+    stream, size = Batches(Corpus(asked.files), tokenizer, packing), recipe.micro_batch
+    stream.next_window()
+    packs = stream.packs[: asked.documents]
+    if not packs:
+        raise DataError(f"evaluation.files: nothing to learn at the beginning of {', '.join(asked.files)}")
+    batches = [moved(as_chats(collate(packs[i : i + size], packing)), device) for i in range(0, len(packs), size)]
+    return Heldout(batches, tokenizer, asked)
 
 
 def batches_of(

@@ -4,6 +4,7 @@ Plain dataclasses; `recipe_files.py` checks what files and command lines say aga
 """
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -20,6 +21,7 @@ Depths = Annotated[tuple[Count, ...], Field(min_length=1)]
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one), Field(min_length=1)
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)]
 FORBID: ConfigDict = {"extra": "forbid"}
 Loops = Literal["all", "last"]
 Distance = Literal["relative", "sum", "mean"]
@@ -205,20 +207,57 @@ class Data:
     """The data of a post-training, and how it is packed.
 
     Attributes:
-        files: `.jsonl` and `.parquet` files, and folders that a Hugging Face dataset was saved to, with `messages` or
-            `text`; `python -m melt_serve.train data` shows what a run would learn from them.
+        files: `.jsonl`, `.json` (also `.gz`) and `.parquet` files, folders that a Hugging Face dataset was saved to,
+            and datasets on the hub, `OWNER/NAME[/CONFIG][@REVISION][:SPLIT]`; `data/records.py` says what a record
+            is. `python -m melt_serve.train data` shows what a run would learn from them.
+        weights: how often an epoch takes the records of each file, in their order: 2 twice, 0.5 a random half of them;
+            by default once.
+        learn: of a chat, all replies, or the last one only.
         pack: fill a sequence with documents that do not see each other; otherwise it is one document.
-        streaming, window, too_long, broken: see `packing.Packing`.
+        streaming, window, too_long, broken: see `packing.Packing`; `broken` may change when a run goes on.
     """
 
     __pydantic_config__: ClassVar = FORBID
 
     files: Paths
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    learn: Literal["replies", "last"] = "replies"
     pack: bool = True
     streaming: bool = False
     window: Count = 1024
     too_long: Literal["cut", "split", "drop"] = "cut"
     broken: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and len(self.weights) != len(self.files):
+            raise ValueError(
+                f"data.weights: {len(self.weights)} of them, and {len(self.files)} data.files; give one each"
+            )
+        if self.weights is not None and self.streaming:
+            raise ValueError("data.weights need a random order of all records; leave them out, or data.streaming")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured while a run learns, on documents that it does not learn from.
+
+    Attributes:
+        files: as `Data.files`.
+        steps: measured every so many, before the first step, and at the end of a stage.
+        documents: so many are read, the first of the files; broken ones are left out.
+        length: tokens of a document at most. In `token` mode its reply runs token by token, which is what this costs.
+        samples: answers that are written down, to the first prompts.
+        sample_tokens: of an answer, at most.
+    """
+
+    __pydantic_config__: ClassVar = FORBID
+
+    files: Paths
+    steps: Count = 50
+    documents: Count = 32
+    length: Annotated[int, Field(ge=2)] = 1024
+    samples: Annotated[int, Field(ge=0)] = 2
+    sample_tokens: Count = 64
 
 
 @dataclass(frozen=True)
@@ -227,6 +266,8 @@ class PostTraining:
 
     Attributes:
         teacher: folder of the LoopLM's checkpoint, in Ouro's format, or its name on the hub, OWNER/NAME[@REVISION].
+        student: folder of a MELT of the teacher's shape to begin with, or its name on the hub; it keeps its own gate.
+            By default the teacher's weights, with a fresh gate.
         output: folder of the MELT's checkpoint; replaced when all stages are done, and not before.
         chunk_size: C that the MELT is made for. A sequence may end inside a chunk, and a document begins on a multiple
             of `grid`.
@@ -245,7 +286,16 @@ class PostTraining:
         compile: let `torch.compile` fuse what is between the matmuls after a layer's attention: norms, sums, SwiGLU.
             Takes up to a minute at the start; a run that is resumed is the same up to rounding.
         save_steps, save_minutes: the run's state is saved when either has passed.
+        keep_last, keep_every: of a stage, so many states that were saved last are kept in `states/`, and those of all
+            multiples of so many steps.
+        evaluation: held-out documents, and how often they are asked; by default nothing is.
+        report_to: where the numbers are shown: `tensorboard`, `wandb`, or `module:function`, see `loop/loggers.py`.
+        most_skipped: the share of a stage's steps whose gradient may be no number: they change nothing and are counted.
+            One more ends the run.
         exits: none, or a stage that teaches tokens to leave early (our addition).
+        further: stages after these, by names of their own.
+        order: the names of the stages to run, in this order; by default transition, alignment, exits, and then
+            `further`, as far as the recipe has them.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -253,9 +303,12 @@ class PostTraining:
     teacher: str
     data: Data
     output: str
-    transition: Distillation
-    alignment: Distillation
+    transition: Distillation | None = None
+    alignment: Distillation | None = None
     exits: Distillation | None = None
+    student: str | None = None
+    further: dict[str, Distillation] = field(default_factory=dict)
+    order: tuple[str, ...] | None = None
     chunk_size: Count = 512
     decode_mode: DecodeMode = "chunk"
     gate_type: GateType = "elementwise"
@@ -271,6 +324,11 @@ class PostTraining:
     compile: bool = False
     save_steps: Count = 50
     save_minutes: Annotated[float, Field(gt=0)] = 10.0
+    keep_last: Annotated[int, Field(ge=0)] = 0
+    keep_every: Count | None = None
+    evaluation: Evaluation | None = None
+    report_to: Names = ("tensorboard",)
+    most_skipped: Share = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -287,12 +345,25 @@ class PostTraining:
                 f"trained_rank={self.trained_rank} and gate_rank={self.gate_rank}: a gate is trained at a rank or cut "
                 "to one afterwards; leave one of them out"
             )
+        if unnamed := [name for name in self.names if name not in self.tables]:
+            raise ValueError(
+                f"order: there is no stage {unnamed[0]!r}; the recipe has {', '.join(self.tables) or 'none'}"
+            )
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"order={list(self.names)}: a recipe runs at least one stage, and each of them once")
+        if taken := [name for name in self.further if name in PHASES or not re.fullmatch(r"\w[\w-]*", name)]:
+            raise ValueError(f"further.{taken[0]}: name the stage otherwise, in letters, digits, - and _")
         if astray := [size for size in self.chunk_sizes if self.grid % size]:
             raise ValueError(
                 f"chunk_sizes: {astray[0]} does not divide {self.grid}, the largest; documents of a pack begin on "
                 "multiples of that, so it must be a multiple of all others"
             )
         for name, stage in self.stages.items():
+            if self.student is not None and stage.interpolate:
+                raise ValueError(
+                    f"{name}.interpolate=true: a student that is a MELT has no rows of a LoopLM to begin with; set it "
+                    f"to false, or leave the stage out of order"
+                )
             if stage.decode_aware_from == 1:
                 continue
             if self.decode_mode == "chunk":
@@ -324,8 +395,19 @@ class PostTraining:
     @property
     def stages(self) -> dict[str, Distillation]:
         """The stages by name, in the order they run, with the batch in sequences."""
-        named = {"transition": self.transition, "alignment": self.alignment, "exits": self.exits}
-        return {name: replace(stage, batch=self.sequences, seed=self.seed) for name, stage in named.items() if stage}
+        return {name: replace(self.tables[name], batch=self.sequences, seed=self.seed) for name in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the stages, in the order they run."""
+        return tuple(self.tables) if self.order is None else self.order
+
+    @property
+    def tables(self) -> dict[str, Distillation]:
+        """All stages that the recipe describes, by name; which run, and when, `order` says."""
+        own = {name: getattr(self, name) for name in PHASES}
+        return {name: stage for name, stage in (own | self.further).items() if stage is not None}
 
 
+PHASES = ("transition", "alignment", "exits")
 STAGES = ("teacher", "shallow", "transition", "alignment", "exits")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,16 +41,48 @@ def load_recipe(
         raise RecipeError(f"{path} must say what it is: kind = {' or '.join(map(repr, KINDS))}")
     if kind is PostTraining:
         table = {**defaults, **table}
+    recipe = checked(table, kind, path.name)
+    return recipe.seeded(recipe.seed) if isinstance(recipe, Recipe) else recipe
+
+
+def written_recipe(facts: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> PostTraining:
+    """Return the recipe that a run's folder has written down, changed by `key.path=value` words.
+
+    Raises:
+        RecipeError: a field or value that it cannot have.
+    """
+    of_stages = {"seed", "batch"}
+    table: dict[str, Any] = {key: value for key, value in facts.items() if value is not None}
+    for stages in (table, table.get("further", {})):
+        for name in [name for name, each in stages.items() if isinstance(each, dict) and of_stages <= each.keys()]:
+            stages[name] = {key: value for key, value in stages[name].items() if key not in of_stages}
+    for word in overrides:
+        override(table, word)
+    recipe = checked(table, PostTraining, folder.name)
+    assert isinstance(recipe, PostTraining)
+    return recipe
+
+
+def checked(table: dict[str, Any], kind: type[Recipe] | type[PostTraining], name: str) -> Recipe | PostTraining:
+    """Return the recipe that a table describes.
+
+    Args:
+        name: of where it stands.
+
+    Raises:
+        RecipeError: a field or value that it cannot have.
+    """
     of_all_stages = {"seed": "seed"} if kind is Recipe else {"seed": "seed", "batch": "batch_tokens"}
-    for stage, (field, instead) in product(STAGES, of_all_stages.items()):
-        if isinstance(table.get(stage), dict) and field in table[stage]:
-            raise RecipeError(f"{path.name}: {stage}.{field} is the same in all stages: set {instead} instead")
+    further = table.get("further")
+    tables = table | {f"further.{key}": each for key, each in (further if isinstance(further, dict) else {}).items()}
+    for (stage, each), (field, instead) in product(tables.items(), of_all_stages.items()):
+        if (stage in STAGES or stage.startswith("further.")) and isinstance(each, dict) and field in each:
+            raise RecipeError(f"{name}: {stage}.{field} is the same in all stages: set {instead} instead")
     try:
-        recipe = TypeAdapter(kind).validate_python(table)
+        return TypeAdapter(kind).validate_python(table)
     except ValidationError as error:
         said = "; ".join(complaint(kind, each) for each in error.errors(include_url=False))
-        raise RecipeError(f"{path.name}: {said}") from None
-    return recipe.seeded(recipe.seed) if isinstance(recipe, Recipe) else recipe
+        raise RecipeError(f"{name}: {said}") from None
 
 
 def find_recipe(name: str) -> Path:
@@ -116,10 +148,14 @@ def complaint(kind: type, error: Any) -> str:
 
 def fields_at(kind: type, path: Sequence[str]) -> list[str]:
     """List the fields of the dataclass that is found along this path of fields; none where there is a value."""
+    named = False
     for step in path:
+        if named:  # an entry of a table whose names are the user's
+            named = False
+            continue
         (found,) = (field.type for field in fields(kind) if field.name == step)
         options = [each for each in (found, *get_args(found)) if isinstance(each, type) and is_dataclass(each)]
         if not options:
             return []
-        kind = options[0]
+        kind, named = options[0], get_origin(found) is dict
     return [field.name for field in fields(kind)]

@@ -14,7 +14,7 @@ from melt_serve.train.results import add_records
 from melt_serve.train.session import Paused, TrainingError
 from tests.cpu_seconds import least_cpu_seconds
 
-NAMES = ("bundled", "run", "cost", "trial", "memory", "data", "ablate", "lengths")
+NAMES = ("bundled", "run", "export", "cost", "trial", "memory", "data", "ablate", "lengths")
 HEAVY = "{'torch', 'transformers', 'pydantic', 'matplotlib'}"
 
 

@@ -62,8 +62,7 @@ def measured_rate(teacher_config: LoopLMConfig, recipe: PostTraining, stage: Dis
         if student.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - begun)
-    deepest = replace(stage, loops=(max(stage.loops),))
-    return recipe.micro_batch * sequence_flops(student.config, recipe, deepest) / median(seconds[1:])
+    return recipe.micro_batch * sequence_flops(student.config, recipe, as_tried(stage)) / median(seconds[1:])
 
 
 def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, scale: int) -> float:
@@ -97,21 +96,28 @@ def random_step(
     student = Student(student_config(recipe, teacher_config)).to(device, dtype).train()
     ids = torch.randint(teacher_config.vocab_size, (recipe.micro_batch, recipe.sequence_length), device=device)
     batch = Batch(ids, torch.ones_like(ids), ids, torch.zeros(len(ids), dtype=torch.long, device=device), ids[:1])
-    twice = stage.decode_aware_by == "passes" and stage.decode_aware_from < 1
-    # C is the recipe's: a drawn one would not be this recipe's, which may be a reduced one.
-    deepest = replace(
-        stage,
-        loops=(max(stage.loops),),
-        chunk_sizes=(),
-        decode_aware_from=0.0 if twice else 1.0,
-        decode_aware_share=1.0,
-    )
+    deepest = as_tried(stage)
 
     def loss() -> Tensor:
         middle = stage.steps // 2
         return phase_losses(deepest, middle, 0, teacher, student, batch, ids.numel(), batch.real.sum())["loss"]
 
     return student, loss
+
+
+def as_tried(stage: Distillation) -> Distillation:
+    """Return the stage of which `random_step` is a step: its most loops, and two passes always if it ever has them.
+
+    C is the recipe's: a drawn one would not be this recipe's, which may be a reduced one.
+    """
+    twice = stage.decode_aware_by == "passes" and stage.decode_aware_from < 1
+    return replace(
+        stage,
+        loops=(max(stage.loops),),
+        chunk_sizes=(),
+        decode_aware_from=0.0 if twice else 1.0,
+        decode_aware_share=1.0,
+    )
 
 
 @contextmanager

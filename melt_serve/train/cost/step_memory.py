@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from melt_serve.capacity import PlanError
 from melt_serve.config import LoopLMConfig
 from melt_serve.train.cost.arithmetic import step_memory
 from melt_serve.train.cost.probe import kept_for_backward, random_step, reduced
@@ -50,8 +51,13 @@ def measure(
 
     Args:
         teacher: its shape, of which the width is divided by `scale`, see `probe.reduced`.
+
+    Raises:
+        PlanError: the recipe lacks one of the phases.
     """
     small, recipe = reduced(teacher, recipe, scale)
+    if recipe.transition is None or recipe.alignment is None:
+        raise PlanError("memory is measured of both phases: the recipe needs the stages transition and alignment")
     usual, middle = max(recipe.transition.loops), sorted(lengths)[(len(lengths) - 1) // 2]
     points = sorted({(length, usual) for length in lengths} | {(middle, each) for each in loops})
     variants = {

@@ -92,8 +92,9 @@ def prepare(name: str, overrides: Sequence[str], scale: int, steps: int) -> Tria
     assert isinstance(recipe, PostTraining)
     teacher = shape_of(recipe.teacher)
     # Tokens that run one by one are another arithmetic than the one that is counted.
-    stages = {key: replace(stage, steps=steps, decode_aware_from=1.0) for key, stage in recipe.stages.items()}
-    recipe = replace(recipe, **stages)  # type: ignore[arg-type]
+    tried = {key: replace(stage, steps=steps, decode_aware_from=1.0) for key, stage in recipe.tables.items()}
+    further = {key: tried.pop(key) for key in recipe.further}
+    recipe = replace(recipe, further=further, **tried)  # type: ignore[arg-type]
     if scale > 1:
         teacher, _ = reduced(teacher, recipe, scale)
     return Trial(recipe, teacher, scale, tokens)

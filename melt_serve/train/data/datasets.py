@@ -1,62 +1,37 @@
-"""Records to learn from, in JSONL files and Hugging Face datasets on disk, read at random or as a stream.
+"""Records to learn from, in JSON files and Hugging Face datasets, on disk or the hub, read at random or as a stream."""
 
-A record holds `messages`, a chat with optional `tools`, or `text`; `messages` wins where it holds both.
-"""
-
+import gzip
 import json
+import re
+import shutil
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import NamedTemporaryFile
+from types import ModuleType
+from typing import BinaryIO, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tqdm import tqdm
+
+from melt_serve.train.data.records import BrokenRecord, DataError, Record, checked
 
 Cursor = list[int]
 """Where a stream goes on: the file's number, and what the file needs to find its next record. JSON."""
+ON_HUB = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+(\[[\d:%]+\])?))?"
+)
+"""`OWNER/NAME`, and what may follow: `/CONFIG`, `@REVISION`, `:SPLIT` (`train` by default), `:train[:5%]`."""
 
 
-class DataError(ValueError):
-    """The data cannot be used as asked; the message says why."""
+class SizedRows(Protocol):
+    """Rows by number."""
 
+    def __len__(self) -> int: ...
 
-class BrokenRecord(DataError):
-    """One record cannot be learnt from; the message says which, by file and line, and why."""
-
-
-class Message(BaseModel):
-    """A message of a chat; what else it holds is the chat template's business."""
-
-    model_config = ConfigDict(extra="allow")
-    role: str
-
-
-class Record(BaseModel):
-    """A chat or a text.
-
-    Attributes:
-        place: file and line, or number in the table.
-    """
-
-    messages: list[Message] | None = None
-    tools: list[dict[str, Any]] | None = None
-    text: str | None = None
-    place: str = ""
-
-    @model_validator(mode="after")
-    def check(self) -> "Record":
-        """See that the record holds something to learn from."""
-        if not self.messages and not self.text:
-            raise ValueError("it has neither messages nor text")
-        return self
-
-    @property
-    def chat(self) -> list[dict[str, Any]] | None:
-        """The messages as chat templates take them: fields that a table had to fill with None are left out."""
-        return [message.model_dump(exclude_none=True) for message in self.messages] if self.messages else None
+    def __getitem__(self, index: int, /) -> object: ...
 
 
 class Source(Protocol):
@@ -89,10 +64,10 @@ class Corpus:
         OSError: one that cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path | str]):
-        if not paths:
+    def __init__(self, paths: Sequence[Path | str] = (), sources: Sequence[Source] = ()):
+        if not paths and not sources:
             raise DataError("no data files were given")
-        self.sources = [open_source(Path(path)) for path in paths]
+        self.sources = [*sources, *(open_source(path) for path in paths)]
 
     @cached_property
     def ends(self) -> list[int]:
@@ -123,38 +98,133 @@ class Corpus:
         return [source.identity() for source in self.sources]
 
 
-def open_source(path: Path) -> Source:
-    """Open the source that a path names, by its kind.
+def open_source(named: Path | str) -> Source:
+    """Open the source that a path names, by its kind, or a dataset on the hub where there is no such path.
 
     Raises:
         DataError: of an unknown kind.
         OSError: it is not there.
     """
-    if path.is_dir():
-        return Table(path)
+    path = Path(named)
+    if path.is_dir() or (path.suffix == ".parquet" and path.exists()):
+        return Rows(path, saved_table(path))
+    if not path.exists() and not path.suffix and (on_hub := ON_HUB.fullmatch(str(named))):
+        return Rows(path, hub_table(**on_hub.groupdict()))
     path.open("rb").close()  # says that it is not there, or not to be read
-    match path.suffix:
-        case ".jsonl":
+    match path.suffixes:
+        case [*_, ".jsonl"] | [*_, ".jsonl", ".gz"]:
             return JsonLines(path)
-        case ".parquet":
-            return Table(path)
-    raise DataError(f"{path} is none of: a .jsonl or .parquet file, a folder that a Hugging Face dataset was saved to")
+        case [*_, ".json"] | [*_, ".json", ".gz"]:
+            return Rows(path, array_of(path)) if begins_an_array(path) else JsonLines(path)
+    raise DataError(
+        f"{path} is none of: a .jsonl or .parquet file, a .json file, one of JSON in .gz, a folder that a Hugging Face "
+        "dataset was saved to, OWNER/NAME:SPLIT on the hub"
+    )
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file of JSON, compressed or not."""
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+
+
+def begins_an_array(path: Path) -> bool:
+    """Return whether a file is one JSON array, and not an object a line.
+
+    Raises:
+        DataError: it cannot be unpacked.
+    """
+    try:
+        with opened(path) as file:
+            return file.read(4096).lstrip().startswith(b"[")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}") from error
+
+
+def array_of(path: Path) -> list[object]:
+    """Read a file that is one JSON array; all of it is in memory then.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        with opened(path) as file:
+            return json.load(file)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+
+
+def saved_table(path: Path) -> SizedRows:
+    """Open a folder that a dataset was saved to, or a Parquet file; memory-mapped, so never all read.
+
+    Raises:
+        DataError: it is neither, or several splits.
+    """
+    datasets = hugging_face(path)
+    try:
+        table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # of many kinds, pyarrow's among them
+        raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
+    if isinstance(table, dict):
+        raise DataError(f"{path} holds the splits {', '.join(table)}: name one, such as {path / 'train'}")
+    return table
+
+
+def hub_table(name: str, config: str | None, revision: str | None, split: str | None) -> SizedRows:
+    """Fetch a split of a dataset on the hub into the hub's cache, if it is not there; code of a dataset is not run.
+
+    Raises:
+        DataError: it cannot be fetched; the message says why.
+    """
+    datasets = hugging_face(name)
+    try:
+        return datasets.load_dataset(name, config, revision=revision, split=split or "train")
+    except Exception as error:  # of the network's, the disk's and the formats' many
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{name} is no file here, and as a dataset on the hub it cannot be had: {reason}") from error
+
+
+def hugging_face(wanted: Path | str) -> ModuleType:
+    """Import Hugging Face's `datasets`, which reads what is not plain JSON.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(f"{wanted} needs the `datasets` package: pip install datasets") from None
+    return datasets
 
 
 class JsonLines:
-    """A file with a JSON object a line, blank lines left out. At most where its lines begin is kept in memory."""
+    """A file with a JSON object a line, blank lines left out. At most where its lines begin is kept in memory.
+
+    What is compressed is unpacked into a file that is there as long as this object.
+
+    Raises:
+        DataError: it cannot be unpacked.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.file = path.open("rb")
+        self.path = self.content = path
+        if path.suffix == ".gz":
+            self.unpacked = NamedTemporaryFile(suffix=path.stem)  # noqa: SIM115 (it lives as long as we do)
+            try:
+                with opened(path) as packed:
+                    shutil.copyfileobj(packed, self.unpacked)
+            except (gzip.BadGzipFile, EOFError) as error:
+                raise DataError(f"{path} cannot be unpacked: {error}") from error
+            self.unpacked.flush()
+            self.content = Path(self.unpacked.name)
+        self.file = self.content.open("rb")
 
     @cached_property
     def lines(self) -> tuple[array, array]:
         """Where each record's line begins, and its number, counted from 1; found in one pass over the file."""
         begins, numbers, offset = array("q"), array("q"), 0
-        size = self.path.stat().st_size
+        size = self.content.stat().st_size
         with (
-            self.path.open("rb") as file,
+            self.content.open("rb") as file,
             tqdm(total=size, desc=f"finding lines of {self.path.name}", unit="B", unit_scale=True, delay=2) as bar,
         ):
             for number, line in enumerate(file, 1):
@@ -178,7 +248,7 @@ class JsonLines:
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
         """Yield records as `Source` says; a cursor is the byte it begins at and the number of lines before it."""
         offset, number = cursor or (0, 0)
-        with self.path.open("rb") as file:
+        with self.content.open("rb") as file:
             file.seek(offset)
             for line in file:
                 offset, number = offset + len(line), number + 1
@@ -207,36 +277,23 @@ class JsonLines:
         return [self.path.name, self.path.stat().st_size]
 
 
-class Table:
-    """A Hugging Face dataset on disk: a folder it was saved to, or a Parquet file. Memory-mapped, so never all read."""
+class Rows:
+    """Records that are indexed by number: a Hugging Face dataset's, or those of a JSON array."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            import datasets
-        except ModuleNotFoundError:
-            raise DataError(f"{path} needs the `datasets` package: pip install datasets") from None
-        try:
-            if path.is_dir():
-                self.table = datasets.load_from_disk(str(path))
-            else:
-                self.table = datasets.Dataset.from_parquet(str(path))
-        except Exception as error:  # of many kinds, pyarrow's among them
-            raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
-        if isinstance(self.table, dict):
-            raise DataError(f"{path} holds the splits {', '.join(self.table)}: name one, such as {path / 'train'}")
+    def __init__(self, path: Path, rows: SizedRows):
+        self.path, self.rows = path, rows
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
 
     def read(self, index: int) -> Record:
         """Read one record, as `Source` says."""
-        return checked(self.table[index], f"{self.path}: row {index}")
+        return checked(self.rows[index], f"{self.path}: row {index}")
 
     def stream(self, cursor: Cursor) -> Iterator[tuple[Record | BrokenRecord, Cursor]]:
         """Yield records as `Source` says; a cursor is the number of the next record."""
         (first,) = cursor or [0]
-        for index in range(first, len(self.table)):
+        for index in range(first, len(self.rows)):
             try:
                 yield self.read(index), [index + 1]
             except BrokenRecord as broken:
@@ -244,21 +301,4 @@ class Table:
 
     def identity(self) -> list[str | int]:
         """Return what tells it from other data, as `Source` says."""
-        return [self.path.name, len(self.table)]
-
-
-def checked(fields: object, place: str) -> Record:
-    """Validate one record.
-
-    Raises:
-        BrokenRecord: says in one line what it lacks.
-    """
-    if not isinstance(fields, dict):
-        raise BrokenRecord(f"{place}: not a JSON object")
-    try:
-        return Record.model_validate({**fields, "place": place})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        says = first["msg"].removeprefix("Value error, ")
-        raise BrokenRecord(f"{place}: {where + ': ' if where else ''}{says}") from None
+        return [self.path.name, len(self.rows)]

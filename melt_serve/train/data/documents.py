@@ -1,8 +1,9 @@
 """A record as tokens, with those marked that are to be learnt: the assistant's in a chat, all of a text."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from melt_serve.train.data.datasets import BrokenRecord, DataError, Record
+from melt_serve.train.data.records import BrokenRecord, DataError, Record
 
 TooLong = Literal["cut", "split", "drop"]
+Learn = Literal["replies", "last"]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -35,7 +37,7 @@ class Document:
         return Document(self.tokens[part], self.supervised[part])
 
 
-def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
+def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast, learn: Learn = "replies") -> list[Document]:
     """Tokenize a record into its documents.
 
     A text is one, all of it supervised, with an end mark if the tokenizer has one. A chat is one, the assistant's
@@ -43,6 +45,9 @@ def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Doc
     what it adds for a message to what it renders as the prompt before it. Where a template renders a reply
     in another way once the chat has gone on (reasoning is often left out), the chat becomes several documents, so that
     each reply is learnt after the prompt that will be there when it is to be given.
+
+    Args:
+        learn: of a chat, all replies but those of weight 0, or the last one only.
 
     Raises:
         BrokenRecord: it cannot be rendered, or has nothing to learn.
@@ -54,13 +59,15 @@ def documents_of(record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Doc
     elif not tokenizer.chat_template:
         raise DataError(f"{record.place}: a chat, but the tokenizer has no chat template")
     else:
+        replies = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+        learnt = set(replies if learn == "replies" else replies[-1:]) - record.unlearnt
         try:
             if GENERATION.search(template_of(tokenizer)):
-                documents = [marked_document(chat, record.tools, tokenizer)]
+                documents = [marked_document(chat, record.tools, tokenizer, [number in learnt for number in replies])]
             else:
                 documents = [
                     spans_document(text, spans, tokenizer)
-                    for text, spans in rendered_replies(chat, record.tools, tokenizer)
+                    for text, spans in rendered_replies(chat, record.tools, tokenizer, learnt)
                 ]
         except (TemplateError, TypeError, KeyError, UnrenderableReply) as error:
             says = " ".join(str(error).split())
@@ -103,24 +110,44 @@ def text_document(text: str, tokenizer: PreTrainedTokenizerFast) -> Document:
 
 
 def marked_document(
-    chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
+    chat: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    learnt: list[bool],
 ) -> Document:
-    """Tokenize a chat, supervised as the template's own marks say."""
+    """Tokenize a chat, supervised as the template's own marks say.
+
+    Args:
+        learnt: whether each reply is supervised.
+
+    Raises:
+        UnrenderableReply: some are not, and the template does not mark each reply once.
+    """
     encoded = tokenizer.apply_chat_template(chat, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
-    return document_of(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])
+    marks = encoded["assistant_masks"]
+    if not all(learnt):
+        runs = [(marked, list(run)) for marked, run in groupby(marks)]
+        if sum(marked for marked, _ in runs) != len(learnt):
+            raise UnrenderableReply("it does not mark every reply apart, so single ones cannot be left out")
+        of_reply = iter(learnt)
+        marks = [each for marked, run in runs for each in (run if not marked or next(of_reply) else [0] * len(run))]
+    return document_of(encoded["input_ids"], [bool(each) for each in marks])
 
 
 def rendered_replies(
-    chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerFast
+    chat: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    learnt: Collection[int],
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Yield texts that hold every reply once as it is given, with where each begins and ends."""
+    """Yield texts that hold every reply with a learnt number once as it is given, with where each begins and ends."""
 
     def render(messages: list[dict[str, Any]], **options: bool) -> str:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
     replies = {}
-    for number, message in enumerate(chat):
-        if message["role"] == "assistant" and number:
+    for number in sorted(learnt):
+        if number:  # what nobody asked for is no reply
             prompt = render(chat[:number], add_generation_prompt=True)
             said = render(chat[: number + 1])
             if not said.startswith(prompt):

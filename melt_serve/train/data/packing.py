@@ -12,21 +12,25 @@ they come, across windows and epochs. All ranks do the same and each takes its s
 batches nor a state depend on how many ranks there are.
 """
 
+import json
 import logging
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.config import on_grid
 from melt_serve.train.data.batch import IGNORED, Batch
-from melt_serve.train.data.datasets import BrokenRecord, Corpus, Cursor, DataError, Record
-from melt_serve.train.data.documents import Document, TooLong, documents_of, fitted
+from melt_serve.train.data.datasets import Corpus, Cursor
+from melt_serve.train.data.documents import Document, Learn, TooLong, documents_of, fitted
+from melt_serve.train.data.records import BrokenRecord, DataError, Record
 
 logger = logging.getLogger(__name__)
 Broken = Literal["fail", "skip"]
@@ -47,6 +51,9 @@ class Packing:
             it that do not see each other, `drop` leaves it out.
         broken: `fail` at the first record that cannot be learnt from, or `skip` and count them.
         alone: every document has a pack to itself.
+        learn: see `documents_of`.
+        weights: how often an epoch takes the records of each source: 2 twice, 0.5 a random half, drawn anew for each
+            epoch. By default once. Not with `streaming`.
     """
 
     length: int
@@ -58,11 +65,15 @@ class Packing:
     too_long: TooLong = "cut"
     broken: Broken = "fail"
     alone: bool = False
+    learn: Learn = "replies"
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("length", "chunk_size", "batch", "window"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.weights is not None and self.streaming:
+            raise DataError("weights need a random order of all records: leave them out, or streaming")
 
 
 @dataclass
@@ -75,6 +86,7 @@ class Counts:
         too_long: documents of more than S tokens, before they were cut, split or dropped.
         packs, columns: packs, and their tokens with padding.
         lost_to_grid: padding between documents, because the next begins on a multiple of C; the rest stands at the end.
+        beyond_first_chunk: supervised tokens that see final rows, those of an earlier chunk of their document.
     """
 
     records: int = 0
@@ -86,6 +98,7 @@ class Counts:
     packs: int = 0
     columns: int = 0
     lost_to_grid: int = 0
+    beyond_first_chunk: int = 0
 
 
 Pack = list[Document]
@@ -102,6 +115,8 @@ class Batches:
     Attributes:
         counts: of the windows read so far, the present one included.
         packs: the present window's.
+        broken: which of the present window's records were left out as broken, by their place in it.
+        digest: a checksum of its others.
     """
 
     def __init__(
@@ -127,6 +142,8 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.order: Streamed | Permuted = (Streamed if packing.streaming else Permuted)(corpus, packing)
         self.data = {"files": corpus.identity(), **asdict(replace(packing, batch=1, broken="skip"))}
+        self.broken: list[int] = []
+        self.digest = ""
         self.epoch = 0
         self.cursor: Cursor = []
         self.next_cursor: Cursor = []
@@ -157,14 +174,23 @@ class Batches:
         self.used += 1
         return self.packs[self.used - 1]
 
-    def next_window(self) -> bool:
-        """Read and pack the next window; return false where this epoch has none, and the next one begins."""
+    def next_window(self, left_out: Collection[int] = ()) -> bool:
+        """Read and pack the next window; return false where this epoch has none, and the next one begins.
+
+        Args:
+            left_out: records that were broken when the window was first read, and may be mended now.
+        """
         records, after = self.order.window(self.epoch, self.next_cursor)
         if not records:
             self.epoch, self.next_cursor = self.epoch + 1, []
             return False
-        before = replace(self.counts)
-        documents = [document for record in records for document in self.documents_of(record)]
+        before, broken = replace(self.counts), []
+        documents: list[Document] = []
+        for number, record in enumerate(records):
+            found = None if number in left_out else self.documents_of(record)
+            if found is None:
+                broken.append(number)
+            documents += found or []
         if self.packing.alone:
             chosen = [[number] for number in range(len(documents))]
         else:
@@ -173,24 +199,25 @@ class Batches:
         # Only now, so that a window that could not be read leaves a state that is good.
         self.cursor, self.next_cursor, self.counts_before = self.next_cursor, after, before
         self.packs, self.used = [[documents[number] for number in pack] for pack in chosen], 0
+        self.broken, self.digest = broken, digest_of(records, broken)
         for pack in self.packs:
             self.count(pack)
         return True
 
-    def documents_of(self, record: Record | BrokenRecord) -> list[Document]:
-        """Return a record's documents, each short enough for a pack."""
+    def documents_of(self, record: Record | BrokenRecord) -> list[Document] | None:
+        """Return a record's documents, each short enough for a pack; None where it is broken."""
         self.counts.records += 1
         try:
             if isinstance(record, BrokenRecord):
                 raise record
-            whole = documents_of(record, self.tokenizer)
+            whole = documents_of(record, self.tokenizer, self.packing.learn)
         except BrokenRecord as broken:
             if self.packing.broken == "fail":
                 raise
             self.counts.broken += 1
             if self.epoch == 0:  # once is enough
                 self.report(broken)
-            return []
+            return None
         length = self.packing.length
         self.counts.too_long += sum(len(document) > length for document in whole)
         return [part for document in whole for part in fitted(document, length, self.packing.too_long)]
@@ -204,6 +231,7 @@ class Batches:
         counts.tokens += sum(map(len, pack))
         counts.supervised += sum(int(document.supervised[1:].sum()) for document in pack)
         counts.lost_to_grid += sum(-len(document) % size for document in pack[:-1])
+        counts.beyond_first_chunk += sum(int(document.supervised[size:].sum()) for document in pack)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON; the same for all ranks."""
@@ -221,13 +249,25 @@ class Batches:
         Raises:
             DataError: it is the state of other data, or of data packed in another way.
         """
-        changed = sorted(name for name, value in self.data.items() if state["data"].get(name) != value)
+        own = json.loads(json.dumps(self.data))
+        changed = sorted(name for name, value in state["data"].items() if own.get(name) != value)
         if changed:
             raise DataError(f"the data is not the same as when the state was saved: {', '.join(changed)} differ")
         self.epoch, self.next_cursor = state["epoch"], state["place"]
         self.counts = Counts(**state["counts"])
-        self.next_window()
+        self.next_window(state.get("broken", ()))
         self.used = state["used"]
+
+
+def digest_of(records: Sequence[Record | BrokenRecord], broken: Collection[int]) -> str:
+    """Return a checksum of a window's records, but for those with these numbers; an empty text if others are broken."""
+    digest = blake2b(digest_size=16)
+    for number, record in enumerate(records):
+        if number not in broken:
+            if isinstance(record, BrokenRecord):
+                return ""
+            digest.update(record.fingerprint)
+    return digest.hexdigest()
 
 
 class Permuted:
@@ -241,11 +281,25 @@ class Permuted:
         """Read the records from this cursor on, none at the end; return them and the cursor after them."""
         if epoch != self.epoch:
             seed = random.Random(f"order {self.packing.seed} {epoch}").getrandbits(63)
-            self.order = torch.randperm(len(self.corpus), generator=torch.Generator().manual_seed(seed))
+            self.order = self.drawn(torch.Generator().manual_seed(seed))
             self.epoch = epoch
         (done,) = cursor or [0]
         chosen = self.order[done : done + self.packing.window].tolist()
         return [self.corpus.read(index) for index in chosen], [done + len(chosen)]
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        """Draw the order of an epoch: the numbers of the records in it."""
+        weights = self.packing.weights
+        if weights is None:
+            return torch.randperm(len(self.corpus), generator=generator)
+        chosen, first = [], 0
+        for weight, end in zip(weights, self.corpus.ends, strict=True):
+            once = torch.arange(first, end)
+            part = round((weight % 1) * len(once))
+            chosen += [*[once] * int(weight), once[torch.randperm(len(once), generator=generator)[:part]]]
+            first = end
+        numbers = torch.cat(chosen)
+        return numbers[torch.randperm(len(numbers), generator=generator)]
 
 
 class Streamed:

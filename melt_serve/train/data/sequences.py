@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from melt_serve.train.atomic import replacing
 from melt_serve.train.data.batch import IGNORED, Batch
 from melt_serve.train.data.datasets import Corpus
-from melt_serve.train.data.packing import Batches, Packing, collate
+from melt_serve.train.data.packing import Batches, Packing, collate, digest_of
 from melt_serve.train.recipe import PostTraining
 
 INDEX = "data.jsonl"
@@ -30,23 +31,15 @@ class Sequences:
         Raises:
             DataError: the files are missing, or none that can be read.
         """
-        data = recipe.data
-        self.packing = Packing(
-            length=recipe.sequence_length,
-            chunk_size=recipe.grid,
-            seed=recipe.seed,
-            streaming=data.streaming,
-            window=data.window,
-            too_long=data.too_long,
-            broken=data.broken,
-            alone=not data.pack,
-        )
-        self.stream = Batches(Corpus(data.files), tokenizer, self.packing)
+        self.packing = packing_of(recipe)
+        self.corpus = Corpus(recipe.data.files)
+        self.stream = Batches(self.corpus, tokenizer, self.packing)
         self.index = folder / INDEX
         self.start = self.stream.state_dict()
         self.windows: list[tuple[int, dict[str, Any]]] = []
         if self.index.exists():
-            self.windows = [(entry["first"], entry["state"]) for entry in map(parsed, self.index.open()) if entry]
+            noted = {entry["first"]: entry["state"] for entry in map(parsed, self.index.open()) if entry}
+            self.windows = list(noted.items())
         self.next = 0
 
     def __call__(self, numbers: range) -> Batch:
@@ -73,10 +66,30 @@ class Sequences:
         """Return the next sequence's documents."""
         pack = self.stream.next_pack()
         if self.stream.used == 1 and all(first != self.next for first, _ in self.windows):
-            self.windows.append((self.next, {**self.stream.state_dict(), "used": 0}))
+            found = {"broken": self.stream.broken, "digest": self.stream.digest}
+            self.windows.append((self.next, {**self.stream.state_dict(), "used": 0, **found}))
             self.note()
         self.next += 1
         return pack
+
+    def accept_changes(self) -> bool:
+        """Take files that have changed since the run began, if all that it has read of them so far is the same.
+
+        Broken records that were left out may have been mended; those that were not reached may be anything.
+
+        Returns:
+            False where something that was read has changed, or nothing is known of it; then nothing is taken.
+        """
+        for _, state in self.windows:
+            records, _ = self.stream.order.window(state["epoch"], state["place"])
+            if not state.get("digest") or digest_of(records, state["broken"]) != state["digest"]:
+                return False
+        files = self.stream.data["files"]
+        self.windows = [(first, {**state, "data": {**state["data"], "files": files}}) for first, state in self.windows]
+        lines = [json.dumps({"first": first, "state": state}) + "\n" for first, state in self.windows]
+        with replacing(self.index) as part:
+            part.write_text("".join(lines), encoding="utf-8")
+        return True
 
     def note(self) -> None:
         """Write the window that has just begun to the run's folder. (All ranks do: they read the same.)"""
@@ -86,6 +99,23 @@ class Sequences:
                 index.write(json.dumps({"first": first, "state": state}) + "\n")
         except OSError as error:
             logger.warning("%s: %s; to resume this run will take longer", self.index, error)
+
+
+def packing_of(recipe: PostTraining) -> Packing:
+    """Return how a recipe's documents become sequences."""
+    data = recipe.data
+    return Packing(
+        length=recipe.sequence_length,
+        chunk_size=recipe.grid,
+        seed=recipe.seed,
+        streaming=data.streaming,
+        window=data.window,
+        too_long=data.too_long,
+        broken=data.broken,
+        alone=not data.pack,
+        learn=data.learn,
+        weights=data.weights,
+    )
 
 
 def parsed(line: str) -> dict[str, Any] | None:

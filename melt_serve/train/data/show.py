@@ -23,9 +23,10 @@ DESCRIPTION = """\
 Read data once as a run would, and say what is in it: documents, tokens, the share that is learnt, the share of padding,
 records that cannot be learnt from, by file and line. Then show one document with what is learnt between ⟦ and ⟧.
 
-FILES are .jsonl files with an object a line, .parquet files, or folders that a Hugging Face dataset was saved to
-(save_to_disk). A record has `messages` (a chat, with `tools` if you like), of which the assistant's replies are learnt,
-or `text`, of which everything is."""
+FILES are .jsonl or .json files (also .gz), .parquet files, folders that a Hugging Face dataset was saved to
+(save_to_disk), or datasets on the hub, OWNER/NAME:SPLIT. A record has `messages` (a chat, with `tools` if you like), of
+which the assistant's replies are learnt, or `text`, of which everything is; `conversations`, `prompt` with
+`completion`, and `instruction` with `output` are chats, too."""
 EXAMPLES = """\
 examples:
   python -m melt_serve.train data chats.jsonl --checkpoint ./Ouro-1.4B-Thinking --length 10000 --chunk-size 512
@@ -113,8 +114,8 @@ def read_once(
     """
     from tqdm import tqdm
 
-    from melt_serve.train.data.datasets import DataError
     from melt_serve.train.data.packing import Batches
+    from melt_serve.train.data.records import DataError
 
     broken: list[str] = []
     lengths: list[int] = []
@@ -140,6 +141,11 @@ def table(counts: "Counts", lengths: list[int], packing: "Packing") -> str:
         (f"  longer than {packing.length:,} tokens ({packing.too_long})", f"{counts.too_long:,}", ""),
         ("tokens", f"{counts.tokens:,}", ""),
         ("  learnt", f"{counts.supervised:,}", f"{counts.supervised / counts.tokens:.1%}"),
+        (
+            f"  learnt beyond the first {packing.chunk_size:,} of a document",
+            f"{counts.beyond_first_chunk:,}",
+            f"{counts.beyond_first_chunk / max(1, counts.supervised):.1%}",
+        ),
         ("  a document, median", f"{ordered[len(ordered) // 2]:,}", ""),
         ("  a document, longest", f"{ordered[-1]:,}", ""),
         (f"packs of {packing.length:,} tokens", f"{counts.packs:,}", ""),
@@ -164,8 +170,8 @@ def example(corpus: "Corpus", number: int, tokenizer: "PreTrainedTokenizerFast")
     Raises:
         DataError: there is no such record, or it is broken.
     """
-    from melt_serve.train.data.datasets import BrokenRecord, DataError
     from melt_serve.train.data.documents import documents_of
+    from melt_serve.train.data.records import BrokenRecord, DataError
 
     record, _ = next(islice(corpus.stream([]), number, None), (None, None))
     if record is None:

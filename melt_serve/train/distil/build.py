@@ -6,6 +6,9 @@ import shutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from melt_serve.checkpoint_check import check_checkpoint
+from melt_serve.checkpoint_config import load_config
+from melt_serve.checkpoint_path import CheckpointError, located
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.distil.student import Student
@@ -13,18 +16,50 @@ from melt_serve.train.loop.distributed import full_tensors, shard
 from melt_serve.train.recipe import GateStart, PostTraining
 from melt_serve.train.session import TrainingError
 
+GATE = ("kv_gate_type", "kv_gate_rank", "kv_gate_bias", "kv_gate_initial_state")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
-    """Build the recipe's MELT as it is before its first step."""
-    student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config), recipe.gate_start)
+    """Build the recipe's MELT as it is before its first step.
+
+    Raises:
+        CheckpointError: the MELT to begin with is not whole.
+        TrainingError: it is not of the teacher's shape; see also `student_config`.
+    """
+    start = recipe.gate_start if recipe.student is None else "mean"
+    student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config), start)
+    if recipe.student is not None:
+        check_checkpoint(located(recipe.student))
+        begun = MeltForCausalLM.from_pretrained(located(recipe.student), dtype=torch.float32)
+        try:
+            student.load_state_dict(begun.state_dict())
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise TrainingError(f"student={recipe.student} is not a MELT of the teacher's shape: {reason}") from error
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 
 
 def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
-    """Return the config of the MELT that the recipe makes of a teacher."""
+    """Return the config of the MELT that the recipe makes of a teacher.
+
+    Raises:
+        CheckpointError: the MELT to begin with is none.
+        TrainingError: see `melt_config`.
+    """
+    if recipe.student is not None:
+        begun = load_config(located(recipe.student))
+        if not isinstance(begun, MeltConfig):
+            raise CheckpointError(f"student={recipe.student} is no MELT; name it as teacher, or a MELT made from it")
+        gate = {name: getattr(begun, name) for name in GATE}
+        return melt_config(
+            teacher,
+            chunk_size=recipe.chunk_size,
+            decode_mode=recipe.decode_mode,
+            max_loops=recipe.max_loops or begun.max_loops,
+            **gate,
+        )
     deepest = max(teacher.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
     return fresh_config(
         teacher,

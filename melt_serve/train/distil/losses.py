@@ -40,9 +40,14 @@ def distillation(teacher_logits: Tensor, student_logits: Tensor, tokens: int | N
 
 def divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """Compute KL(teacher || student) in nats, summed over all dimensions: [..., V] each."""
+    return divergence_by_word(teacher_logits, student_logits).sum()
+
+
+def divergence_by_word(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Compute what each word of the vocabulary adds to KL(teacher || student) in nats: [..., V] each."""
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     teacher, student = (F.log_softmax(logits, dim=-1, dtype=wide) for logits in (teacher_logits, student_logits))
-    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return F.kl_div(student, teacher, reduction="none", log_target=True)
 
 
 def distillation_from_states(
@@ -59,10 +64,22 @@ def distillation_from_states(
         teacher_head, student_head: [V, d].
         tokens: how many the mean is over, where these are only some of them.
     """
+    return distillation_by_loop(teacher_states, teacher_head, student_states, student_head, tokens)[0]
+
+
+def distillation_by_loop(
+    teacher_states: Tensor,
+    teacher_head: Tensor,
+    student_states: Tensor,
+    student_head: Tensor,
+    tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `distillation_from_states`, and each loop's share of it, [T], whose mean it is, without a gradient."""
     loops, given, _ = student_states.shape
     states, teacher_states = student_states.flatten(0, 1), teacher_states.flatten(0, 1)
-    total = SlicedDivergence.apply(states, student_head, teacher_states, teacher_head, ANSWERS_AT_ONCE)
-    return total / (loops * (given if tokens is None else tokens))
+    total, each = SlicedDivergence.apply(states, student_head, teacher_states, teacher_head, ANSWERS_AT_ONCE)
+    count = given if tokens is None else tokens
+    return total / (loops * count), each.view(loops, given).sum(-1) / count
 
 
 class SlicedDivergence(torch.autograd.Function):
@@ -71,22 +88,26 @@ class SlicedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, head: Tensor, teacher_states: Tensor, teacher_head: Tensor, size: int
-    ) -> Tensor:
-        """Sum the divergence over all states, [answers, d], in slices of `size`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Sum the divergence over all states, [answers, d], in slices of `size`; give each answer's, too, [answers]."""
         wide = torch.promote_types(head.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=states.device)
+        each = torch.zeros(len(states), dtype=wide, device=states.device)
         of_states, of_head = torch.empty_like(states), torch.zeros_like(head, dtype=wide)
         for start in range(0, len(states), size):
             here = slice(start, start + size)
             with torch.enable_grad():
                 inputs = states[here].detach().requires_grad_(), head.detach().requires_grad_()
-                slice_total = divergence(F.linear(teacher_states[here], teacher_head), F.linear(*inputs))
+                by_word = divergence_by_word(F.linear(teacher_states[here], teacher_head), F.linear(*inputs))
+                slice_total = by_word.sum()
+            each[here] = by_word.detach().sum(-1)
             total += slice_total.detach()
             if any(ctx.needs_input_grad):
                 of_states[here], of_slice = torch.autograd.grad(slice_total, inputs)
                 of_head += of_slice
         ctx.save_for_backward(of_states, of_head.to(head.dtype))
-        return total
+        ctx.mark_non_differentiable(each)
+        return total, each
 
     @staticmethod
     @once_differentiable

@@ -5,6 +5,7 @@ Source: arXiv 2605.07721; README.md.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from torch.optim import AdamW
 
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
-from melt_serve.train.distil.losses import distillation_from_states
+from melt_serve.train.distil.losses import distillation_by_loop
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.loop.distributed import all_reduce_sum, exchange_gradients, rank, world_size
-from melt_serve.train.loop.trainer import EVERY_MINUTE, Losses, Saving, run_stage
+from melt_serve.train.loop.trainer import EVERY_MINUTE, Losses, Saving, Watch, run_stage
 from melt_serve.train.recipe import Distillation, Stage
 from melt_serve.train.session import Session
+
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def run_phase(
@@ -31,22 +34,31 @@ def run_phase(
     folder: Path,
     session: Session,
     saving: Saving = EVERY_MINUTE,
+    flops: Callable[[Distillation], float] | None = None,
+    watch: Watch = lambda done, show: None,
+    report_to: Sequence[str] = ("tensorboard",),
 ) -> None:
     """Train the student on what the teacher says.
 
     Args:
         name: the phase's, unique in its folder.
         batches: returns this process's micro-batches of step i; their gradients are added up, as those of one batch.
+        flops: counts those of a step of a stage on this process's device, to be logged by the second.
+        watch, report_to: see `run_stage`.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
 
+    trained = 0
+
     def losses(step: int) -> Losses:
+        nonlocal trained
         micro_batches = batches(step)
         answers = sum(int(wanted_tokens(stage, batch).sum()) for batch in micro_batches)
         tokens = torch.stack([batch.real.sum() for batch in micro_batches]).sum()
         counts = all_reduce_sum(torch.stack([tokens.new_tensor(answers), tokens]))
+        trained = int(counts[1])
         done: Losses = {}
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
@@ -58,16 +70,30 @@ def run_phase(
             done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
         return done if world_size() == 1 else of_all_processes(done)
 
+    def facts(step: int, seconds: float) -> dict[str, float]:
+        loops, size = loops_of(stage, step), drawn_chunk_size(stage, step)
+        told: dict[str, float] = {"loops_asked": loops, "tokens_per_second": trained / seconds}
+        told |= {"alpha": alpha_of(stage, step)} if stage.interpolate else {}
+        told |= {"chunk_size": size} if size else {}
+        if flops is None:
+            return told
+        decoded = 0.0 if runs_as_decoded(stage, step) else 1.0
+        rate = flops(replace(stage, loops=(loops,), decode_aware_from=decoded, decode_aware_share=1.0)) / seconds
+        peak = peak_of(student.device)
+        return told | {"flops_per_second": rate} | ({} if peak is None else {"arithmetic_share": rate / peak})
+
     gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
     base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
-    run_stage(name, stage, student, [optimizer], losses, folder, session, saving)
+    run_stage(name, stage, student, [optimizer], losses, folder, session, saving, facts, watch, report_to)
 
 
 def of_all_processes(losses: Losses) -> Losses:
     """Sum the losses over all processes; the gradient stays this process's, times the number FSDP divides it by."""
-    values = dict(zip(losses, all_reduce_sum(torch.stack([value.detach() for value in losses.values()])), strict=True))
+    flat = all_reduce_sum(torch.cat([value.detach().flatten() for value in losses.values()]))
+    sums = flat.split([value.numel() for value in losses.values()])
+    values = {part: each.view_as(losses[part]) for part, each in zip(losses, sums, strict=True)}
     own = world_size() * losses["loss"]
     return {**values, "loss": own + (values["loss"] - own).detach()}
 
@@ -95,7 +121,7 @@ def phase_losses(
         batch,
         wanted_at,
         loops,
-        alpha=step / max(1, stage.steps - 1) if stage.interpolate else 1.0,
+        alpha=alpha_of(stage, step),
         teacher_attention=wanted.attention,
         distance=stage.distance,
         decode_aware=stage.decode_aware_by if runs_as_decoded(stage, step) else None,
@@ -105,8 +131,8 @@ def phase_losses(
     )
     compared = slice(-1, None) if stage.kd_at == "last" else slice(None)
     of_teacher, of_student = wanted.states[compared], given.states[compared]
-    parts = {"kd": distillation_from_states(of_teacher, wanted.head, of_student, given.head, answers)}
-    loss = parts["kd"]
+    kd, by_loop = distillation_by_loop(of_teacher, wanted.head, of_student, given.head, answers)
+    parts, loss = {"kd": kd, "kd_by_loop": by_loop}, kd
     if stage.alignment:
         parts["attention"] = given.distance / tokens / (student.config.num_hidden_layers * loops)
         loss = loss + stage.alignment * parts["attention"]
@@ -119,6 +145,17 @@ def phase_losses(
 def wanted_tokens(stage: Distillation, batch: Batch) -> Tensor:
     """Mark the tokens where the student's answer is compared with the teacher's, [B, S]."""
     return batch.real if stage.loss_on == "all" else batch.before_reply
+
+
+def alpha_of(stage: Distillation, step: int) -> float:
+    """Return alpha, the share of MELT's rows in a step's; what is left are the LoopLM's."""
+    return step / max(1, stage.steps - 1) if stage.interpolate else 1.0
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Return a device's FLOPs a second in dense bfloat16, as its maker states them; None where we do not know."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def loops_of(stage: Stage, step: int) -> int:

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from melt_serve.checkpoint_check import read_looplm
+from melt_serve.checkpoint_files import verify_values
 from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig
 from melt_serve.modeling import OuroForCausalLM
@@ -30,7 +32,11 @@ def load_teacher(recipe: PostTraining, path: Path) -> tuple[OuroForCausalLM, Pre
         TrainingError: the recipe does not fit it.
     """
     try:
-        _, config, _ = read_looplm(path)
+        _, config, shards = read_looplm(path)
+        tokenizer = tokenizer_of(path, config.vocab_size)
+        with tqdm(disable=True) as bar:
+            for shard in shards:
+                verify_values(shard, bar)
     except CheckpointError as error:
         raise CheckpointError(f"teacher={recipe.teacher} cannot be post-trained: {error}") from error
     for name in ("trained_rank", "gate_rank"):
@@ -44,7 +50,29 @@ def load_teacher(recipe: PostTraining, path: Path) -> tuple[OuroForCausalLM, Pre
         )
     check_loops(config, recipe.stages)
     teacher = OuroForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return teacher.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+    return teacher.eval().requires_grad_(False), tokenizer
+
+
+def tokenizer_of(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that can be read, or it has ids that the model has no row for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers has errors of no other class
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} has no tokenizer that can be read ({reason}); put the tokenizer's files there"
+        ) from error
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocabulary:
+        raise CheckpointError(
+            f"{path}: the tokenizer has the id {highest}, which is outside the vocabulary that config.json states, "
+            f"0..{vocabulary - 1}; the two must come from the same checkpoint"
+        )
+    return tokenizer
 
 
 def check_loops(teacher: LoopLMConfig, stages: Mapping[str, Distillation]) -> None:

@@ -17,7 +17,7 @@ from melt_serve.checksums import write_sums
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
 from melt_serve.train.atomic import replacing
-from melt_serve.train.loop.logs import NOT_LOSSES, minutes_trained, read_log
+from melt_serve.train.loop.logs import minutes_trained, parts_of, read_log
 from melt_serve.train.recipe import PostTraining, Recipe, Stage
 
 WIDTH = 100
@@ -113,19 +113,22 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: Path) -> str:
+def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: Path, said: str = "") -> str:
     """Write the model card of a MELT made from a LoopLM of the user's own.
 
     Args:
         teacher: the folder of what the recipe names.
         log: every step's losses.
+        said: what it says besides, of a run that is not done.
     """
     config = model.config
     rank = f", its gate cut to rank {config.kv_gate_rank}" if config.kv_gate_rank else ""
     what = (
         f"A Memory-Efficient Looped Transformer (MELT, arXiv 2605.07721) of {describe(model)}, chunks of "
         f"{config.chunk_size} tokens, `{config.decode_mode}` decode mode, at most {config.max_loops} loops{rank}. Its "
-        f"KV cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{shown_name(recipe.teacher)}`."
+        f"KV cache does not grow with the loops. Made by `melt_serve` from the LoopLM `{shown_name(recipe.teacher)}`"
+        + (f", beginning with the MELT `{shown_name(recipe.student)}`. " if recipe.student else ". ")
+        + said
     )
     how = (
         f"Post-trained on {', '.join(f'`{Path(file).name}`' for file in recipe.data.files)} in sequences of at most "
@@ -152,7 +155,7 @@ def loss_table(log: Path) -> str:
     entries = read_log(log)
     for stage in dict.fromkeys(entry["stage"] for entry in entries):
         steps = [entry for entry in entries if entry["stage"] == stage]
-        for part in [key for key in dict.fromkeys(key for entry in steps for key in entry) if key not in NOT_LOSSES]:
+        for part in parts_of(steps):
             values = [entry[part] for entry in steps if part in entry]
             tenth = max(1, len(values) // 10)
             first, last = (sum(some) / tenth for some in (values[:tenth], values[-tenth:]))

@@ -1,34 +1,28 @@
-"""What a run tells: losses.jsonl, a line a step; the same in TensorBoard; and a plot of every part."""
+"""What a run tells in its folder: losses.jsonl, a line a step; evaluations.jsonl; a plot of every part of the loss."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from melt_serve.train.atomic import replacing
-from melt_serve.train.loop.distributed import rank
 
 LOG = "losses.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 PLOT = "losses.svg"
-NOT_LOSSES = ("stage", "step", "seconds")
-
-
-@contextmanager
-def board(folder: Path, name: str, step: int) -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Show numbers of a stage by step in TensorBoard, where it is installed; points from `step` on are drawn anew."""
-    if rank() > 0 or find_spec("tensorboard") is None:
-        yield lambda numbers, step: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder / "tensorboard" / name), purge_step=step) as writer:
-
-        def show(numbers: dict[str, float], step: int) -> None:
-            for part, value in numbers.items():
-                writer.add_scalar(part, value, step)
-
-        yield show
+NOT_LOSSES = (
+    "stage",
+    "step",
+    "seconds",
+    "skipped",
+    "learning_rate",
+    "alpha",
+    "loops_asked",
+    "chunk_size",
+    "tokens_per_second",
+    "flops_per_second",
+    "arithmetic_share",
+)
 
 
 def plot_losses(folder: Path) -> Path | None:
@@ -41,7 +35,7 @@ def plot_losses(folder: Path) -> Path | None:
     if not entries:
         return None
     stages = list(dict.fromkeys(entry["stage"] for entry in entries))
-    parts = [part for part in dict.fromkeys(key for entry in entries for key in entry) if part not in NOT_LOSSES]
+    parts = parts_of(entries)
     figure = Figure(figsize=(8, 2.2 * len(parts)), layout="constrained")
     for axes, part in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts, strict=True):
         first = 0
@@ -60,6 +54,17 @@ def plot_losses(folder: Path) -> Path | None:
     with replacing(folder / PLOT) as part_file:
         figure.savefig(part_file, format="svg")
     return folder / PLOT
+
+
+def parts_of(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the parts of the loss that these steps have, and their gradient's norm; those of every loop left out."""
+    numbers = dict.fromkeys(key for entry in entries for key in entry if not isinstance(entry[key], list))
+    return [part for part in numbers if part not in NOT_LOSSES]
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a list as it is, and a number as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def read_log(log: Path) -> list[dict]:

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from melt_serve.train.loop.distributed import full_tensors, load_model, load_opt
 from melt_serve.train.recipe import Stage
 from melt_serve.train.session import TrainingError
 
+KEPT = "states"
 PARTS = ("stage", "step", "model", "optimizers")
 
 
@@ -65,8 +67,33 @@ def keep(path: Path) -> None:
             os.link(path, before(path))
 
 
+def keep_for_good(path: Path, step: int, last: int, every: int | None) -> None:
+    """Keep the newest state under a name of its own in `states/` beside it, and of those there only some.
+
+    Args:
+        step: that it is of.
+        last: keep so many.
+        every: keep those of multiples of this many steps, too.
+    """
+    folder = path.parent / KEPT
+    if not last and (every is None or step % every):
+        return
+    name = path.name.removesuffix(".state.pt")
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{name}-{step:06}.state.pt"
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, target)
+    found = sorted(folder.glob(f"{name}-[0-9]*.state.pt"))
+    for old in found[: max(0, len(found) - last)]:
+        if every is None or int(old.name.removesuffix(".state.pt").rpartition("-")[2]) % every:
+            old.unlink()
+
+
 def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
-    """Load a saved state; return the steps done, 0 where there is none.
+    """Load a saved state; return the steps done, 0 where there is none. The stage may have other steps than before.
 
     Raises:
         TrainingError: the state is damaged, or of another recipe.
@@ -80,9 +107,11 @@ def load_state(path: Path, stage: Stage, model: nn.Module, optimizers: Sequence[
         state = read_state(path)
     except TrainingError as error:
         raise TrainingError(f"{error}; {way_out(path)}") from error
-    if state["stage"] != asdict(stage):
-        changed = sorted(key for key, value in asdict(stage).items() if state["stage"].get(key) != value)
+    own = {key: value for key, value in asdict(stage).items() if key != "steps"}
+    if changed := sorted(key for key, value in own.items() if state["stage"].get(key) != value):
         raise TrainingError(f"{path} was made by another recipe ({', '.join(changed)} differ); use another folder")
+    if state["step"] > stage.steps:
+        raise TrainingError(f"{path} is of step {state['step']}, and steps={stage.steps} are fewer; ask for as many")
     try:
         load_model(model, state["model"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):

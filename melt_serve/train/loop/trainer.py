@@ -7,19 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from melt_serve.train.loop.distributed import any_of, full_tensors, rank
-from melt_serve.train.loop.logs import LOG, board, forget_after
-from melt_serve.train.loop.states import load_state, save_state
+from melt_serve.train.loop.loggers import Show, loggers
+from melt_serve.train.loop.logs import EVALUATIONS, LOG, forget_after, listed, read_log
+from melt_serve.train.loop.states import keep_for_good, load_state, save_state
 from melt_serve.train.recipe import Stage
 from melt_serve.train.session import Paused, Session, TrainingError
 
 Losses = dict[str, Tensor]
-"""The parts of a loss by name; `loss` is what is minimised."""
+"""The parts of a loss by name, each a number or a list of them; `loss` is what is minimised."""
+Watch = Callable[[int, Show], None]
+"""Is told how many steps are done, when a session begins and after each step, and may show numbers of it."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,16 @@ class Saving:
 
     Attributes:
         at_end: save it when its stage is done, too.
+        keep_last, keep_every: see `keep_for_good`; a state is saved when it is to be kept.
+        most_skipped: the share of the steps that may be skipped because their gradient is not finite.
     """
 
     steps: float = math.inf
     minutes: float = 1.0
     at_end: bool = True
+    keep_last: int = 0
+    keep_every: int | None = None
+    most_skipped: float = 0.0
 
 
 EVERY_MINUTE = Saving()
@@ -47,25 +56,34 @@ def run_stage(
     folder: Path,
     session: Session,
     saving: Saving = EVERY_MINUTE,
+    facts: Callable[[int, float], dict[str, float]] = lambda step, seconds: {},
+    watch: Watch = lambda done, show: None,
+    report_to: Sequence[str] = ("tensorboard",),
 ) -> None:
     """Train `model` for the stage's steps, going on from what `folder` holds of it.
 
-    Every step's losses become a line of `folder/losses.jsonl`, and points in TensorBoard. The state is saved as
+    Every step's losses become a line of `folder/losses.jsonl`, and points where they are reported to. A step whose
+    gradient is not finite changes nothing and is marked `skipped`. The state is saved as
     `saving` says, and when the session is over; on one machine an interrupted run computes bit for bit
     what an unbroken one does.
 
     Args:
         name: the stage's, unique in its folder.
         losses: the loss of step i and its parts, from batch i.
+        facts: what else is logged of step i, which took so many seconds.
+        report_to: see `loggers`.
 
     Raises:
         Paused: the session ended first.
-        TrainingError: the gradient is not finite, the state cannot be saved, or `folder` holds that of another recipe.
+        TrainingError: too many gradients are not finite, the state cannot be saved, or `folder` holds that of another
+            recipe.
     """
     state_file = folder / f"{name}.state.pt"
     step = load_state(state_file, stage, model, optimizers)
     if rank() == 0:
         forget_after(folder / LOG, name, step)
+        forget_after(folder / EVALUATIONS, name, step + 1)
+    skipped = sum(entry["stage"] == name and "skipped" in entry for entry in read_log(folder / LOG))
     highest = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     saved, saved_step = time.monotonic(), step
     parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
@@ -75,8 +93,9 @@ def run_stage(
             total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True, disable=rank() > 0
         ) as bar,
         (folder / LOG if rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8") as log,
-        board(folder, name, step) as show,
+        loggers(report_to, folder, name, step) as show,
     ):
+        watch(step, show)
         while step < stage.steps:
             begun = time.monotonic()
             share = share_of_rate(stage, step)
@@ -87,28 +106,45 @@ def run_stage(
             parts = losses(step)
             parts["loss"].backward()
             norm = full_tensors(nn.utils.clip_grad_norm_(parameters, stage.clip))
-            numbers = {part: value.item() for part, value in parts.items()}
-            if not norm.isfinite():
-                raise TrainingError(
-                    f"{name}: the gradient of step {step} is not finite (loss {numbers['loss']}); the last saved state "
-                    "is good. Look at the data of that step, or start a run with a lower learning rate"
-                )
-            for optimizer in optimizers:
-                optimizer.step()
-            numbers |= {"gradient_norm": norm.item(), "seconds": time.monotonic() - begun}
+            numbers = {part: value.tolist() for part, value in parts.items()}
+            if norm.isfinite():
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                skipped += 1
+                (lost,) = any_of([skipped > saving.most_skipped * stage.steps], parameters[0].device)
+                if lost:
+                    raise TrainingError(
+                        f"{name}: the gradient of step {step} is not finite (loss {numbers['loss']}), nor were "
+                        f"{skipped - 1} before; the last saved state is good. Look at the data of that step, start a "
+                        "run with a lower learning rate, or let more steps be skipped (most_skipped)"
+                    )
+            seconds = time.monotonic() - begun
+            numbers |= {"gradient_norm": norm.item(), "learning_rate": optimizers[0].param_groups[0]["lr"]}
+            numbers |= {"skipped": 1} if not norm.isfinite() else {}
+            numbers = finite(numbers | facts(step, seconds) | {"seconds": seconds})
             log.write(json.dumps({"stage": name, "step": step, **numbers}) + "\n")
-            show({**numbers, "learning_rate_share": share}, step)
+            log.flush()
+            show(numbers, step)
             step += 1
             bar.update()
-            bar.set_postfix({part: f"{numbers[part]:.4f}" for part in parts}, refresh=False)
+            bar.set_postfix({p: f"{n:.4f}" for p in parts if isinstance(n := numbers.get(p), float)}, refresh=False)
             due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
+            due = due or (saving.keep_every is not None and step % saving.keep_every == 0)
             over, due = any_of([session.over, due], parameters[0].device)
             if (step == stage.steps and saving.at_end) or over or due:
-                log.flush()
                 save_state(state_file, stage, step, model, optimizers)
+                if rank() == 0:
+                    keep_for_good(state_file, step, saving.keep_last, saving.keep_every)
                 saved, saved_step = time.monotonic(), step
             if over:
                 raise Paused
+            watch(step, show)
+
+
+def finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is no number: JSON has no word for it."""
+    return {name: value for name, value in numbers.items() if all(map(math.isfinite, listed(value)))}
 
 
 def share_of_rate(stage: Stage, step: int) -> float:

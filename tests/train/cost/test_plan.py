@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from melt_serve.capacity import shape_of
 from melt_serve.modeling import LoopLMConfig
 from melt_serve.train.__main__ import main
+from melt_serve.train.cost import probe
 from melt_serve.train.cost.arithmetic import memory, sequence_flops
 from melt_serve.train.cost.plan import to_be_planned
 from melt_serve.train.cost.probe import kept_bytes, kept_for_backward, random_step, reduced
@@ -50,6 +51,15 @@ def test_two_passes_are_counted_twice_and_kept_twice():
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.15)
     assert expected > 1.3 * sequence_flops(student_config(recipe, TEACHER), recipe, once)
     assert kept_for_backward(TEACHER, recipe, twice, 2) > 1.5 * kept_for_backward(TEACHER, recipe, once, 2)
+
+
+def test_the_rate_is_that_of_the_steps_that_were_taken(monkeypatch):
+    """Of a stage that runs half of its batches twice, steps that always do are measured."""
+    recipe = small(decode_mode="token")
+    half = replace(recipe.alignment, decode_aware_from=0.0, decode_aware_share=0.5)
+    monkeypatch.setattr(probe, "median", lambda seconds: 1.0)
+    expected = sequence_flops(student_config(recipe, TEACHER), recipe, replace(half, decode_aware_share=1.0))
+    assert probe.measured_rate(TEACHER, recipe, half) == recipe.micro_batch * expected
 
 
 def test_where_c_is_drawn_what_the_largest_keeps_is_counted():

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from melt_serve.bundled import MELT
 from melt_serve.task.who_is_where import questions
 from melt_serve.train.data.batch import IGNORED
-from melt_serve.train.data.datasets import BrokenRecord, DataError, Record
 from melt_serve.train.data.documents import documents_of, fitted
+from melt_serve.train.data.records import BrokenRecord, DataError, Record
 from melt_serve.train.data.task_batches import encode
 
 CHAT = [

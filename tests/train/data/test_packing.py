@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from melt_serve.bundled import MELT
 from melt_serve.train.data.batch import IGNORED
-from melt_serve.train.data.datasets import BrokenRecord, Corpus, DataError
+from melt_serve.train.data.datasets import Corpus
 from melt_serve.train.data.packing import Batches, Packing, best_fit
+from melt_serve.train.data.records import BrokenRecord, DataError
 
 RECORDS = 60
 WORDS = ("Ann", "Ben", "Rome", "Oslo", "is", "in", "with", "Find")

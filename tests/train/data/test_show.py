@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 
 from melt_serve.bundled import MELT
 from melt_serve.train.__main__ import main
-from melt_serve.train.data.datasets import Record
 from melt_serve.train.data.documents import documents_of
+from melt_serve.train.data.records import Record
 from melt_serve.train.data.show import marked
 
 CHAT = [{"role": "user", "content": "Where is Ann?"}, {"role": "assistant", "content": "In Rome."}]

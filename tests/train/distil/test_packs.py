@@ -149,10 +149,13 @@ def test_a_steps_losses_and_gradients_do_not_depend_on_slices_of_logits(exits, k
 
     monkeypatch.setattr(losses, "ANSWERS_AT_ONCE", 7)
     parts, of_slices = results()
-    at_once = lambda teacher, its_head, student, head, *count: distillation(  # noqa: E731
-        F.linear(teacher, its_head), F.linear(student, head), *count
-    )
-    monkeypatch.setattr(phase, "distillation_from_states", at_once)
+
+    def at_once(teacher, its_head, student, head, count):
+        answered = F.linear(teacher, its_head), F.linear(student, head)
+        by_loop = [distillation(wanted[None], given[None], count) for wanted, given in zip(*answered, strict=True)]
+        return distillation(*answered, count), torch.stack(by_loop).detach()
+
+    monkeypatch.setattr(phase, "distillation_by_loop", at_once)
     expected, of_all = results()
     torch.testing.assert_close(parts, expected, **EXACT)
     assert_same(of_slices, of_all)

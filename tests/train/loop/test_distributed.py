@@ -1,5 +1,6 @@
 """Several processes compute what one does, and what one has begun they can finish."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,13 +37,17 @@ def command(folder, name, *words):
     return ["run", str(folder / "recipe.toml"), *WORDS, *where, *words]
 
 
+def heldout(folder):
+    return [f"evaluation.files={folder}/chats.jsonl", "evaluation.documents=3", "evaluation.sample_tokens=2"]
+
+
 def test_two_processes_have_the_losses_of_one_and_go_on_with_its_state(folder):
     """Gradients are added up over micro-batches and processes; FSDP on CPU, with gloo."""
-    assert main(command(folder, "one")) == 0
-    assert main(command(folder, "two", "--minutes", "0")) == 3
+    assert main(command(folder, "one", *heldout(folder))) == 0
+    assert main(command(folder, "two", *heldout(folder), "--minutes", "0")) == 3
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "melt_serve.train", *command(folder, "two", "--resume")],
+        [*torchrun, "-m", "melt_serve.train", *command(folder, "two", *heldout(folder), "--resume")],
         capture_output=True,
         text=True,
         timeout=300,
@@ -51,6 +56,12 @@ def test_two_processes_have_the_losses_of_one_and_go_on_with_its_state(folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1
     assert_close(logged(folder / "two"), logged(folder / "one"))
+    texts = [(folder / name / "evaluations.jsonl").read_text() for name in ("one", "two")]
+    for first, second in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+        assert second["step"] == first["step"] and second["samples"] == first["samples"]
+        for mode in ("token", "chunk"):
+            assert second[mode]["kl"] == pytest.approx(first[mode]["kl"], rel=1e-3)
+    assert len(texts[0].splitlines()) == 3  # before the first step, and at the end of both stages
     one, two = (AutoModelForCausalLM.from_pretrained(folder / f"{name}-melt").state_dict() for name in ("one", "two"))
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, atol=1e-4, rtol=1e-3)
