@@ -121,7 +121,7 @@ def begun(
     note_recipe(facts_of(recipe), folder)
     models = teacher_files(recipe.teacher, teacher)
     if recipe.student is not None:
-        models |= teacher_files(recipe.student, located(recipe.student))
+        models |= teacher_files(recipe.student, located_looped(recipe.student))
     note_inputs(models, data_files(recipe), folder, sequences.accept_changes)
     warn_about_blocks(recipe.chunk_size)
     return sequences
@@ -135,7 +135,7 @@ def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:
         TrainingError: no free output, or the state is damaged, or another run's.
     """
     check_output(Path(recipe.output))
-    path = located(recipe.teacher)
+    path = located_looped(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
     student = fresh_student(recipe, teacher)
     state = read_state(state_file)

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from melt_serve.checkpoint_check import check_checkpoint
-from melt_serve.checkpoint_config import load_config
-from melt_serve.checkpoint_path import CheckpointError, located
+from melt_serve.checkpoint_config import load_config, located_looped
+from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.distil.student import Student
@@ -30,8 +30,8 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     start = recipe.gate_start if recipe.student is None else "mean"
     student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config), start)
     if recipe.student is not None:
-        check_checkpoint(located(recipe.student))
-        begun = MeltForCausalLM.from_pretrained(located(recipe.student), dtype=torch.float32)
+        check_checkpoint(located_looped(recipe.student))
+        begun = MeltForCausalLM.from_pretrained(located_looped(recipe.student), dtype=torch.float32)
         try:
             student.load_state_dict(begun.state_dict())
         except RuntimeError as error:
@@ -49,7 +49,7 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
         TrainingError: see `melt_config`.
     """
     if recipe.student is not None:
-        begun = load_config(located(recipe.student))
+        begun = load_config(located_looped(recipe.student))
         if not isinstance(begun, MeltConfig):
             raise CheckpointError(f"student={recipe.student} is no MELT; name it as teacher, or a MELT made from it")
         gate = {name: getattr(begun, name) for name in GATE}
