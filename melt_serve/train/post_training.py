@@ -108,7 +108,7 @@ def note_recipe(recipe: PostTraining, folder: Path) -> None:
     """
     path, facts = folder / RECIPE, json.loads(json.dumps(asdict(recipe)))
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = {"train_base": "full", **json.loads(path.read_text(encoding="utf-8"))}  # the field is younger than runs
         changed = [key for key in facts if key not in MAY_CHANGE and facts[key] != known.get(key)]
         if changed:
             raise TrainingError(

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.train.distil.base import merged, share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.loop.distributed import full_tensors, shard
 from melt_serve.train.recipe import GateStart, PostTraining
@@ -19,6 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
     """Build the recipe's MELT as it is before its first step."""
     student = student_of(teacher, recipe.seed, student_config(recipe, teacher.config), recipe.gate_start)
+    if recipe.train_base != "full":
+        share_base(student, teacher, recipe.lora_rank)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 
@@ -102,7 +105,10 @@ def compile_layers(model: OuroForCausalLM | Student) -> None:
 
 
 def plain(student: Student) -> MeltForCausalLM:
-    """Return the student as the reference model, to be evaluated and saved. All processes must call it."""
+    """Return the student as the reference model, adapters merged, to be evaluated and saved.
+
+    All processes must call it.
+    """
     melt = MeltForCausalLM(student.config)
-    melt.load_state_dict(full_tensors(student.state_dict()))
+    melt.load_state_dict(merged(full_tensors(student.state_dict())))
     return melt.eval()

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.base import is_gate
 from melt_serve.train.distil.losses import distillation_from_states
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
@@ -58,8 +59,9 @@ def run_phase(
             done = {part: value + done[part].detach() if done else value for part, value in parts.items()}
         return done if world_size() == 1 else of_all_processes(done)
 
-    gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
-    base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
+    trained = [(key, weight) for key, weight in student.named_parameters() if weight.requires_grad]
+    gate = [weight for key, weight in trained if is_gate(key)]
+    base = [weight for key, weight in trained if not is_gate(key)]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
     run_stage(name, stage, student, [optimizer], losses, folder, session, saving)
