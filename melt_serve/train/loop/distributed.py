@@ -64,9 +64,10 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def exchange_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward pass adds the processes' gradients up; one a step is enough."""
+    """Set whether the next backward pass is a step's last: it adds gradients up, and gives gathered weights back."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
