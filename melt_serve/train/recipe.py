@@ -185,7 +185,7 @@ class Recipe:
         decode_aware_by="tokens",
     )
     exits: Distillation = Distillation(
-        steps=400,
+        steps=600,
         learning_rate=3e-4,
         loops=(2, 3, 4, 4, 6, 8, 8),
         decode_aware_from=0.0,
