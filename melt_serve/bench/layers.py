@@ -14,7 +14,7 @@ from melt_serve.config import LoopLMConfig, MeltConfig
 from melt_serve.device import seconds
 from melt_serve.kernels.rows import RowWrite, write_rows
 from melt_serve.modeling import OuroForCausalLM
-from melt_serve.modeling.looplm import DecoderLayer, RMSNorm, SelfAttention, rotary_tables
+from melt_serve.modeling.looplm import DecoderLayer, SelfAttention, rotary_tables
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import distillation_from_states
 from melt_serve.train.distil.student import FusedAttention, Student
@@ -42,7 +42,7 @@ def measure_layers(
     attentions = {"melt": FusedAttention(config), "looplm": SelfAttention(config)}
     runs = {}
     for name, attention in attentions.items():
-        layer = with_fused_norms(DecoderLayer(config, attention)).to(device, torch.bfloat16).requires_grad_(False)
+        layer = DecoderLayer(config, attention).to(device, torch.bfloat16).requires_grad_(False)
         runs[name] = decoding(layer, config, batch, context, device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
@@ -50,14 +50,6 @@ def measure_layers(
             times[name].append(seconds(runs[name], device))
         progress.update()
     return times
-
-
-def with_fused_norms(layer: DecoderLayer) -> DecoderLayer:
-    """Give a layer PyTorch's norms in place of the reference's, which are many small operators."""
-    for name, norm in layer.named_children():
-        if isinstance(norm, RMSNorm):
-            setattr(layer, name, torch.nn.RMSNorm(norm.weight.shape, norm.eps))
-    return layer
 
 
 def decoding(

@@ -56,8 +56,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: [..., d] -> [..., d], in the dtype of x."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -81,20 +80,18 @@ def rotary_tables(config: LoopLMConfig, positions: Tensor, dtype: torch.dtype) -
         positions: [B, S], a token's place in its own sequence; padding may hold anything.
 
     Returns:
-        cos, sin: [B, 1, S, D], computed in float32, given in `dtype`.
+        cos, sin: [B, 1, S, D], computed in float32, given in `dtype`; sin is negated in its first half, see `rotate`.
     """
     assert config.head_dim is not None
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[:, None, :, None].float() / config.rope_base**exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((angles, angles), dim=-1).cos().to(dtype), torch.cat((-angles, angles), dim=-1).sin().to(dtype)
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """Apply RoPE to queries or keys x: [B, H, S, D], the first half of D paired with the second."""
     cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,7 +140,8 @@ class SelfAttention(nn.Module):
         grouped = q.shape[1] != k.shape[1]
         parts = zip(q.split(QUERIES_AT_ONCE, dim=2), visible[:, None].split(QUERIES_AT_ONCE, dim=2), strict=True)
         outs = [F.scaled_dot_product_attention(part, k, v, attn_mask=m, enable_gqa=grouped) for part, m in parts]
-        return self.o_proj(torch.cat(outs, dim=2).transpose(1, 2).flatten(2))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):

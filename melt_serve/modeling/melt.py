@@ -103,6 +103,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         loops, each_loops = self.check_loops(loops, len(input_ids))
         thresholds = self.check_threshold(exit_threshold, len(input_ids))
         contrasted = Contrast.of(contrast, contrast_loop, each_loops)
+        together = bool((thresholds == 1).all() and (each_loops == loops).all())
         real = new_token_mask(input_ids, attention_mask)
         rows = MeltRows(self.config, len(input_ids), input_ids.device) if past_key_values is None else past_key_values
         embeddings = self.model.embed_tokens(input_ids)
@@ -120,7 +121,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         states_by_chunk, depths_by_chunk = [], []
         for chunk in chunks:
             x = embeddings.gather(1, chunk.columns[:, :, None].expand(-1, -1, embeddings.shape[-1]))
-            depths = TokenDepths(chunk.positions >= 0, each_loops, thresholds)
+            depths = TokenDepths(chunk.positions >= 0, each_loops, thresholds, together)
             again = None if generated is None else generated.gather(1, chunk.columns) & (chunk.positions >= 0)
             states_by_chunk.append(self.run_chunk(x, chunk, rows, loops, depths, again))
             depths_by_chunk.append(depths.ran)
@@ -130,7 +131,7 @@ class MeltForCausalLM(LoopedForCausalLM):
         states = [x.gather(1, place[:, :, None].expand(-1, -1, x.shape[-1])) for x in states]
         cache = rows if use_cache else None
         output = self.answer(states, labels, output_loops, output_states, logits_to_keep, cache, contrasted)
-        output.depths = torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
+        output.depths = real * loops if together else torch.cat(depths_by_chunk, dim=1).gather(1, place) * real
         return output
 
     def run_chunk(
@@ -194,7 +195,8 @@ class MeltForCausalLM(LoopedForCausalLM):
                 x = layer.finish(x, o)
             x = depths.keep(self.model.norm(x), before)
             states.append(x)
-            depths.after(loop, self.exit_probabilities(x))
+            if not depths.together:
+                depths.after(loop, self.exit_probabilities(x))
         return states
 
     def token_sequential(

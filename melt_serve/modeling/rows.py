@@ -110,8 +110,10 @@ class MeltRows(Cache):
             while len(self.layers) <= index:
                 self.layers.append(DynamicLayer())
             k, v = self.layers[index].update(k, v)
-        if not final.is_initialized:
-            return k, v
+        return self.beside(final, k, v) if final.is_initialized else (k, v)
+
+    def beside(self, final: DynamicLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's final rows, and a chunk's own of another loop beside them."""
         return torch.cat((final.keys, k), dim=-2), torch.cat((final.values, v), dim=-2)
 
     def observe(self, layer: int, loop: int, chunk: Chunk, o: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from melt_serve.config import DecodeMode, GateType
+from melt_serve.config import DecodeMode, GateType, MeltConfig, gate_width
 
 Tokens = Literal["reply", "all"]
 Dtype = Literal["float32", "bfloat16"]
@@ -26,6 +26,7 @@ FORBID: ConfigDict = {"extra": "forbid"}
 Loops = Literal["all", "last"]
 Distance = Literal["relative", "sum", "mean"]
 DecodeAwareBy = Literal["tokens", "passes"]
+TrainBase = Literal["full", "frozen", "lora"]
 
 
 def known_start(value: object) -> object:
@@ -186,7 +187,7 @@ class Recipe:
         decode_aware_by="tokens",
     )
     exits: Distillation = Distillation(
-        steps=400,
+        steps=600,
         learning_rate=3e-4,
         loops=(2, 3, 4, 4, 6, 8, 8),
         decode_aware_from=0.0,
@@ -277,6 +278,10 @@ class PostTraining:
         trained_rank: W_z and U_z are products of this rank from the start (our addition); by default they are whole.
         gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
             store (our addition; README.md, Ablations, says what it costs). By default they stay as they were trained.
+        train_base: what is trained beside the gates: `full`, the whole base, as in the paper; `frozen`, nothing of it;
+            or `lora`, low-rank adapters of q, k, v and o, merged in the end. But for `full` the base is the teacher's
+            own, so its weights are there once, without gradients and optimizer states (our addition).
+        lora_rank: the adapters' rank; only with `lora`, whose learning rate is that of the base.
         max_loops: the most the MELT may be asked for; by default the most it is trained for, or the teacher's own.
         sequence_length: tokens; see `Data` for longer documents.
         batch_tokens: sequences a step times their length, padding included.
@@ -315,6 +320,8 @@ class PostTraining:
     gate_start: GateStart = "mean"
     trained_rank: Count | None = None
     gate_rank: Count | None = None
+    train_base: TrainBase = "full"
+    lora_rank: Count | None = None
     max_loops: Count | None = None
     sequence_length: Annotated[int, Field(ge=2)] = 10_000
     batch_tokens: Count = 320_000
@@ -353,6 +360,7 @@ class PostTraining:
             raise ValueError(f"order={list(self.names)}: a recipe runs at least one stage, and each of them once")
         if taken := [name for name in self.further if name in PHASES or not re.fullmatch(r"\w[\w-]*", name)]:
             raise ValueError(f"further.{taken[0]}: name the stage otherwise, in letters, digits, - and _")
+        self.check_base()
         if astray := [size for size in self.chunk_sizes if self.grid % size]:
             raise ValueError(
                 f"chunk_sizes: {astray[0]} does not divide {self.grid}, the largest; documents of a pack begin on "
@@ -375,6 +383,36 @@ class PostTraining:
                 raise ValueError(
                     f"{name}.decode_aware_by='tokens': replies run token by token in documents of their own only; set "
                     "data.pack=false, or decode_aware_by=passes"
+                )
+
+    def check_base(self) -> None:
+        """See that something is trained.
+
+        Raises:
+            ValueError: nothing is, in a stage; or the adapters' rank is missing, or there is one without adapters; or
+                the base is both the teacher's and another MELT's.
+        """
+        if self.train_base == "lora" and self.lora_rank is None:
+            raise ValueError("train_base='lora': it needs a rank of the adapters; set lora_rank, such as 16")
+        if self.train_base != "lora" and self.lora_rank is not None:
+            raise ValueError(f"lora_rank={self.lora_rank}: only train_base=lora has adapters, not {self.train_base!r}")
+        if self.train_base != "full" and self.student is not None:
+            raise ValueError(
+                f"train_base={self.train_base!r}: the base is the teacher's then, and student={self.student} brings "
+                "one of its own; leave one of them out"
+            )
+        if self.train_base != "frozen":
+            return
+        if gate_width(MeltConfig(kv_gate_type=self.gate_type)) == 0:
+            raise ValueError(
+                f"train_base='frozen': a gate of type {self.gate_type!r} learns nothing, so nothing would be trained; "
+                "set train_base=lora, or another gate_type"
+            )
+        for name, stage in self.stages.items():
+            if 1 in stage.loops:
+                raise ValueError(
+                    f"{name}.loops={list(stage.loops)}: one loop has no gate, so with train_base='frozen' there is "
+                    "nothing to train in it; leave 1 out"
                 )
 
     @property

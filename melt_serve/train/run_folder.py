@@ -30,7 +30,7 @@ MAY_CHANGE = (
     "data.broken",
 )
 """Fields that a run may be resumed with other values of; the losses stay the same, up to rounding."""
-YOUNGER = {"data.learn": "replies"}
+YOUNGER = {"data.learn": "replies", "train_base": "full"}
 """Fields that runs of before do not have written down, with what they did."""
 STAGES = ("order", "further", *PHASES)
 

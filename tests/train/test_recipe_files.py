@@ -72,6 +72,20 @@ def test_a_file_of_ones_own_is_a_recipe_too(tmp_path):
         ([*OWN, "transition.learning_rate=fast"], "transition.learning_rate='fast': input should be a valid number"),
         ([*OWN, "gate_rank=4", "gate_type=scalar"], "gate_rank=4: only an elementwise gate has a rank, not 'scalar'"),
         ([*OWN, "trained_rank=4", "gate_rank=2"], "trained_rank=4 and gate_rank=2: a gate is trained at a rank or cut"),
+        ([*OWN, "train_base=lora"], "train_base='lora': it needs a rank of the adapters; set lora_rank, such as 16"),
+        (
+            [*OWN, "train_base=lora", "lora_rank=8", "student=a-melt"],
+            "train_base='lora': the base is the teacher's then, and student=a-melt brings one of its own",
+        ),
+        ([*OWN, "lora_rank=8"], "lora_rank=8: only train_base=lora has adapters, not 'full'"),
+        (
+            [*OWN, "train_base=frozen", "gate_type=mean"],
+            "train_base='frozen': a gate of type 'mean' learns nothing, so nothing would be trained; set",
+        ),
+        (
+            [*OWN, "train_base=frozen", "alignment.loops=[1, 4]"],
+            "alignment.loops=[1, 4]: one loop has no gate, so with train_base='frozen' there is nothing to train in it",
+        ),
         (
             [*OWN, "alignment.chunk_sizes=[256, 384]"],
             "chunk_sizes: 384 does not divide 512, the largest; documents of a pack begin on multiples of that",

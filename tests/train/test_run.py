@@ -336,6 +336,33 @@ def test_help_teaches(capsys):
         assert taught in said
 
 
+@pytest.mark.parametrize("words", [["train_base=frozen"], ["train_base=lora", "lora_rank=3"]], ids=["frozen", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_beside_the_teachers_own_base_a_run_saves_only_what_it_trains_and_goes_on_bit_for_bit(unbroken, words, dtype):
+    """In bfloat16 as FSDP runs it, which shares the base out to nobody."""
+    whole, name = [*words, f"dtype={dtype}"], f"{words[0]}-{dtype}"
+    assert run(unbroken, name, *whole) == 0
+    assert run(unbroken, f"{name}-cut", *whole, "--minutes", "0") == 3
+    assert run(unbroken, f"{name}-cut", *whole, "--resume") == 0
+    assert logged(unbroken / f"{name}-cut") == logged(unbroken / name)
+    assert weights(unbroken / f"{name}-cut-melt") == weights(unbroken / f"{name}-melt")
+    state = torch.load(unbroken / name / "alignment.state.pt", weights_only=True)["model"]
+    assert state and all("_gate." in key or ".lora_" in key for key in state)
+    teacher = AutoModelForCausalLM.from_pretrained(unbroken / "teacher", dtype=getattr(torch, dtype)).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(unbroken / f"{name}-melt", dtype=getattr(torch, dtype)).state_dict()
+    moved = {key.split(".")[-2] for key, weight in teacher.items() if not torch.equal(weight, trained[key])}
+    assert moved == ({"q_proj", "k_proj", "v_proj", "o_proj"} if "train_base=lora" in words else set())
+    card = " ".join((unbroken / f"{name}-melt" / "README.md").read_text().split())
+    assert ("adapters of rank 3" if "train_base=lora" in words else "Only the gates were trained") in card
+
+
+def test_a_run_of_before_that_could_only_train_its_whole_base_goes_on(begun):
+    noted = begun / "begun" / "recipe.json"
+    facts = json.loads(noted.read_text())
+    noted.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("train_base", "lora_rank")}))
+    assert run(begun, "begun", "--resume", "--minutes", "0") == 3
+
+
 def test_a_finished_runs_gate_can_be_cut_to_a_rank(unbroken):
     """No step is run again, and nothing but the gate is another."""
     shutil.copytree(unbroken / "run", unbroken / "cut")

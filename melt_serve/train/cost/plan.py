@@ -15,19 +15,26 @@ if TYPE_CHECKING:
     from melt_serve.config import LoopLMConfig
     from melt_serve.train.recipe import PostTraining
 
+PEAKS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+"""FLOPs a second of dense bfloat16 matmuls, by NVIDIA's data sheets of the SXM devices."""
 DESCRIPTION = """\
 Show what a post-training takes, without starting it: steps, tokens, arithmetic, the memory of each device by part, and
 the time. Neither data nor teacher is read, but for the teacher's shape; without one it is Ouro-1.4B's.
 
 Time and what is kept for the backward pass are extrapolated from real steps of each stage that are run now, with random
 weights, on this machine's device: the width divided by --scale, two layers, sequences of two chunks, all loops. Time is
-scaled by arithmetic, so it is that of more of this device; small shapes use a GPU badly, so there it is too long."""
+scaled by arithmetic, so it is that of more of this device; small shapes use a GPU badly, so there it is too long.
+
+With --device nothing is timed: the hours are those of that device at a share of its peak, and stand beside the paper's,
+with the base trained whole, frozen, or through adapters (train_base), and the longest sequences that fit."""
 EXAMPLES = """\
 examples:
   python -m melt_serve.train cost melt-1.6b --processes 8
       the paper's run on eight devices like this one
   python -m melt_serve.train cost melt-1.6b --scale 1
       measured at the recipe's own width, on a GPU
+  python -m melt_serve.train cost melt-1.6b --device h100 --share 0.2
+      H100-hours at a fifth of its peak, and what fits on a device of 24, 48 or 80 GB
   python -m melt_serve.train cost ./mine.toml micro_batch=4 checkpoint_chunks=false
 """
 
@@ -57,19 +64,35 @@ def add_command(commands: Commands) -> None:
     add = command.add_argument
     add("--processes", type=positive, default=1, metavar="P", help="devices that share the work (default: 1)")
     add("--scale", type=positive, default=32, metavar="K", help="measure at 1/K of the width (default: 32)")
+    add("--device", choices=PEAKS, help="hours of this device, and what fits, instead of time measured here")
+    add("--share", type=share, default=0.1, metavar="X", help="of --device's peak, 0 to 1 (default: 0.1)")
+
+
+def share(text: str) -> float:
+    """Parse a share of a peak, above 0 and at most 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {text}")
+    return value
 
 
 def cost(arguments: argparse.Namespace) -> int:
     """Print what the recipe takes; return the exit code.
 
     Raises:
-        RecipeError, PlanError: see `to_be_planned`.
+        RecipeError, PlanError: see `to_be_planned` and `base_plans`.
     """
     import torch
 
     from melt_serve.train.cost.probe import MEASURED_STEPS
 
     recipe, teacher = to_be_planned(arguments.recipe, arguments.overrides)
+    if arguments.device:
+        from melt_serve.train.cost.devices import base_plans, device_table
+
+        plans = base_plans(recipe, teacher, arguments.processes, arguments.scale)
+        peak = PEAKS[arguments.device]
+        print(device_table(plans, recipe, arguments.device.upper(), peak, arguments.share))
+        return 0
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{arguments.recipe}: {recipe.teacher}, C={recipe.chunk_size}, sequences of {recipe.sequence_length:,} tokens, "

@@ -16,6 +16,7 @@ from melt_serve.config import LoopLMConfig, shape_facts
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.base import share_base
 from melt_serve.train.distil.build import DTYPES, student_config
 from melt_serve.train.distil.phase import phase_losses
 from melt_serve.train.distil.student import Student
@@ -66,24 +67,41 @@ def measured_rate(teacher_config: LoopLMConfig, recipe: PostTraining, stage: Dis
 
 
 def kept_for_backward(teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, scale: int) -> float:
-    """Count the bytes kept within chunks: of the last one where chunks are recomputed, else of all.
+    """Count the bytes kept within chunks: of the last one where chunks are recomputed, else of all."""
+    return kept_by_length(teacher, recipe, stage, scale)(recipe.sequence_length)
 
-    Counted at two small widths, for all of it is linear in the width, the layers, and the rows a chunk sees.
+
+def kept_by_length(
+    teacher: LoopLMConfig, recipe: PostTraining, stage: Distillation, scale: int
+) -> Callable[[int], float]:
+    """Count `kept_for_backward`, and return it as a function of a sequence's tokens.
+
+    Counted at two small widths, for all of it is linear in the width, the layers, and the rows a chunk sees. Of three
+    chunks, as the first keeps less: with a frozen base it has nothing to train before its second loop.
     """
-    recipe = replace(recipe, chunk_size=recipe.grid)  # the largest that a batch may draw keeps most
-    chunks = max(1.0, recipe.sequence_length / recipe.chunk_size)
-    points = []
+    size = recipe.grid  # the largest that a batch may draw keeps most
+    recipe = replace(recipe, chunk_size=size)
+    widths, counted = [], []
     for each in (2 * scale, scale):
         small_teacher, small = reduced(teacher, recipe, each)
+        small = replace(small, sequence_length=3 * size, batch_tokens=3 * size * recipe.micro_batch)
         student, loss = random_step(small_teacher, small, stage)
         with kept_bytes(student) as counts:
             loss()
-        first, second = (after - before for before, after in zip(counts[::2], counts[1::2], strict=True))
-        last, middle = (first + (chunk - 1) * (second - first) for chunk in (chunks, (1 + chunks) / 2))
-        kept = last if recipe.checkpoint_chunks else chunks * middle
-        points.append((small_teacher.hidden_size, kept / small_teacher.num_hidden_layers))
-    (width, kept), (wider, more) = points
-    return teacher.num_hidden_layers * (kept + (teacher.hidden_size - width) * (more - kept) / (wider - width))
+        _, second, third = (after - before for before, after in zip(counts[::2], counts[1::2], strict=True))
+        widths.append(small_teacher.hidden_size)
+        counted.append([kept / small_teacher.num_hidden_layers for kept in (second, third)])
+    beyond = (teacher.hidden_size - widths[0]) / (widths[1] - widths[0])
+    second, third = (
+        teacher.num_hidden_layers * (kept + beyond * (more - kept)) for kept, more in zip(*counted, strict=True)
+    )
+
+    def kept(length: int) -> float:
+        chunks = max(1.0, length / size)
+        last, middle = (second + (chunk - 2) * (third - second) for chunk in (chunks, (1 + chunks) / 2))
+        return last if recipe.checkpoint_chunks else chunks * middle
+
+    return kept
 
 
 def random_step(
@@ -94,6 +112,8 @@ def random_step(
     torch.manual_seed(recipe.seed)
     teacher = OuroForCausalLM(teacher_config).to(device, dtype).eval().requires_grad_(False)
     student = Student(student_config(recipe, teacher_config)).to(device, dtype).train()
+    if recipe.train_base != "full":
+        share_base(student, teacher, recipe.lora_rank)
     ids = torch.randint(teacher_config.vocab_size, (recipe.micro_batch, recipe.sequence_length), device=device)
     batch = Batch(ids, torch.ones_like(ids), ids, torch.zeros(len(ids), dtype=torch.long, device=device), ids[:1])
     deepest = as_tried(stage)

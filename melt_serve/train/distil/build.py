@@ -11,6 +11,7 @@ from melt_serve.checkpoint_config import load_config, located_looped
 from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
+from melt_serve.train.distil.base import merged, share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.loop.distributed import full_tensors, shard
 from melt_serve.train.recipe import GateStart, PostTraining
@@ -37,6 +38,8 @@ def fresh_student(recipe: PostTraining, teacher: OuroForCausalLM) -> Student:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise TrainingError(f"student={recipe.student} is not a MELT of the teacher's shape: {reason}") from error
+    if recipe.train_base != "full":
+        share_base(student, teacher, recipe.lora_rank)
     student.checkpoint_chunks = recipe.checkpoint_chunks
     return student
 
@@ -137,7 +140,10 @@ def compile_layers(model: OuroForCausalLM | Student) -> None:
 
 
 def plain(student: Student) -> MeltForCausalLM:
-    """Return the student as the reference model, to be evaluated and saved. All processes must call it."""
+    """Return the student as the reference model, adapters merged, to be evaluated and saved.
+
+    All processes must call it.
+    """
     melt = MeltForCausalLM(student.config)
-    melt.load_state_dict(full_tensors(student.state_dict()))
+    melt.load_state_dict(merged(full_tensors(student.state_dict())))
     return melt.eval()

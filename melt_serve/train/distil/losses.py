@@ -93,19 +93,22 @@ class SlicedDivergence(torch.autograd.Function):
         wide = torch.promote_types(head.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=states.device)
         each = torch.zeros(len(states), dtype=wide, device=states.device)
-        of_states, of_head = torch.empty_like(states), torch.zeros_like(head, dtype=wide)
+        of_states = torch.empty_like(states)
+        of_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, len(states), size):
             here = slice(start, start + size)
             with torch.enable_grad():
-                inputs = states[here].detach().requires_grad_(), head.detach().requires_grad_()
+                inputs = [states[here].detach().requires_grad_(), head.detach().requires_grad_(of_head is not None)]
                 by_word = divergence_by_word(F.linear(teacher_states[here], teacher_head), F.linear(*inputs))
                 slice_total = by_word.sum()
             each[here] = by_word.detach().sum(-1)
             total += slice_total.detach()
-            if any(ctx.needs_input_grad):
+            if of_head is not None:
                 of_states[here], of_slice = torch.autograd.grad(slice_total, inputs)
                 of_head += of_slice
-        ctx.save_for_backward(of_states, of_head.to(head.dtype))
+            elif ctx.needs_input_grad[0]:
+                (of_states[here],) = torch.autograd.grad(slice_total, inputs[:1])
+        ctx.save_for_backward(of_states, None if of_head is None else of_head.to(head.dtype))
         ctx.mark_non_differentiable(each)
         return total, each
 
@@ -114,7 +117,7 @@ class SlicedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
         """Return the student's gradients; the teacher gets none."""
         of_states, of_head = ctx.saved_tensors
-        return of_total[0] * of_states, of_total[0] * of_head, None, None, None
+        return of_total[0] * of_states, None if of_head is None else of_total[0] * of_head, None, None, None
 
 
 def squared_distance(teacher_output: Tensor, student_output: Tensor, members: Tensor, distance: Distance) -> Tensor:

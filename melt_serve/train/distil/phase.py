@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
+from melt_serve.train.distil.base import is_gate
 from melt_serve.train.distil.losses import distillation_by_loop
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
@@ -82,8 +83,9 @@ def run_phase(
         peak = peak_of(student.device)
         return told | {"flops_per_second": rate} | ({} if peak is None else {"arithmetic_share": rate / peak})
 
-    gate = [weight for key, weight in student.named_parameters() if "_gate." in key]
-    base = [weight for key, weight in student.named_parameters() if "_gate." not in key]
+    learnt = [(key, weight) for key, weight in student.named_parameters() if weight.requires_grad]
+    gate = [weight for key, weight in learnt if is_gate(key)]
+    base = [weight for key, weight in learnt if not is_gate(key)]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
     run_stage(name, stage, student, [optimizer], losses, folder, session, saving, facts, watch, report_to)

@@ -89,6 +89,10 @@ class TrainingRows(MeltRows):
         k_looplm, v_looplm = past.update(*attention.rows(n, tables))
         return torch.lerp(k_looplm, k, self.alpha), torch.lerp(v_looplm, v, self.alpha)
 
+    def beside(self, final: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return final rows, which may be in pieces, and a chunk's own of another loop beside them."""
+        return final.joined(torch.stack((k, v))) if isinstance(final, ChunkedRows) else super().beside(final, k, v)
+
     def observe(self, layer: int, loop: int, chunk: Chunk, o: Tensor) -> None:
         """Add the distance of o, [B, Q, d], to the teacher's attention output."""
         if self.teacher_attention is None:
@@ -117,7 +121,7 @@ class TrainingRows(MeltRows):
         if self.detached:
             for rows in (*self.layers, *self.looplm.values()):
                 if isinstance(rows, ChunkedRows):
-                    rows.pieces = tuple((keys.detach(), values.detach()) for keys, values in rows.pieces)
+                    rows.pieces = tuple(piece.detach() for piece in rows.pieces)
                 else:
                     rows.keys, rows.values = rows.keys.detach(), rows.values.detach()
 
@@ -130,36 +134,35 @@ class TrainingRows(MeltRows):
 
 
 class ChunkedRows:
-    """Rows of one layer as the chunks wrote them, joined anew at each read, so that copies share all memory."""
+    """Rows of one layer as the chunks wrote them, joined anew at each read, so that copies share all memory.
+
+    Attributes:
+        pieces: K and V of a chunk, together [2, B, KV heads, tokens, D]: half as many gradients to add up.
+    """
 
     def __init__(self) -> None:
-        self.pieces: tuple[tuple[Tensor, Tensor], ...] = ()
+        self.pieces: tuple[Tensor, ...] = ()
 
     @property
     def is_initialized(self) -> bool:
         """Whether any chunk has written rows."""
         return bool(self.pieces)
 
-    @property
-    def keys(self) -> Tensor:
-        """K of all chunks, [B, KV heads, tokens, D]."""
-        return torch.cat([keys for keys, _ in self.pieces], dim=-2)
-
-    @property
-    def values(self) -> Tensor:
-        """V of all chunks, [B, KV heads, tokens, D]."""
-        return torch.cat([values for _, values in self.pieces], dim=-2)
-
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a chunk's rows and return those of all chunks."""
-        self.pieces = (*self.pieces, (keys, values))
-        return self.keys, self.values
+        """Add a chunk's rows and return K and V of all chunks, [B, KV heads, tokens, D] each."""
+        self.pieces = (*self.pieces, torch.stack((keys, values)))
+        return self.joined()
+
+    def joined(self, *more: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K and V of all chunks, and of more pieces that are not added."""
+        keys, values = torch.cat((*self.pieces, *more), dim=-2).unbind()
+        return keys, values
 
     def keep(self, needed: Tensor) -> None:
         """Drop the columns that are not needed; needed is [tokens]."""
-        parts = needed.split([keys.shape[-2] for keys, _ in self.pieces])
+        parts = needed.split([piece.shape[-2] for piece in self.pieces])
         self.pieces = tuple(
-            piece if part.all() else (piece[0][:, :, part], piece[1][:, :, part])
+            piece if part.all() else piece[..., part, :]
             for piece, part in zip(self.pieces, parts, strict=True)
             if part.any()
         )

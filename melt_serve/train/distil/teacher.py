@@ -39,7 +39,7 @@ def load_teacher(recipe: PostTraining, path: Path) -> tuple[OuroForCausalLM, Pre
                 verify_values(shard, bar)
     except CheckpointError as error:
         raise CheckpointError(f"teacher={recipe.teacher} cannot be post-trained: {error}") from error
-    for name in ("trained_rank", "gate_rank"):
+    for name in ("trained_rank", "gate_rank", "lora_rank"):
         if (getattr(recipe, name) or 0) > config.hidden_size:
             rank, width = getattr(recipe, name), config.hidden_size
             raise TrainingError(f"{name}={rank} is more than the teacher's hidden_size={width}")

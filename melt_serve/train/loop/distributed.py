@@ -59,13 +59,15 @@ def shard(model: nn.Module, dtype: torch.dtype) -> None:
         # A warning about in-place operations on the model's answers, of which there are none.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+        untrained = {weight for weight in model.parameters() if not weight.requires_grad}  # whole, and the teacher's
+        fully_shard(model, mp_policy=policy, reshard_after_forward=False, ignored_params=untrained)
 
 
 def exchange_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward pass adds the processes' gradients up; one a step is enough."""
+    """Set whether the next backward pass is a step's last: it adds gradients up, and gives gathered weights back."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -96,10 +98,18 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict without the weights that are not trained."""
+    untrained = {key for key, weight in model.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {key: value for key, value in model.state_dict().items() if key not in untrained}
+
+
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a full state dict into a possibly sharded model."""
+    """Load a full `trained_state` into a possibly sharded model."""
     own = model.state_dict()
-    model.load_state_dict({key: shard_like(value, own[key]) for key, value in state.items()})
+    untrained = own.keys() - trained_state(model).keys()
+    loaded = {key: shard_like(value, own[key]) for key, value in state.items()}
+    model.load_state_dict({key: own[key] for key in untrained} | loaded)
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -130,11 +130,16 @@ def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: P
         + (f", beginning with the MELT `{shown_name(recipe.student)}`. " if recipe.student else ". ")
         + said
     )
+    bases = {
+        "full": "",
+        "frozen": " Only the gates were trained: the base is the teacher's.",
+        "lora": f" Beside the gates, adapters of rank {recipe.lora_rank} of q, k, v and o were trained, and merged.",
+    }
     how = (
         f"Post-trained on {', '.join(f'`{Path(file).name}`' for file in recipe.data.files)} in sequences of at most "
         f"{recipe.sequence_length:,} tokens, {recipe.batch_tokens:,} tokens a step, in {recipe.dtype}, seed "
-        f"{recipe.seed}. All steps together took {minutes_trained(log):,.1f} minutes. Nothing but the losses below was "
-        "measured: evaluate it before you rely on it."
+        f"{recipe.seed}.{bases[recipe.train_base]} All steps together took {minutes_trained(log):,.1f} minutes. "
+        "Nothing but the losses below was measured: evaluate it before you rely on it."
     )
     parts = [
         f"---\n{licence_of(teacher)}library_name: melt_serve\n---\n\n# {Path(recipe.output).name}",

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from melt_serve.train.atomic import replacing
-from melt_serve.train.loop.distributed import full_tensors, load_model, load_optimizer, rank
+from melt_serve.train.loop.distributed import full_tensors, load_model, load_optimizer, rank, trained_state
 from melt_serve.train.recipe import Stage
 from melt_serve.train.session import TrainingError
 
@@ -36,7 +36,7 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     state = {
         "stage": asdict(stage),
         "step": step,
-        "model": full_tensors(model.state_dict()),
+        "model": full_tensors(trained_state(model)),
         "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
     }
     if rank() > 0:

@@ -20,6 +20,7 @@ from melt_serve.train.bundled_run import distil, fresh_student
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil import losses
+from melt_serve.train.distil.base import share_base
 from melt_serve.train.distil.build import student_of
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
@@ -109,6 +110,8 @@ class AblationRunner:
             student.load_state_dict(melt.state_dict())
         else:
             student = fresh_student(self.teacher, variant.recipe(size, seed), kv_gate_type=variant.gate_type)
+        if variant.train_base != "full":
+            share_base(student, self.teacher, variant.lora_rank)
         if variant.cheap_gate is not None:
             for layer in student.model.layers:
                 attention, cheap = layer.self_attn, variant.cheap_gate

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from melt_serve.config import GateType
-from melt_serve.train.recipe import DEPTHS, GateStart, Recipe
+from melt_serve.train.recipe import DEPTHS, GateStart, Recipe, TrainBase
 from melt_serve.train.studies.cheap_gates import CheapGate
 
 WHOLE_SEQUENCE = 2048
@@ -67,6 +67,7 @@ class Variant:
             made as cheap as `cheap_gate` says.
         gate_type, cheap_gate: the gate.
         gate_start: how a fresh gate starts; None for the recipe's.
+        train_base, lora_rank: what is trained beside the gate, see `PostTraining`.
         chunk_size: C in training; None for the size's.
         transition, alignment: changed fields of phases 1 and 2.
         paper: what the paper reports of it.
@@ -78,6 +79,8 @@ class Variant:
     gate_type: GateType = "elementwise"
     cheap_gate: CheapGate | None = None
     gate_start: GateStart | None = None
+    train_base: TrainBase = "full"
+    lora_rank: int | None = None
     chunk_size: int | None = None
     transition: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)
@@ -200,10 +203,32 @@ CHUNKS = (
     *(Variant(f"chunk-{size}", f"trained and served with C = {size}", chunk_size=size) for size in (8, 32, 64)),
     Variant("drawn", "each batch's C drawn of 8, 16, 32 and 64", transition=DRAWN_CHUNKS, alignment=DRAWN_CHUNKS),
 )
+ADAPTERS: dict[str, Any] = {"train_base": "lora", "lora_rank": 8}
+ADAPTERS_RATE = {"learning_rate": 3e-3}
+"""Adapters start fresh, as the gate does, and have its rate: ten times that of a whole base."""
+
+
+def longer(share: float, **fields: Any) -> dict[str, Any]:
+    """Return stages of so many times the steps of size `small`, for as much CPU time as a whole base's take.
+
+    A step took 0.78 of its CPU time with a frozen base, 0.93 with adapters (2026-11-28, one of 2 cores, AMD EPYC).
+    """
+    first, second = (round(share * steps) for steps in SIZES["small"].steps)
+    return {"transition": {"steps": first, **fields}, "alignment": {"steps": second, **fields}}
+
+
+BASE = (
+    FULL,
+    Variant("frozen", "the base is the teacher's: the gate alone is trained", train_base="frozen"),
+    Variant("lora", "beside it adapters of rank 8", transition=ADAPTERS_RATE, alignment=ADAPTERS_RATE, **ADAPTERS),
+    Variant("frozen-longer", "frozen, the CPU time of `full`", train_base="frozen", **longer(1.28)),
+    Variant("lora-longer", "adapters, the CPU time of `full`", **ADAPTERS, **longer(1.07, **ADAPTERS_RATE)),
+)
 STUDIES: dict[str, tuple[Variant, ...]] = {
     "gates": GATES,
     "compressed": COMPRESSED,
     "recipe": RECIPE,
     "paper-gates": PAPER_GATES,
     "chunks": CHUNKS,
+    "base": BASE,
 }

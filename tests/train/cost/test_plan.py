@@ -24,14 +24,18 @@ OWN = ["teacher=ouro-1.4b", "data.files=-", "output=-", "dtype=float32"]
 TEACHER = LoopLMConfig(**{**SHAPE, "num_hidden_layers": 3, "num_key_value_heads": 4, "vocab_size": 512})
 
 
+BASES = [{"train_base": "full"}, {"train_base": "frozen"}, {"train_base": "lora", "lora_rank": 8}]
+
+
 def small(**changes):
     recipe = replace(load_recipe("melt-1.6b", OWN), chunk_size=8, sequence_length=40, batch_tokens=80)
     return replace(recipe, **changes)
 
 
 @pytest.mark.parametrize(("stage", "recomputed"), [("transition", True), ("alignment", False)])
-def test_the_arithmetic_is_that_of_real_steps(stage, recomputed):
-    recipe = small(checkpoint_chunks=recomputed)
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base["train_base"])
+def test_the_arithmetic_is_that_of_real_steps(stage, recomputed, base):
+    recipe = small(checkpoint_chunks=recomputed, **base)
     student, loss = random_step(TEACHER, recipe, recipe.stages[stage])
     student.checkpoint_chunks = recomputed
     with FlopCounterMode(display=False) as counter:
@@ -72,9 +76,10 @@ def test_where_c_is_drawn_what_the_largest_keeps_is_counted():
 
 
 @pytest.mark.parametrize("stage", ["transition", "alignment"])
-def test_bytes_kept_are_those_counted_at_the_true_shape(stage):
-    """Extrapolated from an eighth and a quarter of the width, two layers and two chunks."""
-    recipe = small(checkpoint_chunks=False)
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base["train_base"])
+def test_bytes_kept_are_those_counted_at_the_true_shape(stage, base):
+    """Extrapolated from an eighth and a quarter of the width, two layers and three chunks."""
+    recipe = small(checkpoint_chunks=False, **base)
     wide = LoopLMConfig(**{**TEACHER.to_dict(), "hidden_size": 128, "intermediate_size": 192, "head_dim": 32})
     student, loss = random_step(wide, recipe, recipe.stages[stage])
     with kept_bytes(student) as counts:
@@ -96,6 +101,37 @@ def test_phase_1_keeps_rows_of_every_loop_and_more_devices_share_the_states():
     eight = memory(teacher, recipe, recipe.transition, 8, 0.0)
     assert eight["optimizer states"] == pytest.approx(transition["optimizer states"] / 8)
     assert eight["teacher"] == transition["teacher"]
+
+
+def test_the_base_that_is_the_teachers_lies_on_the_device_once_and_has_no_states():
+    teacher, recipe = shape_of("ouro-1.4b"), load_recipe("melt-1.6b", [*OWN, "dtype=bfloat16"])
+    full, frozen, lora = (
+        memory(teacher, replace(recipe, **base), recipe.alignment, 1, 0.0)
+        for base in (*BASES[:2], {"train_base": "lora", "lora_rank": 16})
+    )
+    gates = 24 * (2 * 2048**2 + 3 * 2048) + 2048 + 1  # W_z, U_z, a b_z for loops 2 to 4, and the exit gate
+    adapters = 24 * 4 * 16 * 2 * 2048
+    assert frozen["optimizer states"] == 8 * gates and lora["optimizer states"] == 8 * (gates + adapters)
+    assert full["optimizer states"] > 8 * frozen["optimizer states"] - 8 * gates
+    assert frozen["teacher"] == full["teacher"] and frozen["gradient of the head"] == 0
+
+
+def test_cost_of_a_device_says_hours_and_what_fits_for_each_way_to_train_the_base(capsys):
+    torch.set_num_threads(1)
+    words = ["melt-1.6b", "chunk_size=16", "sequence_length=1600", "batch_tokens=320000", "--device", "h100"]
+    assert main(["cost", *words, "--scale", "64", "--share", "0.25"]) == 0
+    said = capsys.readouterr().out
+    lines = {line[:20].split("  ")[0].split(",")[0]: line.split() for line in said.splitlines()}
+    full, frozen, lora = (float(each.replace(",", "")) for each in lines["H100-hours"][1:])
+    assert frozen <= lora < full
+    recipe, teacher = to_be_planned("melt-1.6b", words[1:4])
+    flops = sum(
+        stage.steps * recipe.sequences * sequence_flops(student_config(recipe, teacher), recipe, stage)
+        for stage in recipe.stages.values()
+    )
+    assert full == pytest.approx(flops / 989e12 / 0.25 / 3600, rel=0.01)
+    assert "1,040 H100-hours" in said and "rank 16" in said
+    assert "longest on 24 GB" in said and "longest on 80 GB" in said
 
 
 def test_cost_prints_steps_tokens_memory_and_time(capsys):
@@ -122,6 +158,9 @@ def test_what_cannot_be_planned_is_one_line(capsys):
         assert main(["cost", *words]) == 1
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
-    for words in (["--scale", "0"], ["--processes", "0"]):
+    assert main(["cost", "melt-1.6b", "dtype=float32", "--device", "h100"]) == 1
+    said = capsys.readouterr().err
+    assert "dtype=float32: the peaks of devices are those of bfloat16; set dtype=bfloat16" in said
+    for words in (["--scale", "0"], ["--processes", "0"], ["--device", "tpu"], ["--share", "2"]):
         with pytest.raises(SystemExit, match="2"):
             main(["cost", "melt-1.6b", *words])
