@@ -414,7 +414,7 @@ EXITS_OF_DRAFTS_REFUSED = (
     "ask with exit_threshold 1"
 )
 RESUMABLE_REFUSED = (
-    "sessions with streamed inputs cannot be resumed: in token mode a prompt would be cut elsewhere, "
+    "a looped model cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
     "in chunk mode and of a LoopLM it is not proved; send the whole prompt as one request"
 )
 
