@@ -77,7 +77,7 @@ class Options:
         name="--accuracy",
     )
     exit_thresholds: Sequence[float] = flag(
-        (0.9, 0.7, 0.5), "that they are asked at, too, at their own loops", threshold_list, "Q,Q"
+        (0.9, 0.5, 0.1), "that they are asked at, too, at their own loops", threshold_list, "Q,Q"
     )
 
     @property

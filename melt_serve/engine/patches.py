@@ -441,7 +441,7 @@ LOOPS_OF_DRAFTS_REFUSED = (
     "return_loops does not tell tokens that were drafted: this server has a --speculative-config; ask without it"
 )
 RESUMABLE_REFUSED = (
-    "sessions with streamed inputs cannot be resumed: in token mode a prompt would be cut elsewhere, "
+    "a looped model cannot resume a session with streamed inputs: in token mode its prompt would be cut elsewhere, "
     "in chunk mode and of a LoopLM it is not proved; send the whole prompt as one request"
 )
 
