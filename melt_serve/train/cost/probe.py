@@ -16,9 +16,9 @@ from melt_serve.config import LoopLMConfig, shape_facts
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.cost.arithmetic import sequence_flops
 from melt_serve.train.data.batch import Batch
-from melt_serve.train.distil.base import share_base
 from melt_serve.train.distil.build import DTYPES, student_config
 from melt_serve.train.distil.phase import phase_losses
+from melt_serve.train.distil.shared_base import share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.recipe import Distillation, PostTraining
 

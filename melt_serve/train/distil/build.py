@@ -11,7 +11,7 @@ from melt_serve.checkpoint_config import load_config, located_looped
 from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, shape_facts
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
-from melt_serve.train.distil.base import merged, share_base
+from melt_serve.train.distil.shared_base import merged, share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.loop.distributed import full_tensors, shard
 from melt_serve.train.recipe import GateStart, PostTraining

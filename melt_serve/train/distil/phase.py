@@ -14,8 +14,8 @@ from torch.optim import AdamW
 
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
-from melt_serve.train.distil.base import is_gate
 from melt_serve.train.distil.losses import distillation_by_loop
+from melt_serve.train.distil.shared_base import is_gate
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.loop.distributed import all_reduce_sum, exchange_gradients, rank, world_size

@@ -20,8 +20,8 @@ from melt_serve.train.bundled_run import distil, fresh_student
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil import losses
-from melt_serve.train.distil.base import share_base
 from melt_serve.train.distil.build import student_of
+from melt_serve.train.distil.shared_base import share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.recipe import DecodeAwareBy
