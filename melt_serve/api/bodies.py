@@ -7,10 +7,10 @@ engine can be sent, whatever their field is, and fields whose type vLLM does not
 import json
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from annotated_types import MinLen
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -199,6 +199,22 @@ class Generation(Body):
     """Fields of the routes that generate whose type vLLM does not check, or not in time."""
 
     structured_outputs: dict[str, Any] | None = None
+    use_beam_search: Any = None
+    reasoning_effort: Any = None
+    reasoning: Any = None
+
+    @model_validator(mode="after")
+    def check_beams(self) -> Self:
+        """See that beams are asked nothing that vLLM does not hand on to them."""
+        if self.use_beam_search and (
+            self.vllm_xargs or self.reasoning_effort is not None or self.reasoning is not None
+        ):
+            raise PydanticCustomError(
+                "beams",
+                "use_beam_search: beams run at the server's default depth, without vllm_xargs and reasoning effort; "
+                "use n with temperature instead",
+            )
+        return self
 
 
 class Message(Generation):

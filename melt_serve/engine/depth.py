@@ -102,14 +102,14 @@ def resolve_contrast(weight: Any, loop: Any, loops: int) -> Contrast:
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MOST_CONTRAST:
         raise refusal("contrast", weight, f"must be a number from 0, for none, to {MOST_CONTRAST}")
-    if weight == 0:
-        return Contrast(0.0, 0)
-    if loops == 1:
+    if weight and loops == 1:
         raise refusal("contrast", weight, "needs a loop before the last one, so at least 2 loops; with 1 it must be 0")
-    loop = max(1, loops // 2) if loop is None else loop
-    if isinstance(loop, bool) or loop not in range(1, loops):
-        raise refusal("contrast_loop", loop, f"must be a whole number from 1 to {loops - 1}, below the request's loops")
-    return Contrast(float(weight), int(loop))
+    if not weight and loop in (None, 0):  # 0 where it was resolved before
+        return Contrast(0.0, 0)
+    loop, most = max(1, loops // 2) if loop is None else loop, max(1, loops - 1)
+    if isinstance(loop, bool) or loop not in range(1, most + 1):
+        raise refusal("contrast_loop", loop, f"must be a whole number from 1 to {most}, below the request's loops")
+    return Contrast(float(weight), int(loop)) if weight else Contrast(0.0, 0)
 
 
 def refusal(parameter: str, value: Any, rule: str) -> VLLMValidationError:

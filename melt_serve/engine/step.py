@@ -245,7 +245,7 @@ class Running:
         requests: [Q], the request of each sequence, as an index into the step's R.
         positions: [A], the position of each token in its request.
         queries: [A], the query of each among the H; None where there are no others.
-        metadata: the kernel's, of the H queries, with the tables of final rows.
+        metadata: the kernel's, of the H queries, with the tables of final rows; a LoopLM's are those of its first loop.
     """
 
     rows: StepRows

@@ -95,8 +95,11 @@ class TablesByLoop(LoopTables):
         """
         super().__init__(rows)
         self.own_loops = deepest
-        split, block_size = rows.builder.entries_per_block, rows.builder.kv_cache_spec.block_size  # of the kernel's
-        width, tokens = cdiv(longest, block_size), len(self.final_slots)
+        split, spec = rows.builder.entries_per_block, rows.builder.kv_cache_spec
+        block_size = spec.block_size  # of the kernel's
+        # A dummy run's requests may be longer than the table, which has room for all loops.
+        width = min(cdiv(longest, block_size), self.final_blocks.shape[1] // (spec.max_loops * split) * split)
+        tokens = len(self.final_slots)
         numbers = torch.arange(max(width, deepest, len(loops), tokens), dtype=torch.int32, device=loops.device)
         block, loop = numbers[:width], numbers[:deepest, None]  # counted from 0
         entries = entry(block, loops[:, None], loop[:, :, None], split)

@@ -30,6 +30,9 @@ TOKEN = "melt_token"
 TOKENS = "token_loops"
 """An attribute of a `CompletionOutput`: the same of all tokens of its answer so far."""
 
+COMPACT = (",", ":")
+"""How vLLM writes JSON: parts of a stream are looked through as text before they are read."""
+
 REQUESTS = prometheus_client.Counter("melt_requests", "Requests, by the loops their tokens may run.", ["loops"])
 TOKEN_LOOPS = prometheus_client.Histogram(
     "melt_token_loops",
@@ -119,7 +122,8 @@ class LoopUsage:
         self.tokens: defaultdict[int, list[tuple[int, list[float]]]] = defaultdict(list)
         self.counted: Counter[int] = Counter()
         self.answers = getattr(request, "n", None) or 1
-        self.tells_tokens = hasattr(request, "vllm_xargs")  # other APIs have choices that take no more fields, or none
+        # Other APIs have choices that take no more fields, or none. For an echo alone vLLM makes a token, and drops it.
+        self.tells_tokens = hasattr(request, "vllm_xargs") and getattr(request, "max_tokens", None) != 0
 
     def add(self, output: Any, prompt: int = 0) -> None:
         """Take the loops out of a result or a response; the last result of a prompt counts all its answers."""
@@ -295,7 +299,7 @@ def add_tokens(event: Any, loops: LoopUsage) -> Any:
     for choice in body["choices"]:
         if "token_ids" in choice:
             choice.update(loops.take_tokens(choice["index"]))
-    return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"{head}data: {json.dumps(body, ensure_ascii=False, separators=COMPACT)}\n\n"
 
 
 def add_to_event(event: Any, loops: dict[str, float]) -> Any:
@@ -311,7 +315,7 @@ def add_to_event(event: Any, loops: dict[str, float]) -> Any:
     if "usage" not in body:  # a part of it has one: Anthropic's message, as it begins
         return event
     body["usage"]["loops"] = loops
-    return f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"{head}data: {json.dumps(body, ensure_ascii=False, separators=COMPACT)}\n\n"
 
 
 def wrap_stream(results_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

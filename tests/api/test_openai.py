@@ -248,6 +248,19 @@ def test_a_chat_tells_what_each_token_ran_beside_its_log_probability(client, arg
     assert "loops" not in chat(client, ASKED[0], max_tokens=2).choices[0].model_extra
 
 
+def test_a_part_of_a_stream_has_the_loops_of_its_tokens_and_of_all_so_far(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    parts = list(chat(client, ASKED[0], stream=True, stream_options=options, extra_body=EXITS_TOLD))
+    (last,) = (part for part in parts if part.choices and part.choices[0].finish_reason)
+    assert last.choices[0].loops and last.usage.loops == parts[-1].usage.loops
+
+
+def test_an_echo_alone_has_no_tokens_to_tell_of(client):
+    echo = {"model": MODEL, "prompt": "Where is", "echo": True, "max_tokens": 0, "logprobs": 1}
+    (choice,) = client.completions.create(**echo, extra_body=EXITS_TOLD).choices
+    assert choice.text == "Where is" and not getattr(choice, "loops", None)
+
+
 def test_completions_tell_it_too_for_each_answer_to_each_prompt(client):
     prompts = {"model": MODEL, "prompt": ["Find everybody.", "Where is"], "n": 2, "max_tokens": 9, "logprobs": 1}
     asked = {**prompts, "temperature": 1.0, "seed": 3, "extra_body": EXITS_TOLD}

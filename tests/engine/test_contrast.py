@@ -80,6 +80,7 @@ def test_log_probabilities_of_the_prompt_are_contrasted_too(served):
             ({"contrast": 1, "contrast_loop": value}, "contrast_loop must be a whole number from 1 to 3, below the")
             for value in (0, 4, 1.5, "1", True, [1])
         ),
+        ({"contrast": 0, "contrast_loop": 4}, "contrast_loop must be a whole number from 1 to 3, below the"),
         ({"contrast": 1, "loops": 1}, "needs a loop before the last one, so at least 2 loops; with 1 it must be 0"),
         ({"contrast": 1, "reasoning_effort": "low", "contrast_loop": 2}, "a whole number from 1 to 1"),
         *(({"return_loops": value}, "must be true or false, not") for value in ("yes", 2, None, [True])),

@@ -64,8 +64,9 @@ def test_a_loop_has_rows_of_its_own_in_an_open_chunk_and_else_the_final_ones(roo
     assert torch.equal(tables.final_blocks, final)
 
 
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("split", [1, 2])
-def test_a_looplms_loop_has_the_blocks_that_its_request_has_for_it(split):
+def test_a_looplms_loop_has_the_blocks_that_its_request_has_for_it(split, fits):
     steps = ((0, 3, 3), (5, 6, 2), (0, 16, 4), (40, 48, 4), (47, 48, 1), (16, 21, 1), (33, 37, 2))
     kernel_block, longest, padding = BLOCK // split, 48, 3
     entries = longest // kernel_block * MAX_LOOPS + 5  # longer than needed, as vLLM aligns it
@@ -83,10 +84,12 @@ def test_a_looplms_loop_has_the_blocks_that_its_request_has_for_it(split):
         block_table_tensor=held,
         slot_mapping=torch.tensor([0] * len(tokens) + [-1] * padding),  # vLLM's say only what is padding
     )
-    builder = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=kernel_block), entries_per_block=split)
+    spec = SimpleNamespace(block_size=kernel_block, max_loops=MAX_LOOPS)
+    builder = SimpleNamespace(kv_cache_spec=spec, entries_per_block=split)
     positions = torch.tensor([position for _, position in tokens] + [10**6] * padding)
     loops = torch.tensor([loops for *_, loops in steps], dtype=torch.int32)
-    tables = TablesByLoop(StepRecord(builder, common), loops, MAX_LOOPS, longest, positions)
+    # In a dummy run requests may be longer than the table.
+    tables = TablesByLoop(StepRecord(builder, common), loops, MAX_LOOPS, longest if fits else 10 * longest, positions)
     for loop in (1, 4, 2, 3):
         for request, (_, end, most) in enumerate(steps):
             if loop <= most:
