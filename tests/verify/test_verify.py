@@ -130,8 +130,15 @@ def test_more_loops_than_the_checkpoint_has_must_be_refused(ready):
 def test_rows_of_another_size_are_seen(ready):
     server = ready(with_config())
     server.info["kv_bytes_per_token"] //= 2
-    assert failed(check_start(server)) == {"KV bytes a token", "tokens in the cache"}
+    assert failed(check_start(server)) == {"KV bytes a token"}
     assert check_flat_memory(server).verdict == "FAIL"
+
+
+def test_a_cache_of_another_size_is_seen(ready):
+    server = ready(with_config())
+    assert not failed(check_start(server))
+    server.info["kv_capacity_tokens"] //= 2
+    assert failed(check_start(server)) == {"tokens in the cache"}
 
 
 def test_a_cache_that_is_not_scarce_proves_nothing_of_preemption(ready):
