@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how many the reference answers, too, at the default depth (default: 20; with --quick 3)",
     )
-    add("--answer-tokens", type=positive, default=256, metavar="N", help="the most of a chat's answer (default: 256)")
+    add("--answer-tokens", type=positive, default=128, metavar="N", help="the most of a chat's answer (default: 128)")
     add("--quick", action="store_true", help="the checkpoint's own decode mode only, less of it, and no speed")
     add("--json", type=Path, metavar="FILE", help="also write all of it to a file")
     add("--report", type=Path, nargs="+", metavar="FILE", help="verify nothing; show such files as a table")

@@ -21,7 +21,7 @@ ROOM = 12
 """Such blocks that the cache has at least: room for a few requests, and not for all."""
 OPEN_CHUNKS = 4
 """Open chunks at the most loops that it has room for besides (`chunk` mode)."""
-CHAT_TOKENS = 384
+CHAT_TOKENS = 256
 """Room for a chat template and a question."""
 MOST_ANSWER_TOKENS = 8192
 """With more, the crowd of `contract.py` would not fill the cache."""
