@@ -43,10 +43,11 @@ def test_bytes_and_operations_are_counted_and_held_against_the_devices_rates(cap
         assert each["seconds"]["triton"] is None and each["goal"] is None
         assert each["share"] == pytest.approx(each["bytes"] / each["seconds"]["eager"] / rates["copy"])
     assert len(measured["layer_ratios"]) == 2 and min(measured["layer_ratios"]) > 0
-    # The teacher's forward; the student's, and its backward, which is twice as much. Attention adds a little.
+    # The teacher's forward; the student's, and its backward, which is twice as much. Attention adds a little, but on a
+    # CPU, where PyTorch does not count it.
     shared, gates = multiply_adds(MeltConfig(**shape("small")), LOOPS)
     weights = 2 * TRAINED * (4 * shared + 3 * gates)
-    assert weights < measured["training_operations"] < 1.15 * weights
+    assert weights <= measured["training_operations"] < 1.15 * weights
     share = measured["training_operations"] / measured["training_seconds"] / rates["matmul"]
     assert measured["training_share"] == pytest.approx(share)
     assert "of copy bandwidth" in output and "reached" not in output and "<svg" in plot.read_text()
