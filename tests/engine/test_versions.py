@@ -65,4 +65,4 @@ def test_streams_of_chunks_tell_their_loops_as_streams_of_events_do():
 
         return [event async for event in usage.wrap_message_stream(events)(None, chunks())]
 
-    assert '"loops": {"mean": 2.0, "max": 2}' in asyncio.run(converted())[-1]
+    assert '"loops":{"mean":2.0,"max":2}' in asyncio.run(converted())[-1]

@@ -1,5 +1,6 @@
 """A LoopLM of one's own into a MELT, on the command line: it learns, survives, and writes what is served."""
 
+import itertools
 import json
 import math
 import os
@@ -254,7 +255,7 @@ def test_a_teacher_that_may_not_be_asked_for_a_stages_loops_is_refused(begun, ca
 def test_a_teacher_on_the_hub_is_called_by_its_name_in_every_session(begun, tmp_path, monkeypatch):
     """Wherever the hub's cache has its files."""
     monkeypatch.chdir(tmp_path)
-    snapshots = iter([tmp_path / "a1b2", tmp_path / "c3d4"])
+    snapshots = (tmp_path / str(number) for number in itertools.count())
 
     def fetched(*_):
         return shutil.copytree(begun / "teacher", next(snapshots))
