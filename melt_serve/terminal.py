@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -62,8 +61,8 @@ def contrast_list(text: str) -> list[float]:
         weights = [float(word) for word in text.split(",")]
     except ValueError:
         weights = []
-    if not weights or not all(0 <= weight < math.inf for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 0, with commas between them")
+    if not weights or not all(0 <= weight <= 10 for weight in weights):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 0 to 10, with commas between them")
     return weights
 
 

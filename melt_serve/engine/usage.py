@@ -228,7 +228,7 @@ def wrap_message_stream(original: Callable[..., AsyncIterator[str]]) -> Callable
             async for event in events:
                 if not isinstance(event, str):
                     loops = getattr(getattr(event, "usage", None), "loops", loops)
-                elif '"loops": {' in event:
+                elif '"loops":{' in event:
                     loops = json.loads(event.removeprefix("data: "))["usage"]["loops"]
                 yield event
 

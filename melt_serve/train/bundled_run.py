@@ -25,7 +25,7 @@ from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import check_loops
 from melt_serve.train.inputs import note_inputs, teacher_files
 from melt_serve.train.loop.export import export, student_card, teacher_card
-from melt_serve.train.loop.logs import LOG, minutes_trained
+from melt_serve.train.loop.logs import LOG, minutes_trained, read_log
 from melt_serve.train.loop.trainer import Losses, run_stage
 from melt_serve.train.recipe import Distillation, Pretraining, Recipe
 from melt_serve.train.session import Session
@@ -72,7 +72,7 @@ def make_checkpoints(
     melt = plain(student)
     melt.config.effort_loops = EFFORTS
     scores = measure(teacher, shallow, melt, recipe, count)
-    minutes = minutes_trained(folder / LOG)
+    minutes = minutes_trained(read_log(folder / LOG))
     target.mkdir(parents=True, exist_ok=True)
     if kept is None:
         export(teacher, tokenizer, teacher_card(teacher, recipe, minutes, scores), target / LOOPLM.name)

@@ -14,6 +14,7 @@ from melt_serve.train.data.packing import Batches, Counts
 from melt_serve.train.data.records import DataError
 from melt_serve.train.data.sequences import packing_of
 from melt_serve.train.distil.build import DTYPES
+from melt_serve.train.distil.shared_base import ADAPTED, is_gate
 from melt_serve.train.loop.states import KEPT
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.session import TrainingError
@@ -63,16 +64,22 @@ def check_data(recipe: PostTraining, corpus: Corpus, tokenizer: PreTrainedTokeni
 def check_disk(recipe: PostTraining, config: MeltConfig, folder: Path) -> None:
     """See that the disks have room for the states of all stages, and for the checkpoint.
 
-    Every stage keeps its newest state and the one before, and while one is written there is another; and what
-    `keep_last` and `keep_every` ask for.
+    Every stage keeps its newest state and the one before, or as many as `keep_last` says, and what `keep_every` asks
+    for; and while one is written there is another. States hold what is trained.
 
     Raises:
         ConversionError: one has not.
     """
-    weights = sum(math.prod(shape) for _, shape in weight_shapes(config))
+    shapes = list(weight_shapes(config))
+    weights = sum(math.prod(shape) for _, shape in shapes)
+    trained = weights
+    if recipe.train_base != "full":
+        trained = sum(math.prod(shape) for key, shape in shapes if is_gate(key))
+        adapted = (shape for key, shape in shapes if key.split(".")[-2] in ADAPTED)
+        trained += (recipe.lora_rank or 0) * sum(map(sum, adapted))
     kept = sum(path.stat().st_size for path in folder.rglob("*.state.pt*"))
     every = sum(stage.steps // recipe.keep_every for stage in recipe.stages.values()) if recipe.keep_every else 0
-    states = (2 + recipe.keep_last) * len(recipe.stages) + every + 1
-    needed = states * 3 * 4 * weights  # weights and AdamW's two moments, in float32
+    states = max(2, recipe.keep_last) * len(recipe.stages) + every + 1
+    needed = states * 3 * 4 * trained  # weights and AdamW's two moments, in float32
     check_space(folder / KEPT, max(0, needed - kept))
     check_space(Path(recipe.output).absolute(), DTYPES[recipe.dtype].itemsize * weights)

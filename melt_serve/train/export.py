@@ -1,6 +1,7 @@
 """`python -m melt_serve.train export`: a checkpoint of a run as it is now, also while it runs."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from melt_serve.train.commands import Commands, add_push, new_command
@@ -41,7 +42,7 @@ def export(arguments: argparse.Namespace) -> int:
     from melt_serve.train.run_folder import newest_state, read_facts
 
     run, output = arguments.run, arguments.output
-    recipe = written_recipe(read_facts(run), [f"output={output}"], run)
+    recipe = replace(written_recipe(read_facts(run), [], run), output=str(output))
     state = arguments.state or newest_state(run, recipe)
     print(f"wrote {output}: {export_state(recipe, state, run)}")
     if arguments.push:

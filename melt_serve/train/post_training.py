@@ -29,12 +29,12 @@ from melt_serve.train.inputs import data_files, note_inputs, teacher_files
 from melt_serve.train.loop.distributed import any_of, load_model, process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.loggers import logger_of
-from melt_serve.train.loop.logs import LOG
+from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.states import read_state
 from melt_serve.train.loop.trainer import Saving
 from melt_serve.train.recipe import Distillation, PostTraining
-from melt_serve.train.run_folder import RECIPE, facts_of, forget_unsaved, note_recipe
-from melt_serve.train.session import Session, TrainingError
+from melt_serve.train.run_folder import RECIPE, check_recipe, facts_of, forget_unsaved, note_recipe
+from melt_serve.train.session import Paused, Session, TrainingError
 
 
 def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
@@ -58,9 +58,17 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     config = student_config(recipe, teacher.config)
     with process_group(DTYPES[recipe.dtype]) as device:
         check_share(recipe)
+        refused: Exception | None = None
         if rank() == 0:
-            sequences = begun(recipe, config, path, tokenizer, folder)
-        any_of([False], device)  # the others read what the first has written
+            try:
+                sequences = begun(recipe, config, path, tokenizer, folder)
+            except Exception as error:
+                refused = error
+        (others_end,) = any_of([refused is not None], device)  # they wait for what the first writes
+        if refused is not None:
+            raise refused
+        if others_end:
+            raise Paused
         if rank() > 0:
             sequences = Sequences(recipe, tokenizer, folder)
         student = fresh_student(recipe, teacher)
@@ -73,6 +81,8 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             most_skipped=recipe.most_skipped,
         )
         heldout = heldout_of(recipe, config.max_position_embeddings, tokenizer, device)
+        if rank() == 0:
+            note_recipe(facts_of(recipe), folder)
 
         def flops(stage: Distillation) -> float:
             return sequence_flops(config, recipe, stage) * recipe.sequences / world_size()
@@ -97,7 +107,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             first += stage.steps * recipe.sequences
         melt = plain(student)
         if rank() == 0:
-            write_melt(melt, recipe, tokenizer, path, folder)
+            write_melt(melt, recipe, tokenizer, path, read_log(folder / LOG))
 
 
 def begun(
@@ -118,7 +128,7 @@ def begun(
     if not (folder / RECIPE).exists():
         check_data(recipe, sequences.corpus, tokenizer)
     check_disk(recipe, config, folder)
-    note_recipe(facts_of(recipe), folder)
+    check_recipe(facts_of(recipe), folder)
     models = teacher_files(recipe.teacher, teacher)
     if recipe.student is not None:
         models |= teacher_files(recipe.student, located_looped(recipe.student))
@@ -145,7 +155,13 @@ def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:
         raise TrainingError(f"{state_file} is not a state of the run in {folder}: its weights are others") from error
     stage = re.sub(r"(-\d+)?\.state\.pt(\.before)?$", "", state_file.name)
     says = f"after {state['step']:,} steps of {stage}"
-    write_melt(plain(student), recipe, tokenizer, path, folder, f"It is the run {says}.")
+    before = recipe.names[: recipe.names.index(stage)]
+    log = [
+        entry
+        for entry in read_log(folder / LOG)
+        if entry["stage"] in before or (entry["stage"] == stage and entry["step"] < state["step"])
+    ]
+    write_melt(plain(student), recipe, tokenizer, path, log, f"It is the run {says}.")
     return says
 
 
@@ -154,14 +170,14 @@ def write_melt(
     recipe: PostTraining,
     tokenizer: PreTrainedTokenizerFast,
     teacher: Path,
-    folder: Path,
+    log: list[dict],
     said: str = "",
 ) -> None:
     """Write a run's MELT to the recipe's output, its gate cut and its weights rounded as the recipe says.
 
     Args:
         teacher: its folder.
-        folder: the run's.
+        log: the run's steps, as far as it is written.
         said: what the card says besides.
 
     Raises:
@@ -170,7 +186,7 @@ def write_melt(
     if recipe.gate_rank is not None:
         melt = cut_gate(melt, recipe.gate_rank)
     melt.to(DTYPES[recipe.dtype])
-    export(melt, tokenizer, run_card(melt, recipe, teacher, folder / LOG, said), Path(recipe.output), teacher)
+    export(melt, tokenizer, run_card(melt, recipe, teacher, log, said), Path(recipe.output), teacher)
 
 
 def check_share(recipe: PostTraining) -> None:

@@ -103,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe: Recipe | PostTraining = (
         written_recipe(read_facts(folder), words, folder) if named is None else load_recipe(named, words)
     )
+    if arguments.push and not isinstance(recipe, PostTraining):
+        raise TrainingError(f"--push={arguments.push}: only what a post-training makes is pushed")
     several = ["--processes", str(arguments.processes)] if arguments.processes > 1 else []
     if several and not launched():
         flags = [*several, "--minutes", str(arguments.minutes), "--questions", str(arguments.questions)]

@@ -10,6 +10,7 @@ from melt_serve.checkpoint_path import is_there
 from melt_serve.train.atomic import replacing
 from melt_serve.train.data.sequences import INDEX
 from melt_serve.train.inputs import INPUTS, really
+from melt_serve.train.loop.logs import EVALUATIONS, LOG
 from melt_serve.train.recipe import PHASES, PostTraining
 from melt_serve.train.session import TrainingError
 
@@ -46,7 +47,7 @@ def state_of(folder: Path, stage: str) -> Path:
 def forget_unsaved(folder: Path) -> None:
     """Forget a run of which no state was saved: it will begin anew, and may be another one."""
     if not any(folder.glob("*.state.pt")):
-        for name in (RECIPE, INPUTS, INDEX):
+        for name in (RECIPE, INPUTS, INDEX, LOG, EVALUATIONS):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -82,8 +83,8 @@ def newest_state(folder: Path, recipe: PostTraining) -> Path:
     raise TrainingError(f"{folder} has no state yet: the run saves one every save_steps={recipe.save_steps} steps")
 
 
-def note_recipe(facts: Facts, folder: Path) -> None:
-    """Write down what the run is, or see that it is the one that is there.
+def check_recipe(facts: Facts, folder: Path) -> None:
+    """See that the recipe is that of the run that is there, if there is one.
 
     Args:
         facts: of the recipe, see `facts_of`.
@@ -91,15 +92,18 @@ def note_recipe(facts: Facts, folder: Path) -> None:
     Raises:
         TrainingError: it is another one.
     """
-    path = folder / RECIPE
-    if path.exists():
+    if (folder / RECIPE).exists():
         changed = changes(read_facts(folder), facts, folder)
         if changed:
             raise TrainingError(
                 f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
                 "say the same again, or use another --run folder"
             )
-    with replacing(path) as part:
+
+
+def note_recipe(facts: Facts, folder: Path) -> None:
+    """Write down what the run is, once all that it says is known to be good: it is what a resumed run reads."""
+    with replacing(folder / RECIPE) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

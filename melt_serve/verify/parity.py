@@ -27,6 +27,8 @@ ROUNDING = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 0.02}
 """How far right answers may be apart, by the server's dtype, where the reference says that rounding does less."""
 UNKNOWN_ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 """The same where no reference says what rounding does to this checkpoint."""
+MOST_APART = 0.4
+"""Of a probability: a tolerance near 1 would admit anything, however much the reference rounds."""
 TIMES_ROUNDING = 4
 """How many times as far from the exact reference the server may be as the reference itself is in the server's dtype."""
 LOOPS_ROUNDING = 0.1
@@ -109,7 +111,7 @@ def check_parity(served: Served, reference: Reference) -> Generator[Check, None,
         exits = "exit_threshold" in asked[0].depth
         # Rounding may tip a token across its threshold, and then its probability jumps: the largest says nothing.
         found = compare(reference, answers, asked[0].depth, fmean if exits else max)
-        tolerance = max(floor, TIMES_ROUNDING * found.rounding)
+        tolerance = min(MOST_APART, max(floor, TIMES_ROUNDING * found.rounding))
         if not exits:
             most = max(most, tolerance)
         yield judge(f"as the reference, {name}", found, tolerance, " on average" if exits else "")

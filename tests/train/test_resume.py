@@ -181,6 +181,33 @@ def test_a_line_that_was_skipped_may_be_mended_and_stays_out_of_its_epoch(late):
     assert some == logged(late / "whole")[: len(some)]
 
 
+def test_so_does_one_of_the_first_window(late):
+    lines = (late / "mended.jsonl").read_text().splitlines()
+    (late / "chats.jsonl").write_text("\n".join([lines[0], "{never closed", *lines[2:]]) + "\n")
+    words = (*LATE, "data.broken=skip", "data.streaming=false", "data.window=40")
+    assert run(late, "whole", *words) == 0
+    assert run(late, "run", *words, "--minutes", "0") == 3
+    shutil.copy(late / "mended.jsonl", late / "chats.jsonl")
+    assert run(late, "run", *words, "--resume") == 0
+    epoch = json.loads((late / "run" / "data.jsonl").read_text().splitlines()[1])["first"] // 4
+    assert logged(late / "run")[:epoch] == logged(late / "whole")[:epoch] and epoch > 4
+
+
+def test_what_was_refused_is_not_asked_again(folder, capsys):
+    assert run(folder, "run", "--minutes", "0") == 3
+    assert run(folder, "run", "evaluation.files=['nowhere.jsonl']", "--resume") == 1
+    assert "nowhere.jsonl" in said(capsys)
+    assert main(["run", "--run", str(folder / "run"), "--resume"]) == 0
+
+
+def test_a_run_without_a_state_leaves_no_numbers_to_the_next(folder, capsys):
+    (folder / "run").mkdir()
+    for name in ("losses.jsonl", "evaluations.jsonl"):
+        (folder / "run" / name).write_text('{"stage": "transition", "step": 0, "loss": 7.0, "seconds": 1.0}\n')
+    assert run(folder, "run") == 0
+    assert not (folder / "run" / "evaluations.jsonl").exists() and logged(folder / "run")[0]["loss"] != 7
+
+
 def test_more_steps_another_stage_and_another_spelling_go_on_from_the_folder_alone(folder, capsys, monkeypatch):
     assert run(folder, "run") == 0
     before = logged(folder / "run")
@@ -210,7 +237,7 @@ def test_more_steps_another_stage_and_another_spelling_go_on_from_the_folder_alo
     assert "name a RECIPE, or --resume --run FOLDER" in said(capsys)
 
 
-def test_a_run_begins_with_a_melt_and_keeps_its_gate(folder):
+def test_a_run_begins_with_a_melt_and_keeps_its_gate(folder, capsys):
     assert run(folder, "run", "gate_type=scalar") == 0
     words = ["student=" + str(folder / "run-melt"), "order=['alignment']"]
     assert run(folder, "next", *words) == 0
@@ -220,6 +247,9 @@ def test_a_run_begins_with_a_melt_and_keeps_its_gate(folder):
     moved = (melt.state_dict()[weight] - begun.state_dict()[weight]).abs().max()
     assert 0 < moved < 5e-3  # two steps of a rate of 1e-3 at most, from where the other run ended
     assert logged(folder / "next")[0]["kd"] < logged(folder / "run")[1]["kd"] + 1
+    capsys.readouterr()
+    assert run(folder, "deep", *words, "alignment.loops=[2, 9]") == 1
+    assert "alignment.loops=[2, 9] is more than the max_loops=" in said(capsys)
     assert "beginning with the MELT `run-" in " ".join((folder / "next-melt" / "README.md").read_text().split())
 
 

@@ -15,6 +15,8 @@ from melt_serve.task.who_is_where import questions
 from melt_serve.train.__main__ import main
 from melt_serve.train.data.task_batches import encode
 from melt_serve.train.distil.build import fresh_student, plain
+from melt_serve.train.loop.export import loss_table
+from melt_serve.train.loop.logs import read_log
 from melt_serve.train.recipe_files import load_recipe
 from tests.hub import TOKEN, running_hub
 from tests.test_checkpoint_path import point_at
@@ -134,7 +136,7 @@ def test_weights_and_biases_that_is_not_installed_is_one_line(folder, capsys, mo
     assert "report_to=wandb needs Weights & Biases: pip install wandb" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys):
+def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys, monkeypatch):
     words = ["export", str(folder / "run")]
     assert main([*words, str(folder / "now")]) == 0
     assert "after 4 steps of alignment" in capsys.readouterr().out
@@ -145,8 +147,13 @@ def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys)
     weights = AutoModelForCausalLM.from_pretrained(folder / "then").state_dict()
     saved = torch.load(state, weights_only=True)["model"]
     assert all(torch.equal(weight, saved[key]) for key, weight in weights.items())
-    card = " ".join((folder / "then" / "README.md").read_text().split())
-    assert "It is the run after 2 steps of alignment." in card
+    card = (folder / "then" / "README.md").read_text()
+    assert "It is the run after 2 steps of alignment." in " ".join(card.split())
+    log = read_log(folder / "run" / "losses.jsonl")
+    assert loss_table(log) not in card
+    assert loss_table([each for each in log if each["stage"] == "transition" or each["step"] < 2]) in card
+    monkeypatch.chdir(folder)
+    assert main([*words, "300"]) == 0 and (folder / "300" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,8 @@ def test_revisions_tell_checkpoints_apart(ouro, tmp_path):
 def test_a_server_that_does_not_start_fails(capsys):
     assert cli.main(["verify", "--quick", "--", "--max-body-bytes=0"]) == 1
     shown = capsys.readouterr().out
-    assert "--max-body-bytes (MELT_MAX_BODY_BYTES) must be a positive number" in shown and "0 passed, 1 failed" in shown
+    assert "--max-body-bytes (MELT_MAX_BODY_BYTES) must be a positive number" in shown
+    assert "1 passed, 1 failed" in shown  # the files are whole
 
 
 def test_ctrl_c_stops_the_server_and_says_how_far_it_came():
@@ -258,7 +259,7 @@ def test_ctrl_c_stops_the_server_and_says_how_far_it_came():
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "Stopped before the end: 0 checks were made" in output
+    assert "Stopped before the end: 1 checks were made" in output
     assert not still_running(list(children))
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from melt_serve.train.data.records import BrokenRecord, DataError, Record, check
 
 Cursor = list[int]
 """Where a stream goes on: the file's number, and what the file needs to find its next record. JSON."""
+DAMAGED = (gzip.BadGzipFile, zlib.error, EOFError)
+"""What unpacking a damaged file raises."""
+SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
 ON_HUB = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+(\[[\d:%]+\])?))?"
 )
@@ -108,7 +112,7 @@ def open_source(named: Path | str) -> Source:
     path = Path(named)
     if path.is_dir() or (path.suffix == ".parquet" and path.exists()):
         return Rows(path, saved_table(path))
-    if not path.exists() and not path.suffix and (on_hub := ON_HUB.fullmatch(str(named))):
+    if not path.exists() and path.suffix not in SUFFIXES and (on_hub := ON_HUB.fullmatch(str(named))):
         return Rows(path, hub_table(**on_hub.groupdict()))
     path.open("rb").close()  # says that it is not there, or not to be read
     match path.suffixes:
@@ -136,7 +140,7 @@ def begins_an_array(path: Path) -> bool:
     try:
         with opened(path) as file:
             return file.read(4096).lstrip().startswith(b"[")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except DAMAGED as error:
         raise DataError(f"{path} cannot be unpacked: {error}") from error
 
 
@@ -149,7 +153,7 @@ def array_of(path: Path) -> list[object]:
     try:
         with opened(path) as file:
             return json.load(file)
-    except (ValueError, EOFError) as error:
+    except (ValueError, *DAMAGED) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
@@ -212,7 +216,7 @@ class JsonLines:
             try:
                 with opened(path) as packed:
                     shutil.copyfileobj(packed, self.unpacked)
-            except (gzip.BadGzipFile, EOFError) as error:
+            except DAMAGED as error:
                 raise DataError(f"{path} cannot be unpacked: {error}") from error
             self.unpacked.flush()
             self.content = Path(self.unpacked.name)

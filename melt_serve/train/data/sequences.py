@@ -56,7 +56,8 @@ class Sequences:
         """Let this sequence be the next one."""
         known = [(first, state) for first, state in self.windows if first <= number]
         first, state = max(known, key=lambda window: window[0], default=(0, None))
-        if number < self.next or first > self.next:
+        begins = state and not self.stream.packs  # it may say which records were left out, though they are whole now
+        if number < self.next or first > self.next or begins:
             self.stream.load_state_dict(state or self.start)
             self.next = first
         while self.next < number:

@@ -55,12 +55,19 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
         begun = load_config(located_looped(recipe.student))
         if not isinstance(begun, MeltConfig):
             raise CheckpointError(f"student={recipe.student} is no MELT; name it as teacher, or a MELT made from it")
+        most = recipe.max_loops or begun.most_loops
+        for name, stage in recipe.stages.items():
+            if max(stage.loops) > most:
+                raise TrainingError(
+                    f"{name}.loops={list(stage.loops)} is more than the max_loops={most} of student={recipe.student}; "
+                    "name fewer"
+                )
         gate = {name: getattr(begun, name) for name in GATE}
         return melt_config(
             teacher,
             chunk_size=recipe.chunk_size,
             decode_mode=recipe.decode_mode,
-            max_loops=recipe.max_loops or begun.max_loops,
+            max_loops=most,
             **gate,
         )
     deepest = max(teacher.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))

@@ -17,7 +17,7 @@ from melt_serve.checksums import write_sums
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
 from melt_serve.train.atomic import replacing
-from melt_serve.train.loop.logs import minutes_trained, parts_of, read_log
+from melt_serve.train.loop.logs import minutes_trained, parts_of
 from melt_serve.train.recipe import PostTraining, Recipe, Stage
 
 WIDTH = 100
@@ -113,12 +113,12 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: Path, said: str = "") -> str:
+def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: list[dict], said: str = "") -> str:
     """Write the model card of a MELT made from a LoopLM of the user's own.
 
     Args:
         teacher: the folder of what the recipe names.
-        log: every step's losses.
+        log: the steps, as they were logged.
         said: what it says besides, of a run that is not done.
     """
     config = model.config
@@ -154,12 +154,11 @@ def run_card(model: MeltForCausalLM, recipe: PostTraining, teacher: Path, log: P
     return "\n\n".join(parts) + "\n"
 
 
-def loss_table(log: Path) -> str:
+def loss_table(log: list[dict]) -> str:
     """Format how far every part of the loss came in every stage."""
     lines = ["| stage | part | first | last |", "|---" * 4 + "|"]
-    entries = read_log(log)
-    for stage in dict.fromkeys(entry["stage"] for entry in entries):
-        steps = [entry for entry in entries if entry["stage"] == stage]
+    for stage in dict.fromkeys(entry["stage"] for entry in log):
+        steps = [entry for entry in log if entry["stage"] == stage]
         for part in parts_of(steps):
             values = [entry[part] for entry in steps if part in entry]
             tenth = max(1, len(values) // 10)

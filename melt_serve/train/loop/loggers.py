@@ -10,6 +10,7 @@ A logger is a context manager that gives a function of numbers and a step:
 killed repeats what it had not saved.
 """
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
@@ -19,6 +20,8 @@ from typing import Any
 
 from melt_serve.train.loop.distributed import rank
 from melt_serve.train.session import TrainingError
+
+WANDB_ID = "wandb.id"
 
 Show = Callable[[Mapping[str, Any], int], None]
 Logger = Callable[[Path, str, int], AbstractContextManager[Show]]
@@ -106,8 +109,15 @@ def wandb(folder: Path, stage: str, step: int) -> Iterator[Show]:
         import wandb
     except ImportError:
         raise TrainingError("report_to=wandb needs Weights & Biases: pip install wandb") from None
-    name = f"{folder.resolve().name}-{stage}"
-    with wandb.init(dir=folder, name=name, id=name, group=folder.resolve().name, resume="allow") as run:
+    name, noted = folder.resolve().name, folder / WANDB_ID
+    if not noted.exists():  # a folder of that name may have held another run before
+        noted.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    own = f"{name}-{noted.read_text(encoding='utf-8').strip()}"
+    try:
+        begun = wandb.init(dir=folder, name=f"{name}-{stage}", id=f"{own}-{stage}", group=own, resume="allow")
+    except wandb.Error as error:
+        raise TrainingError(f"report_to=wandb: {' '.join(str(error).split())}") from error
+    with begun as run:
         run.define_metric("*", step_metric="at_step")  # its own counter never goes back, ours does after kill -9
 
         def show(numbers: Mapping[str, float], step: int) -> None:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -86,7 +87,8 @@ def keep_for_good(path: Path, step: int, last: int, every: int | None) -> None:
         os.link(path, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, target)
-    found = sorted(folder.glob(f"{name}-[0-9]*.state.pt"))
+    own = re.compile(rf"{re.escape(name)}-\d{{6,}}\.state\.pt")  # not those of a stage `more-2`, if this is `more`
+    found = sorted(each for each in folder.iterdir() if own.fullmatch(each.name))
     for old in found[: max(0, len(found) - last)]:
         if every is None or int(old.name.removesuffix(".state.pt").rpartition("-")[2]) % every:
             old.unlink()

@@ -83,7 +83,9 @@ def run_stage(
     if rank() == 0:
         forget_after(folder / LOG, name, step)
         forget_after(folder / EVALUATIONS, name, step + 1)
-    skipped = sum(entry["stage"] == name and "skipped" in entry for entry in read_log(folder / LOG))
+    skipped = 0  # counted by the first process, which speaks for all
+    if rank() == 0:
+        skipped = sum(entry["stage"] == name and "skipped" in entry for entry in read_log(folder / LOG))
     highest = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     saved, saved_step = time.monotonic(), step
     parameters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
@@ -111,7 +113,7 @@ def run_stage(
                 for optimizer in optimizers:
                     optimizer.step()
             else:
-                skipped += 1
+                skipped += rank() == 0
                 (lost,) = any_of([skipped > saving.most_skipped * stage.steps], parameters[0].device)
                 if lost:
                     raise TrainingError(

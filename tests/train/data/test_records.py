@@ -121,6 +121,8 @@ def test_a_file_that_is_not_what_it_says_is_one_line(tmp_path):
         ("a.jsonl.gz", b"plain"),
         ("b.json.gz", gzip.compress(LINES.encode())[:20]),
         ("c.json", b"[1,"),
+        ("d.jsonl.gz", gzip.compress(LINES.encode())[:10] + b"\x07" + LINES.encode()),
+        ("e.json.gz", gzip.compress(b"[]")[:10] + b"\x07" + LINES.encode()),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}.* (cannot be unpacked|is not JSON)"):
@@ -149,18 +151,18 @@ def test_a_split_of_a_dataset_on_the_hub_is_named_as_a_file(tmp_path):
     script = """
 from melt_serve.train.data.datasets import Corpus
 from melt_serve.train.data.records import DataError
-corpus = Corpus(["acme/places", "acme/places@main:test", "acme/places:train[:50%]"])
+corpus = Corpus(["acme/places-2.5", "acme/places-2.5@main:test", "acme/places-2.5:train[:50%]"])
 print([corpus.read(number).text for number in range(len(corpus))])
-for name in ("acme/places:none", "acme/nowhere"):
+for name in ("acme/places-2.5:none", "acme/nowhere"):
     try:
         Corpus([name])
     except DataError as error:
         print(error)
 """
-    with running_hub({"acme/places": dataset}) as hub:
+    with running_hub({"acme/places-2.5": dataset}) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     texts, no_split, nowhere = ran.stdout.splitlines()
     assert texts == str([record["text"] for record in (*RECORDS, {"text": "Bob is in Lima."}, *RECORDS[:2])])
-    assert no_split.startswith("acme/places is no file here") and "'train', 'test'" in no_split
+    assert no_split.startswith("acme/places-2.5 is no file here") and "'train', 'test'" in no_split
     assert nowhere.startswith("acme/nowhere is no file here")

@@ -130,3 +130,13 @@ def test_where_there_are_no_links_the_newest_is_kept(tmp_path, monkeypatch):
         save_state(tmp_path / "fit.state.pt", STAGE, step, *parts())
     assert load_state(tmp_path / "fit.state.pt", STAGE, *parts()) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["fit.state.pt"]
+
+
+def test_a_stages_states_are_not_those_of_one_whose_name_begins_alike(tmp_path):
+    for stage in ("more-2", "more"):
+        state = tmp_path / f"{stage}.state.pt"
+        state.touch()
+        for step in (1, 2, 3):
+            states.keep_for_good(state, step, 2, None)
+    kept = sorted(path.name.removesuffix(".state.pt") for path in (tmp_path / "states").iterdir())
+    assert kept == ["more-000002", "more-000003", "more-2-000002", "more-2-000003"]
