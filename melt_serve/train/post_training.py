@@ -153,7 +153,9 @@ def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:
         load_model(student, state["model"])
     except (LookupError, RuntimeError) as error:
         raise TrainingError(f"{state_file} is not a state of the run in {folder}: its weights are others") from error
-    stage = re.sub(r"(-\d+)?\.state\.pt(\.before)?$", "", state_file.name)
+    stage = re.sub(r"(-\d{6,})?\.state\.pt(\.before)?$", "", state_file.name)
+    if stage not in recipe.names:
+        raise TrainingError(f"{state_file} is not named after a stage of the run: it has {', '.join(recipe.names)}")
     says = f"after {state['step']:,} steps of {stage}"
     before = recipe.names[: recipe.names.index(stage)]
     log = [

@@ -250,6 +250,8 @@ def test_a_run_begins_with_a_melt_and_keeps_its_gate(folder, capsys):
     capsys.readouterr()
     assert run(folder, "deep", *words, "alignment.loops=[2, 9]") == 1
     assert "alignment.loops=[2, 9] is more than the max_loops=" in said(capsys)
+    assert run(folder, "deep", "max_loops=3", "alignment.loops=[2, 6]") == 1
+    assert "alignment.loops=[2, 6] is more than the max_loops=3 of the recipe" in said(capsys)
     assert "beginning with the MELT `run-" in " ".join((folder / "next-melt" / "README.md").read_text().split())
 
 

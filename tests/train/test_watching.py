@@ -1,6 +1,7 @@
 """Seeing a run work: what is logged and measured of it, a checkpoint of it before it is done, and where it is put."""
 
 import json
+import shutil
 import sys
 from itertools import islice
 
@@ -162,9 +163,14 @@ def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys,
         (["{folder}/nowhere", "{folder}/out"], "nowhere holds no run of a post-training"),
         (["{folder}/run", "{folder}/teacher"], "holds something that is not a MELT checkpoint"),
         (["{folder}/run", "{folder}/out", "--state", "{folder}/recipe.toml"], "cannot be read"),
+        (
+            ["{folder}/run", "{folder}/out", "--state", "{folder}/mine.state.pt"],
+            "is not named after a stage of the run",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(folder, capsys, words, says):
+    shutil.copy(folder / "run" / "alignment.state.pt", folder / "mine.state.pt")
     assert main(["export", *(word.format(folder=folder) for word in words)]) == 1
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said and not (folder / "out").exists()

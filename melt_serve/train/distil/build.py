@@ -56,12 +56,7 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
         if not isinstance(begun, MeltConfig):
             raise CheckpointError(f"student={recipe.student} is no MELT; name it as teacher, or a MELT made from it")
         most = recipe.max_loops or begun.most_loops
-        for name, stage in recipe.stages.items():
-            if max(stage.loops) > most:
-                raise TrainingError(
-                    f"{name}.loops={list(stage.loops)} is more than the max_loops={most} of student={recipe.student}; "
-                    "name fewer"
-                )
+        check_loops(recipe, most, f"student={recipe.student}")
         gate = {name: getattr(begun, name) for name in GATE}
         return melt_config(
             teacher,
@@ -71,6 +66,7 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
             **gate,
         )
     deepest = max(teacher.total_ut_steps, *(max(stage.loops) for stage in recipe.stages.values()))
+    check_loops(recipe, recipe.max_loops or deepest, "the recipe")
     return fresh_config(
         teacher,
         recipe.gate_start,
@@ -80,6 +76,19 @@ def student_config(recipe: PostTraining, teacher: LoopLMConfig) -> MeltConfig:
         kv_gate_type=recipe.gate_type,
         kv_gate_rank=recipe.trained_rank,
     )
+
+
+def check_loops(recipe: PostTraining, most: int, whose: str) -> None:
+    """See that no stage draws more loops than the MELT may run.
+
+    Raises:
+        TrainingError: one does.
+    """
+    for name, stage in recipe.stages.items():
+        if max(stage.loops) > most:
+            raise TrainingError(
+                f"{name}.loops={list(stage.loops)} is more than the max_loops={most} of {whose}; name fewer"
+            )
 
 
 def fresh_config(config: LoopLMConfig, start: GateStart, **melt: object) -> MeltConfig:
