@@ -135,6 +135,7 @@ def test_weights_and_biases_that_is_not_installed_is_one_line(folder, capsys, mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(folder, "none", "report_to=wandb") == 1
     assert "report_to=wandb needs Weights & Biases: pip install wandb" in capsys.readouterr().err
+    assert not (folder / "none").exists(), "nothing is written down that a resumed run would ask for again"
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys, monkeypatch):

@@ -56,8 +56,7 @@ class Heldout:
 
         def evaluate_if_due(done: int, show: Show) -> None:
             due = done == last or (done % self.asked.steps == 0 and (done > 0 or first))
-            here = [each["step"] for each in read_log(folder / EVALUATIONS) if each["stage"] == name]
-            if not due or done in here:
+            if not due or (name, done) in {(each["stage"], each["step"]) for each in read_log(folder / EVALUATIONS)}:
                 return
             begun = time.monotonic()
             numbers = self.evaluate(teacher, student)

@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 from melt_serve.train.loop.distributed import rank
 from melt_serve.train.session import TrainingError
@@ -55,8 +56,10 @@ def logger_of(name: str) -> Logger:
     """Return the logger of that name.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: there is none, or what it needs is not installed.
     """
+    if name == "wandb":
+        import_wandb()
     if name in LOGGERS:
         return LOGGERS[name]
     module, _, function = name.partition(":")
@@ -98,9 +101,8 @@ def tensorboard(folder: Path, stage: str, step: int) -> Iterator[Show]:
         yield show
 
 
-@contextmanager
-def wandb(folder: Path, stage: str, step: int) -> Iterator[Show]:
-    """Show numbers in Weights & Biases, a run a stage, the same one in every session; it reads WANDB_* itself.
+def import_wandb() -> ModuleType:
+    """Import Weights & Biases.
 
     Raises:
         TrainingError: it is not installed.
@@ -109,6 +111,17 @@ def wandb(folder: Path, stage: str, step: int) -> Iterator[Show]:
         import wandb
     except ImportError:
         raise TrainingError("report_to=wandb needs Weights & Biases: pip install wandb") from None
+    return cast(ModuleType, wandb)
+
+
+@contextmanager
+def wandb(folder: Path, stage: str, step: int) -> Iterator[Show]:
+    """Show numbers in Weights & Biases, a run a stage, the same one in every session; it reads WANDB_* itself.
+
+    Raises:
+        TrainingError: it is not installed.
+    """
+    wandb = import_wandb()
     name, noted = folder.resolve().name, folder / WANDB_ID
     if not noted.exists():  # a folder of that name may have held another run before
         noted.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
