@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from melt_serve.train.atomic import replacing
 from tests.faults.fuzz import bodies, fields_of_routes
-from tests.faults.kills import kill_one
+from tests.faults.kills import kill_all
 from tests.faults.servers import MODES, Attacked, serving
 from tests.faults.storm import settle, storm
 
@@ -103,11 +103,11 @@ def run(options: argparse.Namespace, findings: Findings) -> None:
             with serving(mode, Path(folder) / f"{mode}.log") as attacked:
                 attack(attacked, mode, options, findings)
             started = findings.keep(started)
-        for number in range(findings.kills, options.kills):
-            print(f"\rkill {number + 1} of {options.kills}, {len(findings.faults)} faults", end="", flush=True)
-            if fault := kill_one(options.seed + number, Path(folder) / "killed.log"):
-                findings.faults.append(f"kill {number}: {fault}")
+        for fault in kill_all(range(options.seed + findings.kills, options.seed + options.kills), Path(folder)):
+            if fault:
+                findings.faults.append(f"kill {findings.kills}: {fault}")
             findings.kills += 1
+            print(f"\rkill {findings.kills} of {options.kills}, {len(findings.faults)} faults", end="", flush=True)
             started = findings.keep(started)
     print()
 

@@ -4,6 +4,10 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -13,13 +17,24 @@ from tests.faults.servers import MODES, serving
 from tests.faults.storm import storm
 
 SECONDS_TO_END = 10
+AT_ONCE = 2
+"""Servers that start and die side by side: a start is imports, in one thread most of the time."""
 
 
-def kill_one(seed: int, log: Path) -> str | None:
+def kill_all(seeds: Sequence[int], folder: Path) -> Iterator[str | None]:
+    """Yield what `kill_one` returns for each seed, in their order."""
+    pool = ProcessPoolExecutor(AT_ONCE, mp_context=get_context("spawn"))  # a server is stopped in a main thread
+    try:
+        yield from pool.map(kill_one, seeds, repeat(folder))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def kill_one(seed: int, folder: Path) -> str | None:
     """Start a server, kill one of its processes at a moment that the seed says; return what was left alive, or None."""
     chance = random.Random(seed)
     try:
-        with serving(MODES[seed % 2], log) as attacked:
+        with serving(MODES[seed % 2], folder / f"{seed}.log") as attacked:
             crowd = threading.Thread(target=storm, args=(attacked, 2, seed))
             crowd.start()
             time.sleep(2 * chance.random())
