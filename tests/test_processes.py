@@ -46,7 +46,7 @@ class Family(NamedTuple):
         return cls(supervisor, api, engine, workers)
 
 
-def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
+def kill_one(words: list[str], victim: str, load: bool, folder: Path, *, stopped: bool = False) -> None:
     """Start a server, kill one of its processes, and see that nothing is left of the others within ten seconds.
 
     Args:
@@ -54,6 +54,7 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
         victim: a field of `Family`; of workers the last one.
         load: with answers being streamed.
         folder: for its log.
+        stopped: first stop the process for a while, under load, and see that the server is not ready meanwhile.
 
     Raises:
         AssertionError: something was left, or the exit code says that all was well.
@@ -72,6 +73,8 @@ def kill_one(words: list[str], victim: str, load: bool, folder: Path) -> None:
         streams = [stream(server.url) for _ in range(4 if load else 0)]
         chosen = getattr(family, victim)
         chosen = chosen[-1] if isinstance(chosen, list) else chosen
+        if stopped:
+            not_ready_while_stopped(server.url, chosen)
         chosen.kill()
         started = time.monotonic()
         code = server.process.wait(10)
@@ -116,13 +119,13 @@ def status(url: str, data: bytes | None = None) -> tuple[int, str | None]:
         ("api", True, ""),
         ("engine", False, ""),
         ("workers", True, ""),
-        ("workers", True, "--tensor-parallel-size 2"),
+        ("workers", True, "--tensor-parallel-size 2 --step-timeout 2"),
     ],
 )
 def test_whichever_process_is_killed_nothing_is_left_of_the_others(victim, load, words, tmp_path, monkeypatch):
     if words:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    kill_one(words.split(), victim, load, tmp_path)
+    kill_one(words.split(), victim, load, tmp_path, stopped=bool(words))
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 5])
@@ -165,13 +168,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
     with running(command, port, log, ready="/melt/ready", environment=AS_USERS, start_new_session=True) as server:
         ready, family = f"{server.url}/melt/ready", Family.of(server.process.pid)
         for stuck in (family.engine, *family.workers):
-            answer = stream(server.url)
-            stuck.suspend()
-            wait_for(ready, 503)
-            assert status(ready)[1] is not None and answers(f"{server.url}/health")  # it lives
-            stuck.resume()
-            wait_for(ready, 200)
-            assert b'"finish_reason":"length"' in answer.read()
+            not_ready_while_stopped(server.url, stuck)
 
         with ThreadPoolExecutor() as pool:
             whole = [pool.submit(stream(server.url).read) for _ in range(2)]
@@ -183,6 +180,17 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
     text = log.read_text()
     assert not re.search("ERROR|Traceback|leaked", text[text.index("shutdown triggered") :])
     assert re.search("POST '/v1/completions' 503 in .*, refused: The server is stopping., request", text)
+
+
+def not_ready_while_stopped(url: str, process: psutil.Process) -> None:
+    """Stop a process in the middle of an answer and let it go on; see what the probes say, and the end of the answer."""
+    answer, ready = stream(url), f"{url}/melt/ready"
+    process.suspend()
+    wait_for(ready, 503)
+    assert status(ready)[1] is not None and answers(f"{url}/health")  # it lives
+    process.resume()
+    wait_for(ready, 200)
+    assert b'"finish_reason":"length"' in answer.read()
 
 
 def wait_for(url: str, wanted: int) -> None:
