@@ -15,7 +15,7 @@ from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import squared_distance
-from melt_serve.train.recipe import Distance
+from melt_serve.train.stages import Distance
 
 
 class TrainingRows(MeltRows):

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.distributed import full_tensors, load_model, load_optimizer, rank, trained_state
-from melt_serve.train.recipe import Stage
 from melt_serve.train.session import TrainingError
+from melt_serve.train.stages import Stage
 
 KEPT = "states"
 PARTS = ("stage", "step", "model", "optimizers")

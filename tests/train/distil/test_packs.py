@@ -13,7 +13,7 @@ from melt_serve.train.distil import losses, phase
 from melt_serve.train.distil.losses import cross_entropy_over_loops, distillation
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
-from melt_serve.train.recipe import Distillation
+from melt_serve.train.stages import Distillation
 from tests.tiny_models import SHAPE, enliven, tiny_melt, tokens
 
 CHUNK = 4

@@ -92,11 +92,18 @@ def test_ctrl_c_ends_several_processes_as_one(folder):
     assert len(logged(folder / "stopped")) == steps + 1
 
 
-def test_an_error_of_several_processes_is_one_line(folder):
-    words = command(folder, "wrong", "teacher=nowhere", "--processes", "2")
-    ended = subprocess.run([sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert "nowhere does not exist; name the folder" in ended.stderr
+@pytest.mark.parametrize(
+    ("word", "code", "says"),
+    [("teacher=nowhere", 2, "nowhere does not exist; name the folder"), ("chunk_size=64", 1, "would lie in one chunk")],
+    ids=["found by all", "found by the first"],
+)
+def test_an_error_of_several_processes_is_one_line_and_ends_them_all(folder, word, code, says):
+    words = command(folder, "wrong", word, "--processes", "2")
+    ended = subprocess.run(
+        [sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == code and ended.stderr.count("\n") == 1, ended.stderr
+    assert says in ended.stderr
 
 
 def test_bfloat16_is_near_float32_and_keeps_weights_in_float32(folder):
