@@ -37,8 +37,8 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     state = {
         "stage": asdict(stage),
         "step": step,
-        "model": full_tensors(trained_state(model)),
-        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
+        "model": full_tensors(trained_state(model), by_all=False),
+        "optimizers": [full_tensors(optimizer.state_dict(), by_all=False) for optimizer in optimizers],
     }
     if rank() > 0:
         return
