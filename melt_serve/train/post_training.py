@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     path = located_looped(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
     config = student_config(recipe, teacher.config)
-    with process_group(DTYPES[recipe.dtype]) as device:
+    with process_group(DTYPES[recipe.dtype]) as device, ExitStack() as stack:
         check_share(recipe)
         refused: Exception | None = None
         if rank() == 0:
@@ -72,6 +73,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             raise Paused
         if rank() > 0:
             sequences = Sequences(recipe, tokenizer, folder)
+        stack.enter_context(closing(sequences))
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)
         saving = Saving(

@@ -21,6 +21,7 @@ from melt_serve.terminal import positive
 from melt_serve.train.__main__ import main as train
 from melt_serve.train.loop.logs import read_log
 from melt_serve.train.loop.states import read_state
+from melt_serve.train.post_training import post_train  # noqa: F401 (imported before the forks, for all of them)
 from tests.train.tiny_run import TIMED, prepare
 
 WORDS = (

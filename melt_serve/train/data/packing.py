@@ -17,7 +17,7 @@ import logging
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from operator import add
@@ -179,6 +179,7 @@ class Batches:
         self.used = 0
         self.counts = self.counts_before = Counts()
         self.ahead = ahead
+        self.closed = False
         self.coming: Future[tuple[int, Window | None]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -253,6 +254,8 @@ class Batches:
         window = Window(after, Counts(records=len(records)))
         documents: list[Document] = []
         for number, record in enumerate(records):
+            if self.closed:
+                raise CancelledError
             if number in left_out:
                 window.broken.append(number)
                 continue
@@ -274,6 +277,12 @@ class Batches:
         for pack in window.packs:
             count(pack, self.packing, window.counts)
         return window
+
+    def close(self) -> None:
+        """End the thread that reads ahead: at the end of a process, nothing may be in a tokenizer."""
+        self.closed = True
+        if self.coming is not None:
+            wait([self.coming])
 
     def documents_of(self, record: Record | BrokenRecord, counts: Counts) -> list[Document]:
         """Return a record's documents, each short enough for a pack; count those that were too long.
@@ -329,7 +338,7 @@ def count(pack: Pack, packing: Packing, counts: Counts) -> None:
 
 
 def in_thread(work: Callable[[], Result]) -> Future[Result]:
-    """Do the work in a thread that ends with the process; its error is raised where the result is asked for."""
+    """Do the work in a thread; its error is raised where the result is asked for."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -338,7 +347,7 @@ def in_thread(work: Callable[[], Result]) -> Future[Result]:
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    Thread(target=run).start()
     return future
 
 

@@ -74,6 +74,10 @@ class Sequences:
         self.next += 1
         return pack
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.stream.close()
+
     def accept_changes(self) -> bool:
         """Take files that have changed since the run began, if all that it has read of them so far is the same.
 

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from concurrent.futures import CancelledError
 from itertools import islice
 
 import pytest
@@ -213,7 +214,7 @@ def test_windows_that_are_read_ahead_are_those_that_would_be_read(files, tokeniz
     states = []
     for one, other in islice(zip(plain, ahead, strict=True), 50):
         assert same(one, other) and ahead.state_dict() == plain.state_dict() and ahead.counts == plain.counts
-        states.append(ahead.state_dict())
+        states.append(json.loads(json.dumps(ahead.state_dict())))
     assert plain.epoch > 1
     for state in (states[3], states[20]):
         plain.load_state_dict(state)
@@ -235,6 +236,28 @@ def test_the_next_window_is_read_in_a_thread_and_its_broken_line_ends_the_run_wh
     assert len(list(islice(stream, len(stream.packs) - 1))) == len(stream.packs) - 1
     with pytest.raises(BrokenRecord, match=r"broken\.jsonl:3: not JSON"):
         next(stream)
+
+
+def test_a_stream_that_is_closed_reads_no_further(files, tokenizer, monkeypatch):
+    stream = Batches(Corpus(files["jsonl"]), tokenizer, packing(), ahead=True)
+    reached, go_on, read = threading.Event(), threading.Event(), stream.documents_of
+
+    def slowly(record, counts):
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            assert go_on.wait(60)
+        return read(record, counts)
+
+    monkeypatch.setattr(stream, "documents_of", slowly)
+    next(stream)
+    assert reached.wait(60)
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    while not stream.closed:
+        pass
+    go_on.set()
+    closer.join(60)
+    assert isinstance(stream.coming.exception(timeout=0), CancelledError)
 
 
 def test_data_without_anything_to_learn_is_an_error_and_no_endless_search(tmp_path, tokenizer):
