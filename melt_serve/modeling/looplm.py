@@ -16,10 +16,9 @@ from transformers.utils.generic import ModelOutput
 from melt_serve.config import LoopLMConfig
 from melt_serve.modeling.contrast import Contrast
 from melt_serve.modeling.depth import TokenDepths
+from melt_serve.modeling.masks import Spans, attention, spans_of
 
 RotaryTables = tuple[Tensor, Tensor]
-QUERIES_AT_ONCE = 1024
-"""In attention, so that nothing it needs for a while grows with the square of a sequence."""
 
 
 @dataclass
@@ -94,14 +93,6 @@ def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean mask into what is added to the scores: 0 where a query may look, minus infinity elsewhere.
-
-    Attention makes one of every boolean mask and keeps it for the backward pass; made once, it is kept once.
-    """
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-
-
 class SelfAttention(nn.Module):
     """The projections and the softmax that LoopLM and MELT share; rows come from the caller."""
 
@@ -127,21 +118,9 @@ class SelfAttention(nn.Module):
         """Project rows, k = RoPE(W_K s) and v = W_V s: [B, S, d] -> two of [B, KV heads, S, D]."""
         return rotate(self.heads(self.k_proj(source)), tables), self.heads(self.v_proj(source))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """Compute o = W_O attn(q, k, v).
-
-        Args:
-            q: [B, H, S, D]. k, v: [B, KV heads, K, D]. visible: [B, S, K], true where a query may look, or an
-                `additive_mask`.
-
-        Returns:
-            [B, S, d].
-        """
-        grouped = q.shape[1] != k.shape[1]
-        parts = zip(q.split(QUERIES_AT_ONCE, dim=2), visible[:, None].split(QUERIES_AT_ONCE, dim=2), strict=True)
-        outs = [F.scaled_dot_product_attention(part, k, v, attn_mask=m, enable_gqa=grouped) for part, m in parts]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Spans) -> Tensor:
+        """Compute o = W_O attn(q, k, v), as `masks.attention`: [B, S, d]."""
+        return self.o_proj(attention(q, k, v, visible).transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -321,11 +300,14 @@ class OuroForCausalLM(LoopedForCausalLM):
         keys_real = real if attention_mask is None else attention_mask.bool()
         positions = keys_real.cumsum(-1)[:, past:] - 1
         columns = torch.arange(keys_real.shape[1], device=input_ids.device)
-        visible = (columns[None, :] <= columns[past:, None]) & keys_real[:, None]
         if document_starts is not None:
             positions = columns - document_starts
-            visible &= columns >= document_starts[:, :, None]
-        visible |= ~real[:, :, None]  # padding sees all: its softmax must not be empty
+        visible: Tensor | Spans | None = None if past else spans_of(real, document_starts)
+        if visible is None:
+            visible = (columns[None, :] <= columns[past:, None]) & keys_real[:, None]
+            if document_starts is not None:
+                visible &= columns >= document_starts[:, :, None]
+            visible |= ~real[:, :, None]  # padding sees all: its softmax must not be empty
         tables = rotary_tables(self.config, positions, self.dtype)
 
         if past_key_values is None and use_cache:

@@ -19,10 +19,10 @@ from melt_serve.modeling.looplm import (
     LoopedForCausalLM,
     LoopedOutput,
     SelfAttention,
-    additive_mask,
     new_token_mask,
     rotary_tables,
 )
+from melt_serve.modeling.masks import additive_mask, lower_right
 from melt_serve.modeling.rows import MeltRows
 
 
@@ -165,7 +165,13 @@ class MeltForCausalLM(LoopedForCausalLM):
         return states
 
     def run_loops(
-        self, x: Tensor, chunk: Chunk, rows: MeltRows, loops: int, depths: TokenDepths, visible: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        chunk: Chunk,
+        rows: MeltRows,
+        loops: int,
+        depths: TokenDepths,
+        visible: tuple[Tensor, Tensor] | None,
     ) -> list[Tensor]:
         """Run T loops over one chunk, whose rows there is room for.
 
@@ -179,7 +185,10 @@ class MeltForCausalLM(LoopedForCausalLM):
             The states after each loop: T of [B, Q, d].
         """
         tables = rotary_tables(self.config, chunk.positions, x.dtype)
-        before_last, at_last = (additive_mask(seen, x.dtype) for seen in visible)
+        if visible is None:
+            before_last = at_last = lower_right(x.shape[1], rows.final_positions.shape[1], x)
+        else:
+            before_last, at_last = (additive_mask(seen, x.dtype) for seen in visible)
         h: list[Tensor | None] = [None] * len(self.model.layers)
         states = []
         for loop in range(1, loops + 1):

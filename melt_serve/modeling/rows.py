@@ -33,11 +33,8 @@ class MeltRows(Cache):
         """Return the tokens of the longest sequence; padding of ragged batches does not count."""
         return int(self.lengths.max())
 
-    def begin(self, chunk: Chunk, loops: int) -> tuple[Tensor, Tensor]:
-        """Make room for a chunk's rows.
-
-        Returns:
-            Which rows a token may look at: [B, Q, keys before the last loop], [B, Q, keys at the last loop].
+    def begin(self, chunk: Chunk, loops: int) -> tuple[Tensor, Tensor] | None:
+        """Make room for a chunk's rows; return which of all rows its tokens may look at, see `visible`.
 
         Raises:
             ValueError: a chunk is open whose rows were made with another number of loops.
@@ -46,10 +43,21 @@ class MeltRows(Cache):
             raise ValueError(f"the open chunk's rows were made with {self.loops} loops; it cannot go on with {loops}")
         self.loops = loops
         self.forget(chunk.positions[:, :1] == 0)
+        visible = self.visible(chunk)
         self.open_positions = torch.cat((self.open_positions, chunk.positions), dim=-1)
-        before_last = chunk.visible(self.final_positions, self.open_positions)
         self.final_positions = torch.cat((self.final_positions, chunk.positions), dim=-1)
-        query, final = chunk.positions[:, :, None], self.final_positions[:, None]
+        return visible
+
+    def visible(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+        """Mark the rows that the tokens of a new chunk may look at.
+
+        Returns:
+            [B, Q, keys before the last loop], [B, Q, keys at the last loop]; None where at every loop a token sees all
+            rows there are, and its chunk's own up to itself.
+        """
+        open_positions = torch.cat((self.open_positions, chunk.positions), dim=-1)
+        before_last = chunk.visible(self.final_positions, open_positions)
+        query, final = chunk.positions[:, :, None], torch.cat((self.final_positions, chunk.positions), dim=-1)[:, None]
         at_last = ((final >= 0) & (final <= query)) | (query < 0)
         return before_last, at_last
 

@@ -17,6 +17,7 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score, score
 from melt_serve.task.tokenizer import MAX_TOKENS, VOCABULARY, build_tokenizer
 from melt_serve.task.who_is_where import KINDS
+from melt_serve.train.data.batch import Batch
 from melt_serve.train.data.task_batches import training_batch
 from melt_serve.train.distil.build import fresh_config, plain, student_of
 from melt_serve.train.distil.losses import cross_entropy_over_loops
@@ -26,9 +27,10 @@ from melt_serve.train.distil.teacher import check_loops
 from melt_serve.train.inputs import note_inputs, teacher_files
 from melt_serve.train.loop.export import export, student_card, teacher_card
 from melt_serve.train.loop.logs import LOG, minutes_trained, read_log
-from melt_serve.train.loop.trainer import Losses, run_stage
-from melt_serve.train.recipe import Distillation, Pretraining, Recipe
+from melt_serve.train.loop.trainer import Losses, Run, run_stage
+from melt_serve.train.recipe import Recipe
 from melt_serve.train.session import Session
+from melt_serve.train.stages import Distillation, Pretraining
 
 EXIT_BIAS = -3.0
 """The exit gate's bias before it is trained: a token leaves after a loop with a probability of about one in twenty."""
@@ -57,18 +59,18 @@ def make_checkpoints(
     folder.mkdir(parents=True, exist_ok=True)
     there = None if kept is None else located_looped(kept)
     note_inputs({} if kept is None or there is None else teacher_files(kept, there), {}, folder)
-    tokenizer = build_tokenizer()
+    tokenizer, run = build_tokenizer(), Run(folder, session)
     shallow = None
     if there is None:
-        teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, folder, session)
-        shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, folder, session)
+        teacher = pretrain("teacher", recipe, recipe.teacher, tokenizer, run)
+        shallow = pretrain("shallow", recipe, recipe.shallow, tokenizer, run)
     else:
         teacher = OuroForCausalLM.from_pretrained(there, dtype=torch.float32).eval().requires_grad_(False)
     phases = {"transition": recipe.transition, "alignment": recipe.alignment, "exits": recipe.exits}
     check_loops(teacher.config, phases)
     student = fresh_student(teacher, recipe)
     for name, stage in phases.items():
-        distil(name, stage, teacher, student, tokenizer, folder, session)
+        distil(name, stage, teacher, student, tokenizer, run)
     melt = plain(student)
     melt.config.effort_loops = EFFORTS
     scores = measure(teacher, shallow, melt, recipe, count)
@@ -85,8 +87,7 @@ def pretrain(
     recipe: Recipe,
     stage: Pretraining,
     tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    session: Session,
+    run: Run,
 ) -> OuroForCausalLM:
     """Train a LoopLM from nothing: cross-entropy on the replies, at every loop."""
     model = fresh_looplm(recipe, stage, tokenizer)
@@ -106,7 +107,7 @@ def pretrain(
         Muon(matrices, lr=stage.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         AdamW(others, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay),
     ]
-    run_stage(name, stage, model, optimizers, losses, folder, session)
+    run_stage(name, stage, model, optimizers, losses, run)
     return model.eval().requires_grad_(False)
 
 
@@ -116,19 +117,14 @@ def distil(
     teacher: OuroForCausalLM,
     student: Student,
     tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    session: Session,
+    run: Run,
 ) -> None:
     """Run one phase of post-training on the task's questions."""
-    run_phase(
-        name,
-        stage,
-        teacher,
-        student,
-        lambda step: [training_batch(tokenizer, stage.batch, stage.seed, step)],
-        folder,
-        session,
-    )
+
+    def batches(step: int) -> list[Batch]:
+        return [training_batch(tokenizer, stage.batch, stage.seed, step)]
+
+    run_phase(name, stage, teacher, student, batches, run)
 
 
 def fresh_looplm(recipe: Recipe, stage: Pretraining, tokenizer: PreTrainedTokenizerFast) -> OuroForCausalLM:

@@ -77,7 +77,8 @@ def check_disk(recipe: PostTraining, config: MeltConfig, folder: Path) -> None:
         trained = sum(math.prod(shape) for key, shape in shapes if is_gate(key))
         adapted = (shape for key, shape in shapes if key.split(".")[-2] in ADAPTED)
         trained += (recipe.lora_rank or 0) * sum(map(sum, adapted))
-    kept = sum(path.stat().st_size for path in folder.rglob("*.state.pt*"))
+    found = (path.stat() for path in folder.rglob("*.state.pt*"))
+    kept = sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())  # one may have many names
     every = sum(stage.steps // recipe.keep_every for stage in recipe.stages.values()) if recipe.keep_every else 0
     states = max(2, recipe.keep_last) * len(recipe.stages) + every + 1
     needed = states * 3 * 4 * trained  # weights and AdamW's two moments, in float32

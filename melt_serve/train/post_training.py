@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from melt_serve.train.distil.teacher import load_teacher
 from melt_serve.train.inputs import data_files, note_inputs, teacher_files
 from melt_serve.train.loop.distributed import any_of, load_model, process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
-from melt_serve.train.loop.loggers import logger_of
+from melt_serve.train.loop.loggers import Show, logger_of
 from melt_serve.train.loop.logs import LOG, read_log
 from melt_serve.train.loop.states import read_state
-from melt_serve.train.loop.trainer import Saving
-from melt_serve.train.recipe import Distillation, PostTraining
-from melt_serve.train.run_folder import RECIPE, check_recipe, facts_of, forget_unsaved, note_recipe
+from melt_serve.train.loop.trainer import Run, Saving, Watch, unwatched
+from melt_serve.train.recipe import PostTraining
+from melt_serve.train.run_folder import RECIPE, check_recipe, facts_of, forget_unsaved, note_recipe, stage_reached
 from melt_serve.train.session import Paused, Session, TrainingError
+from melt_serve.train.stages import Distillation
 
 
 def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
@@ -56,7 +58,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     path = located_looped(recipe.teacher)
     teacher, tokenizer = load_teacher(recipe, path)
     config = student_config(recipe, teacher.config)
-    with process_group(DTYPES[recipe.dtype]) as device:
+    with process_group(DTYPES[recipe.dtype]) as device, ExitStack() as stack:
         check_share(recipe)
         refused: Exception | None = None
         if rank() == 0:
@@ -71,6 +73,7 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             raise Paused
         if rank() > 0:
             sequences = Sequences(recipe, tokenizer, folder)
+        stack.enter_context(closing(sequences))
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)
         saving = Saving(
@@ -80,9 +83,9 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
             keep_every=recipe.keep_every,
             most_skipped=recipe.most_skipped,
         )
+        run = Run(folder, session, saving, recipe.report_to)
         heldout = heldout_of(recipe, config.max_position_embeddings, tokenizer, device)
-        if rank() == 0:
-            note_recipe(facts_of(recipe), folder)
+        goes_on = stage_reached(recipe, folder)
 
         def flops(stage: Distillation) -> float:
             return sequence_flops(config, recipe, stage) * recipe.sequences / world_size()
@@ -90,20 +93,12 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
         first = 0
         for name, stage in recipe.stages.items():
             batches = batches_of(recipe, sequences, first, device)
-            watch = heldout and heldout.watch(name, first == 0, stage.steps, teacher, student, folder)
-            run_phase(
-                name,
-                stage,
-                teacher,
-                student,
-                batches,
-                folder,
-                session,
-                saving,
-                flops,
-                watch or (lambda done, show: None),
-                recipe.report_to,
-            )
+            watch: Watch = unwatched
+            if heldout is not None:
+                watch = heldout.watch(name, first == 0, stage.steps, teacher, student, folder)
+            if name == goes_on and rank() == 0:
+                watch = noted_first(watch, recipe, folder)
+            run_phase(name, stage, teacher, student, batches, run, flops, watch)
             first += stage.steps * recipe.sequences
         melt = plain(student)
         if rank() == 0:
@@ -135,6 +130,20 @@ def begun(
     note_inputs(models, data_files(recipe), folder, sequences.accept_changes)
     warn_about_blocks(recipe.chunk_size)
     return sequences
+
+
+def noted_first(watch: Watch, recipe: PostTraining, folder: Path) -> Watch:
+    """Return a watch that first writes the recipe down: by then its stage's state is loaded, so nothing is refused."""
+    noted = False
+
+    def watched(done: int, show: Show) -> None:
+        nonlocal noted
+        if not noted:
+            note_recipe(facts_of(recipe), folder)
+            noted = True
+        watch(done, show)
+
+    return watched
 
 
 def export_state(recipe: PostTraining, state_file: Path, folder: Path) -> str:

@@ -10,6 +10,7 @@ from melt_serve.checkpoint_path import is_there
 from melt_serve.train.atomic import replacing
 from melt_serve.train.data.sequences import INDEX
 from melt_serve.train.inputs import INPUTS, really
+from melt_serve.train.loop.loggers import WANDB_ID
 from melt_serve.train.loop.logs import EVALUATIONS, LOG
 from melt_serve.train.recipe import PHASES, PostTraining
 from melt_serve.train.session import TrainingError
@@ -47,7 +48,7 @@ def state_of(folder: Path, stage: str) -> Path:
 def forget_unsaved(folder: Path) -> None:
     """Forget a run of which no state was saved: it will begin anew, and may be another one."""
     if not any(folder.glob("*.state.pt")):
-        for name in (RECIPE, INPUTS, INDEX, LOG, EVALUATIONS):
+        for name in (RECIPE, INPUTS, INDEX, LOG, EVALUATIONS, WANDB_ID):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -71,15 +72,20 @@ def absolute(named: str) -> str:
     return os.path.abspath(named) if is_there(named) else named
 
 
+def stage_reached(recipe: PostTraining, folder: Path) -> str:
+    """Return the stage that a run goes on with: the last that has a state, or its first."""
+    return [recipe.names[0], *(name for name in recipe.names if state_of(folder, name).exists())][-1]
+
+
 def newest_state(folder: Path, recipe: PostTraining) -> Path:
     """Return the state that a run has come to.
 
     Raises:
         TrainingError: it has none yet.
     """
-    states = [state_of(folder, name) for name in recipe.names]
-    if found := [state for state in states if state.exists()]:
-        return found[-1]
+    state = state_of(folder, stage_reached(recipe, folder))
+    if state.exists():
+        return state
     raise TrainingError(f"{folder} has no state yet: the run saves one every save_steps={recipe.save_steps} steps")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from melt_serve.modeling import looplm
+from melt_serve.modeling import masks
 from tests.modeling.plain import PlainLoopLM
 from tests.tiny_models import tiny_looplm, tokens
 
@@ -38,7 +38,7 @@ def test_states_are_what_the_heads_answer_from():
 def test_answers_do_not_depend_on_how_many_queries_attend_at_once(queries, monkeypatch):
     model, (ids, mask) = tiny_looplm(), (tokens(2, 9), torch.tensor([[0, 0, *[1] * 7], [1] * 9]))
     expected = model(ids, attention_mask=mask).logits
-    monkeypatch.setattr(looplm, "QUERIES_AT_ONCE", queries)
+    monkeypatch.setattr(masks, "QUERIES_AT_ONCE", queries)
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()], **CLOSE)
 
 

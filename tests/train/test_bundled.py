@@ -12,8 +12,9 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.__main__ import main
 from melt_serve.train.bundled_run import fresh_student, make_checkpoints, plain
 from melt_serve.train.loop.trainer import LOG
-from melt_serve.train.recipe import Distillation, Pretraining, Recipe, Shape
+from melt_serve.train.recipe import Recipe, Shape
 from melt_serve.train.session import Paused, Session, TrainingError
+from melt_serve.train.stages import Distillation, Pretraining
 from tests.train.tiny_run import TIMED
 
 RATE = {"learning_rate": 1e-3, "batch": 8, "warmup": 2}

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from melt_serve.train.recipe import Data, Distillation, PostTraining, Recipe
+from melt_serve.train.recipe import Data, PostTraining, Recipe
 from melt_serve.train.recipe_files import RecipeError, bundled_recipes, load_recipe
+from melt_serve.train.stages import Distillation
 
 OWN = ("teacher=./ouro", "data.files=chats.jsonl", "output=./melt")
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melt_serve.task.tokenizer import VOCABULARY
+from melt_serve.train import checks
 from melt_serve.train.__main__ import main
 from melt_serve.train.loop.logs import read_log
 from tests.ouro_files import PUBLISHED_OURO
@@ -115,6 +116,25 @@ def test_a_disk_without_room_is_refused_before_the_first_step(folder, capsys, mo
     assert not (folder / "run" / "losses.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["train_base=frozen"], ["train_base=lora", "lora_rank=3"]], ids=lambda words: words
+)
+def test_the_room_that_is_asked_for_is_what_the_run_takes(folder, monkeypatch, words):
+    """Two states of each stage, and one while it is written; what is there under two names counts once."""
+    asked = {}
+    monkeypatch.setattr(checks, "check_space", lambda target, needed: asked.update({target.name: needed}))
+    assert run(folder, "run", "keep_last=2", "save_steps=1", *words) == 0
+    state = torch.load(folder / "run" / "alignment.state.pt", weights_only=True)
+    moments = [each for entry in state["optimizers"][0]["state"].values() for each in entry.values() if each.ndim]
+    assert asked["states"] == 5 * sum(each.nbytes for each in (*state["model"].values(), *moments))
+    assert (folder / "run-melt" / "model.safetensors").stat().st_size == pytest.approx(asked["run-melt"], rel=0.1)
+    kept = {path.stat().st_ino: path.stat().st_size for path in (folder / "run").rglob("*.state.pt*")}
+    assert len(kept) == 4 and len(list((folder / "run").rglob("*.state.pt*"))) == 8
+    needed = asked["states"]
+    assert run(folder, "run", "keep_last=2", "save_steps=1", *words, "--resume") == 0
+    assert asked["states"] == max(0, needed - sum(kept.values())) and (words or asked["states"])
+
+
 def test_half_a_character_is_a_broken_record(folder, capsys):
     chats = folder / "chats.jsonl"
     chats.write_text(chats.read_text() + '{"text": "a \\ud800 b"}\n')
@@ -197,6 +217,9 @@ def test_what_was_refused_is_not_asked_again(folder, capsys):
     assert run(folder, "run", "--minutes", "0") == 3
     assert run(folder, "run", "evaluation.files=['nowhere.jsonl']", "--resume") == 1
     assert "nowhere.jsonl" in said(capsys)
+    assert run(folder, "run", "--resume", "--minutes", "0") == 3
+    assert run(folder, "run", "transition.steps=1", "--resume") == 1
+    assert "is of step 2, and steps=1 are fewer" in said(capsys)
     assert main(["run", "--run", str(folder / "run"), "--resume"]) == 0
 
 
@@ -204,8 +227,10 @@ def test_a_run_without_a_state_leaves_no_numbers_to_the_next(folder, capsys):
     (folder / "run").mkdir()
     for name in ("losses.jsonl", "evaluations.jsonl"):
         (folder / "run" / name).write_text('{"stage": "transition", "step": 0, "loss": 7.0, "seconds": 1.0}\n')
+    (folder / "run" / "wandb.id").write_text("of-a-run-of-before\n")
     assert run(folder, "run") == 0
-    assert not (folder / "run" / "evaluations.jsonl").exists() and logged(folder / "run")[0]["loss"] != 7
+    assert logged(folder / "run")[0]["loss"] != 7
+    assert not any((folder / "run" / name).exists() for name in ("evaluations.jsonl", "wandb.id"))
 
 
 def test_more_steps_another_stage_and_another_spelling_go_on_from_the_folder_alone(folder, capsys, monkeypatch):

@@ -22,8 +22,8 @@ from melt_serve.task.tokenizer import build_tokenizer
 from melt_serve.train.__main__ import main
 from melt_serve.train.distil.build import fresh_student
 from melt_serve.train.distil.phase import drawn_chunk_size
-from melt_serve.train.recipe import Distillation
 from melt_serve.train.recipe_files import load_recipe
+from melt_serve.train.stages import Distillation
 from tests.signals import hear_ctrl_c
 from tests.train.tiny_run import assert_close, logged, prepare, wait_for
 
@@ -143,6 +143,15 @@ def test_ctrl_c_saves_and_after_kill_9_a_run_goes_on_bit_for_bit(unbroken):
     assert run(unbroken, "killed", "--resume") == 0
     assert logged(unbroken / "killed") == logged(unbroken / "run")
     assert weights(unbroken / "killed-melt") == weights(unbroken / "melt")
+
+
+def test_after_kills_at_random_moments_nothing_is_lost():
+    """A few of those that `python -m tests.train.kills` does."""
+    words = [sys.executable, "-m", "tests.train.kills", "--kills", "3"]
+    ended = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    counts = json.loads(ended.stdout)
+    assert counts["kills"] == 3 and counts["runs done"] >= 1
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def test_held_out_distances_are_those_of_the_reference_model_before_the_first_st
             assert len(entry[mode]["kl"]) == 3
         assert entry["teacher"]["ce"][-1] > 0
     # A fresh gate is the running mean, but for the small spread of its matrices.
-    assert entries[0]["z"] == pytest.approx([1 / 2, 2 / 3], abs=0.05) and entries[-1]["z"] != entries[0]["z"]
+    assert entries[0]["z"] == pytest.approx({"2": 1 / 2, "3": 2 / 3}, abs=0.05) and entries[-1]["z"] != entries[0]["z"]
     assert [len(entry["samples"]) for entry in entries] == [2] * 5
     sample = entries[-1]["samples"][0]
     assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["wanted"] and sample["answer"]
@@ -129,6 +129,8 @@ def test_numbers_go_to_every_logger_that_is_named(folder):
     shown = [(event.step, event.value) for event in events.Scalars("evaluation/chunk/kl/3")]
     entries = [each for each in lines(folder / "run" / "evaluations.jsonl") if each["stage"] == "alignment"]
     assert shown == [(each["step"], pytest.approx(each["chunk"]["kl"][-1])) for each in entries]
+    of_loops = sorted(tag for tag in events.Tags()["scalars"] if "/z/" in tag)
+    assert of_loops == ["evaluation/z/2", "evaluation/z/3"], "loop 1 has no z"
 
 
 def test_weights_and_biases_that_is_not_installed_is_one_line(folder, capsys, monkeypatch):
@@ -156,6 +158,14 @@ def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys,
     assert loss_table([each for each in log if each["stage"] == "transition" or each["step"] < 2]) in card
     monkeypatch.chdir(folder)
     assert main([*words, "300"]) == 0 and (folder / "300" / "config.json").exists()
+
+
+def test_a_checkpoint_of_a_run_that_was_killed_while_it_logged_is_that_of_its_state(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "torn")
+    with (tmp_path / "torn" / "losses.jsonl").open("a") as log:
+        log.write('{"stage": "alignment", "step": 4, "lo')
+    assert main(["export", str(tmp_path / "torn"), str(tmp_path / "now")]) == 0
+    assert loss_table(read_log(folder / "run" / "losses.jsonl")) in (tmp_path / "now" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -190,3 +200,5 @@ def test_a_checkpoint_is_pushed_to_the_hub(folder, monkeypatch, capsys):
         assert run(folder, "run", "--resume", "--push", "acme/melt-tiny") == 1
     said = capsys.readouterr().err
     assert "it needs a token that may write (HF_TOKEN). The checkpoint is in" in said and "Traceback" not in said
+    assert main(["run", "demo", "--run", str(folder / "demo"), "--push", "acme/melt-tiny"]) == 1
+    assert "--push=acme/melt-tiny: only what a post-training makes is pushed" in capsys.readouterr().err

@@ -6,7 +6,8 @@ from statistics import mean
 from melt_serve.config import LoopLMConfig, MeltConfig, gate_width, kv_bytes_per_token, weight_shapes
 from melt_serve.train.distil.build import DTYPES, student_config
 from melt_serve.train.distil.losses import ANSWERS_AT_ONCE
-from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.recipe import PostTraining
+from melt_serve.train.stages import Distillation
 
 
 def sequence_flops(student: MeltConfig, recipe: PostTraining, stage: Distillation) -> float:

@@ -11,7 +11,8 @@ from melt_serve.terminal import columns
 from melt_serve.train.cost.arithmetic import memory, sequence_flops, trained_weights
 from melt_serve.train.cost.probe import kept_by_length
 from melt_serve.train.distil.build import student_config
-from melt_serve.train.recipe import Distillation, PostTraining, TrainBase
+from melt_serve.train.recipe import PostTraining, TrainBase
+from melt_serve.train.stages import Distillation
 
 CAPACITIES = (24, 48, 80)
 """GB of memory that a post-training is fitted into."""

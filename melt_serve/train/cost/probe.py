@@ -20,7 +20,8 @@ from melt_serve.train.distil.build import DTYPES, student_config
 from melt_serve.train.distil.phase import phase_losses
 from melt_serve.train.distil.shared_base import share_base
 from melt_serve.train.distil.student import Student
-from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.recipe import PostTraining
+from melt_serve.train.stages import Distillation
 
 MEASURED_STEPS = 2
 

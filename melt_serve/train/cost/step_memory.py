@@ -19,7 +19,8 @@ from melt_serve.capacity import PlanError
 from melt_serve.config import LoopLMConfig
 from melt_serve.train.cost.arithmetic import step_memory
 from melt_serve.train.cost.probe import kept_for_backward, random_step, reduced
-from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.recipe import PostTraining
+from melt_serve.train.stages import Distillation
 
 PHASE_1, PHASE_2, WITHOUT = "phase 1", "phase 2", "phase 1 without the LoopLM's rows"
 

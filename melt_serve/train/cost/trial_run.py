@@ -24,7 +24,7 @@ from melt_serve.train.distil.phase import loops_of, run_phase
 from melt_serve.train.distil.student import Student
 from melt_serve.train.loop.distributed import process_group, world_size
 from melt_serve.train.loop.logs import LOG, read_log
-from melt_serve.train.loop.trainer import Saving
+from melt_serve.train.loop.trainer import Run, Saving
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.recipe_files import RecipeError, find_recipe, load_recipe, override, read_table
 from melt_serve.train.results import Record, append_record, fingerprint, read_records
@@ -164,9 +164,9 @@ def take_steps(
 
     pause = None
     forget_peak(device)
-    saving = Saving(minutes=math.inf, at_end=False)  # at the true size a state is 20 GB
+    run = Run(folder, session, Saving(minutes=math.inf, at_end=False))  # at the true size a state is 20 GB
     try:
-        run_phase(name, recipe.stages[name], teacher, student, batches, folder, session, saving)
+        run_phase(name, recipe.stages[name], teacher, student, batches, run)
     except Paused as paused:
         pause = paused
     if steps:

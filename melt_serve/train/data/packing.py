@@ -17,23 +17,26 @@ import logging
 import random
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
-from itertools import islice
-from typing import Any, Literal
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
+from operator import add
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from melt_serve.config import on_grid
 from melt_serve.train.data.batch import IGNORED, Batch
 from melt_serve.train.data.datasets import Corpus, Cursor
 from melt_serve.train.data.documents import Document, Learn, TooLong, documents_of, fitted
+from melt_serve.train.data.order import Permuted, Streamed, digest_of
 from melt_serve.train.data.records import BrokenRecord, DataError, Record
 
 logger = logging.getLogger(__name__)
 Broken = Literal["fail", "skip"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,25 @@ class Counts:
 Pack = list[Document]
 
 
+@dataclass
+class Window:
+    """Some records that were read together, as packs.
+
+    Attributes:
+        after: the cursor behind them.
+        counts: of this window alone.
+        broken: which of the records were left out as broken, by their place; `said` are those that are so now.
+        digest: a checksum of the others.
+    """
+
+    after: Cursor
+    counts: Counts
+    packs: list[Pack] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+    said: list[BrokenRecord] = field(default_factory=list)
+    digest: str = ""
+
+
 def warn(broken: BrokenRecord) -> None:
     """Log a skipped record: what is done about it by default."""
     logger.warning("left out: %s", broken)
@@ -127,11 +149,13 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         report: Callable[[BrokenRecord], None] = warn,
+        ahead: bool = False,
     ):
         """Stand before the first batch.
 
         Args:
             report: told of every record that is skipped, in the first epoch.
+            ahead: read the next window in a thread while the present one is used.
 
         Raises:
             DataError: a batch cannot be shared evenly among the ranks.
@@ -140,7 +164,11 @@ class Batches:
             raise DataError(f"a batch of {packing.batch} packs cannot be shared evenly by {world_size} ranks")
         self.tokenizer, self.packing, self.report = tokenizer, packing, report
         self.rank, self.world_size = rank, world_size
-        self.order: Streamed | Permuted = (Streamed if packing.streaming else Permuted)(corpus, packing)
+        self.order: Streamed | Permuted = (
+            Streamed(corpus, packing.window, packing.seed)
+            if packing.streaming
+            else Permuted(corpus, packing.window, packing.seed, packing.weights)
+        )
         self.data = {"files": corpus.identity(), **asdict(replace(packing, batch=1, broken="skip"))}
         self.broken: list[int] = []
         self.digest = ""
@@ -150,6 +178,9 @@ class Batches:
         self.packs: list[Pack] = []
         self.used = 0
         self.counts = self.counts_before = Counts()
+        self.ahead = ahead
+        self.closed = False
+        self.coming: Future[tuple[int, Window | None]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -180,58 +211,90 @@ class Batches:
         Args:
             left_out: records that were broken when the window was first read, and may be mended now.
         """
-        records, after = self.order.window(self.epoch, self.next_cursor)
-        if not records:
+        window = self.window_here(left_out)
+        if window is None:
             self.epoch, self.next_cursor = self.epoch + 1, []
             return False
-        before, broken = replace(self.counts), []
+        if self.epoch == 0:  # once is enough
+            for broken in window.said:
+                self.report(broken)
+        self.counts_before = self.counts
+        self.counts = Counts(*map(add, astuple(self.counts), astuple(window.counts)))
+        self.cursor, self.next_cursor = self.next_cursor, window.after
+        self.packs, self.used, self.broken, self.digest = window.packs, 0, window.broken, window.digest
+        if self.ahead:
+            self.coming = in_thread(partial(self.read_coming, self.epoch, self.next_cursor))
+        return True
+
+    def window_here(self, left_out: Collection[int]) -> Window | None:
+        """Return the window at the cursor, which may have been read ahead; None at the end of the epoch."""
+        coming, self.coming = self.coming, None
+        if coming is None:
+            return self.read_window(self.epoch, self.next_cursor, left_out)
+        epoch, window = coming.result()
+        if epoch == self.epoch:
+            return window
+        self.coming = coming  # it is the next epoch's, which is asked for next
+        return None
+
+    def read_coming(self, epoch: int, cursor: Cursor) -> tuple[int, Window | None]:
+        """Read the window at this place, or where there is none the first of the next epoch; return its epoch, too."""
+        window = self.read_window(epoch, cursor)
+        return (epoch, window) if window is not None else (epoch + 1, self.read_window(epoch + 1, []))
+
+    def read_window(self, epoch: int, cursor: Cursor, left_out: Collection[int] = ()) -> Window | None:
+        """Read and pack the window at this place; None at the end of the epoch. Nothing else of the stream changes.
+
+        Raises:
+            BrokenRecord: where records must not be broken.
+        """
+        records, after = self.order.window(epoch, cursor)
+        if not records:
+            return None
+        window = Window(after, Counts(records=len(records)))
         documents: list[Document] = []
         for number, record in enumerate(records):
-            found = None if number in left_out else self.documents_of(record)
-            if found is None:
-                broken.append(number)
-            documents += found or []
+            if self.closed:
+                raise CancelledError
+            if number in left_out:
+                window.broken.append(number)
+                continue
+            try:
+                documents += self.documents_of(record, window.counts)
+            except BrokenRecord as broken:
+                if self.packing.broken == "fail":
+                    raise
+                window.broken.append(number)
+                window.said.append(broken)
+        window.counts.broken = len(window.broken)
         if self.packing.alone:
             chosen = [[number] for number in range(len(documents))]
         else:
             chosen = best_fit([len(document) for document in documents], self.packing.length, self.packing.chunk_size)
-        random.Random(f"packs {self.packing.seed} {self.epoch} {self.next_cursor}").shuffle(chosen)
-        # Only now, so that a window that could not be read leaves a state that is good.
-        self.cursor, self.next_cursor, self.counts_before = self.next_cursor, after, before
-        self.packs, self.used = [[documents[number] for number in pack] for pack in chosen], 0
-        self.broken, self.digest = broken, digest_of(records, broken)
-        for pack in self.packs:
-            self.count(pack)
-        return True
+        random.Random(f"packs {self.packing.seed} {epoch} {cursor}").shuffle(chosen)
+        window.packs = [[documents[number] for number in pack] for pack in chosen]
+        window.digest = digest_of(records, window.broken)
+        for pack in window.packs:
+            count(pack, self.packing, window.counts)
+        return window
 
-    def documents_of(self, record: Record | BrokenRecord) -> list[Document] | None:
-        """Return a record's documents, each short enough for a pack; None where it is broken."""
-        self.counts.records += 1
-        try:
-            if isinstance(record, BrokenRecord):
-                raise record
-            whole = documents_of(record, self.tokenizer, self.packing.learn)
-        except BrokenRecord as broken:
-            if self.packing.broken == "fail":
-                raise
-            self.counts.broken += 1
-            if self.epoch == 0:  # once is enough
-                self.report(broken)
-            return None
-        length = self.packing.length
-        self.counts.too_long += sum(len(document) > length for document in whole)
+    def close(self) -> None:
+        """End the thread that reads ahead: at the end of a process, nothing may be in a tokenizer."""
+        self.closed = True
+        if self.coming is not None:
+            wait([self.coming])
+
+    def documents_of(self, record: Record | BrokenRecord, counts: Counts) -> list[Document]:
+        """Return a record's documents, each short enough for a pack; count those that were too long.
+
+        Raises:
+            BrokenRecord: it cannot be learnt from.
+        """
+        if isinstance(record, BrokenRecord):
+            raise record
+        whole, length = documents_of(record, self.tokenizer, self.packing.learn), self.packing.length
+        counts.too_long += sum(len(document) > length for document in whole)
         return [part for document in whole for part in fitted(document, length, self.packing.too_long)]
-
-    def count(self, pack: Pack) -> None:
-        """Add a pack to the counts."""
-        counts, size = self.counts, self.packing.chunk_size
-        counts.packs += 1
-        counts.columns += self.packing.length
-        counts.documents += len(pack)
-        counts.tokens += sum(map(len, pack))
-        counts.supervised += sum(int(document.supervised[1:].sum()) for document in pack)
-        counts.lost_to_grid += sum(-len(document) % size for document in pack[:-1])
-        counts.beyond_first_chunk += sum(int(document.supervised[size:].sum()) for document in pack)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON; the same for all ranks."""
@@ -253,67 +316,39 @@ class Batches:
         changed = sorted(name for name, value in state["data"].items() if own.get(name) != value)
         if changed:
             raise DataError(f"the data is not the same as when the state was saved: {', '.join(changed)} differ")
+        if self.coming is not None:
+            wait([self.coming])  # files are read by one thread at a time
+            self.coming = None
         self.epoch, self.next_cursor = state["epoch"], state["place"]
         self.counts = Counts(**state["counts"])
         self.next_window(state.get("broken", ()))
         self.used = state["used"]
 
 
-def digest_of(records: Sequence[Record | BrokenRecord], broken: Collection[int]) -> str:
-    """Return a checksum of a window's records, but for those with these numbers; an empty text if others are broken."""
-    digest = blake2b(digest_size=16)
-    for number, record in enumerate(records):
-        if number not in broken:
-            if isinstance(record, BrokenRecord):
-                return ""
-            digest.update(record.fingerprint)
-    return digest.hexdigest()
+def count(pack: Pack, packing: Packing, counts: Counts) -> None:
+    """Add a pack to the counts."""
+    size = packing.chunk_size
+    counts.packs += 1
+    counts.columns += packing.length
+    counts.documents += len(pack)
+    counts.tokens += sum(map(len, pack))
+    counts.supervised += sum(int(document.supervised[1:].sum()) for document in pack)
+    counts.lost_to_grid += sum(-len(document) % size for document in pack[:-1])
+    counts.beyond_first_chunk += sum(int(document.supervised[size:].sum()) for document in pack)
 
 
-class Permuted:
-    """The order that takes all records of an epoch at random. A cursor is how many of them are done."""
+def in_thread(work: Callable[[], Result]) -> Future[Result]:
+    """Do the work in a thread; its error is raised where the result is asked for."""
+    future: Future[Result] = Future()
 
-    def __init__(self, corpus: Corpus, packing: Packing):
-        self.corpus, self.packing = corpus, packing
-        self.epoch: int | None = None
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
-        """Read the records from this cursor on, none at the end; return them and the cursor after them."""
-        if epoch != self.epoch:
-            seed = random.Random(f"order {self.packing.seed} {epoch}").getrandbits(63)
-            self.order = self.drawn(torch.Generator().manual_seed(seed))
-            self.epoch = epoch
-        (done,) = cursor or [0]
-        chosen = self.order[done : done + self.packing.window].tolist()
-        return [self.corpus.read(index) for index in chosen], [done + len(chosen)]
-
-    def drawn(self, generator: torch.Generator) -> Tensor:
-        """Draw the order of an epoch: the numbers of the records in it."""
-        weights = self.packing.weights
-        if weights is None:
-            return torch.randperm(len(self.corpus), generator=generator)
-        chosen, first = [], 0
-        for weight, end in zip(weights, self.corpus.ends, strict=True):
-            once = torch.arange(first, end)
-            part = round((weight % 1) * len(once))
-            chosen += [*[once] * int(weight), once[torch.randperm(len(once), generator=generator)[:part]]]
-            first = end
-        numbers = torch.cat(chosen)
-        return numbers[torch.randperm(len(numbers), generator=generator)]
-
-
-class Streamed:
-    """The order that follows the files, shuffled within each window. A cursor is one in the files."""
-
-    def __init__(self, corpus: Corpus, packing: Packing):
-        self.corpus, self.packing = corpus, packing
-
-    def window(self, epoch: int, cursor: Cursor) -> tuple[list[Record | BrokenRecord], Cursor]:
-        """Read the records as `Permuted.window` does."""
-        read = list(islice(self.corpus.stream(cursor), self.packing.window))
-        records = [record for record, _ in read]
-        random.Random(f"window {self.packing.seed} {epoch} {cursor}").shuffle(records)
-        return records, read[-1][1] if read else cursor
+    Thread(target=run).start()
+    return future
 
 
 def best_fit(lengths: Sequence[int], width: int, grid: int) -> list[list[int]]:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from melt_serve.train.atomic import replacing
 from melt_serve.train.data.batch import IGNORED, Batch
 from melt_serve.train.data.datasets import Corpus
-from melt_serve.train.data.packing import Batches, Packing, collate, digest_of
+from melt_serve.train.data.order import digest_of
+from melt_serve.train.data.packing import Batches, Packing, collate
 from melt_serve.train.recipe import PostTraining
 
 INDEX = "data.jsonl"
@@ -33,7 +34,7 @@ class Sequences:
         """
         self.packing = packing_of(recipe)
         self.corpus = Corpus(recipe.data.files)
-        self.stream = Batches(self.corpus, tokenizer, self.packing)
+        self.stream = Batches(self.corpus, tokenizer, self.packing, ahead=True)
         self.index = folder / INDEX
         self.start = self.stream.state_dict()
         self.windows: list[tuple[int, dict[str, Any]]] = []
@@ -72,6 +73,10 @@ class Sequences:
             self.note()
         self.next += 1
         return pack
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.stream.close()
 
     def accept_changes(self) -> bool:
         """Take files that have changed since the run began, if all that it has read of them so far is the same.

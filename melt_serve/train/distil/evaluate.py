@@ -79,7 +79,8 @@ class Heldout:
         Returns:
             By decode mode: `kl`, KL(teacher || student) in nats, `agreement`, the share of first choices that are the
             teacher's, and `ce`, the cross-entropy of the documents, each a list by loop, mean over the learnt tokens;
-            the teacher's `ce`; `z`, the gate's mean at the loops from the second on, in chunks; and `samples`.
+            the teacher's `ce`; `z`, the gate's mean by the number of the loop, from the second on, in chunks; and
+            `samples`.
         """
         loops = student.config.total_ut_steps
         found: dict[str, list[Tensor]] = {}
@@ -102,7 +103,7 @@ class Heldout:
         }
         numbers["teacher"] = {"ce": means["teacher"][2]}
         if z[1].any():
-            numbers["z"] = (z[0, 1:] / z[1, 1:]).tolist()
+            numbers["z"] = dict(zip(map(str, range(2, loops + 1)), (z[0, 1:] / z[1, 1:]).tolist(), strict=True))
         return numbers | {"samples": list(self.samples(student))}
 
     def samples(self, student: Student) -> Iterator[dict[str, str]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from melt_serve.train.recipe import Distance
+from melt_serve.train.stages import Distance
 
 ANSWERS_AT_ONCE = 1024
 """Answers, of one token at one loop each, whose logits exist together in `distillation_from_states`."""

@@ -6,7 +6,6 @@ Source: arXiv 2605.07721; README.md.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +18,8 @@ from melt_serve.train.distil.shared_base import is_gate
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
 from melt_serve.train.loop.distributed import all_reduce_sum, exchange_gradients, rank, world_size
-from melt_serve.train.loop.trainer import EVERY_MINUTE, Losses, Saving, Watch, run_stage
-from melt_serve.train.recipe import Distillation, Stage
-from melt_serve.train.session import Session
+from melt_serve.train.loop.trainer import Losses, Run, Watch, run_stage, unwatched
+from melt_serve.train.stages import Distillation, Stage
 
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
@@ -32,12 +30,9 @@ def run_phase(
     teacher: OuroForCausalLM,
     student: Student,
     batches: Callable[[int], Sequence[Batch]],
-    folder: Path,
-    session: Session,
-    saving: Saving = EVERY_MINUTE,
+    run: Run,
     flops: Callable[[Distillation], float] | None = None,
-    watch: Watch = lambda done, show: None,
-    report_to: Sequence[str] = ("tensorboard",),
+    watch: Watch = unwatched,
 ) -> None:
     """Train the student on what the teacher says.
 
@@ -45,12 +40,11 @@ def run_phase(
         name: the phase's, unique in its folder.
         batches: returns this process's micro-batches of step i; their gradients are added up, as those of one batch.
         flops: counts those of a step of a stage on this process's device, to be logged by the second.
-        watch, report_to: see `run_stage`.
+        watch: see `run_stage`.
 
     Raises:
         Paused, TrainingError: see `run_stage`.
     """
-
     trained = 0
 
     def losses(step: int) -> Losses:
@@ -88,7 +82,7 @@ def run_phase(
     base = [weight for key, weight in learnt if not is_gate(key)]
     groups = [{"params": base, "lr": stage.learning_rate}, {"params": gate, "lr": stage.gate_learning_rate}]
     optimizer = AdamW(groups, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
-    run_stage(name, stage, student, [optimizer], losses, folder, session, saving, facts, watch, report_to)
+    run_stage(name, stage, student, [optimizer], losses, run, facts, watch)
 
 
 def of_all_processes(losses: Losses) -> Losses:

@@ -15,7 +15,7 @@ from melt_serve.modeling.depth import TokenDepths
 from melt_serve.modeling.looplm import RotaryTables, SelfAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.losses import squared_distance
-from melt_serve.train.recipe import Distance
+from melt_serve.train.stages import Distance
 
 
 class TrainingRows(MeltRows):
@@ -63,10 +63,18 @@ class TrainingRows(MeltRows):
         self.distance = torch.zeros((), device=device)
         self.loops_run = None if thresholds is None else torch.zeros((), device=device)
 
-    def begin(self, chunk: Chunk, loops: int) -> tuple[Tensor, Tensor]:
+    def begin(self, chunk: Chunk, loops: int) -> tuple[Tensor, Tensor] | None:
         """Make room for a chunk's rows, and remember what was counted before it."""
         self.counted = self.distance, self.loops_run
         return super().begin(chunk, loops)
+
+    def visible(self, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+        """Mark the rows that a chunk's tokens may look at; nothing where a flash kernel needs no mask.
+
+        A sequence that ended before this chunk has rows that nobody looks at, and padding may look at any.
+        """
+        seen = (self.final_positions >= 0) & (self.final_positions < chunk.start)
+        return None if (seen | (chunk.start < 0)).all() else super().visible(chunk)
 
     def begin_again(self, chunk: Chunk, generated: Tensor) -> Tensor:
         """Make room for the rows of a chunk's second pass, and count that one alone."""

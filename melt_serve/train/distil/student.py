@@ -20,7 +20,7 @@ from melt_serve.modeling.melt import MeltAttention
 from melt_serve.train.data.batch import Batch
 from melt_serve.train.distil.rows import TrainingRows
 from melt_serve.train.distil.teacher import Answers
-from melt_serve.train.recipe import DecodeAwareBy, Distance
+from melt_serve.train.stages import DecodeAwareBy, Distance
 
 
 class FusedGate(KVGate):

@@ -17,8 +17,9 @@ from melt_serve.checkpoint_path import CheckpointError
 from melt_serve.config import LoopLMConfig
 from melt_serve.modeling import OuroForCausalLM
 from melt_serve.train.data.batch import Batch
-from melt_serve.train.recipe import Distillation, PostTraining
+from melt_serve.train.recipe import PostTraining
 from melt_serve.train.session import TrainingError
+from melt_serve.train.stages import Distillation
 
 
 def load_teacher(recipe: PostTraining, path: Path) -> tuple[OuroForCausalLM, PreTrainedTokenizerFast]:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 Tree = TypeVar("Tree")
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for the others. NCCL's ten minutes are less than the first may take to read all files of a
+teacher and its data, or to write a state to a slow disk; torchrun sees by itself when a process has ended."""
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def process_group(dtype: torch.dtype) -> Iterator[torch.device]:
     if dist.is_torchelastic_launched():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     elif dtype != torch.float32:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -86,9 +90,18 @@ def any_of(flags: list[bool], device: torch.device) -> list[bool]:
     return values.bool().tolist()
 
 
-def full_tensors(tree: Tree) -> Tree:
-    """Gather sharded tensors, wherever they are in the tree, as whole ones on the CPU. All processes must call it."""
-    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
+def full_tensors(tree: Tree, by_all: bool = True) -> Tree:
+    """Gather sharded tensors, wherever they are in the tree, as whole ones on the CPU. All processes must call it.
+
+    Args:
+        by_all: whether all have them then; or only the first, and the others None in their place.
+    """
+
+    def gathered(tensor: DTensor) -> Tensor | None:
+        whole = tensor.full_tensor()
+        return whole.cpu() if by_all or rank() == 0 else None
+
+    return tree_map_only(DTensor, gathered, tree)
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:

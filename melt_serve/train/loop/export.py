@@ -18,7 +18,8 @@ from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.task.evaluate import Score
 from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.logs import minutes_trained, parts_of
-from melt_serve.train.recipe import PostTraining, Recipe, Stage
+from melt_serve.train.recipe import PostTraining, Recipe
+from melt_serve.train.stages import Stage
 
 WIDTH = 100
 

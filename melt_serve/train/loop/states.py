@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from melt_serve.train.atomic import replacing
 from melt_serve.train.loop.distributed import full_tensors, load_model, load_optimizer, rank, trained_state
-from melt_serve.train.recipe import Stage
 from melt_serve.train.session import TrainingError
+from melt_serve.train.stages import Stage
 
 KEPT = "states"
 PARTS = ("stage", "step", "model", "optimizers")
@@ -37,8 +37,8 @@ def save_state(path: Path, stage: Stage, step: int, model: nn.Module, optimizers
     state = {
         "stage": asdict(stage),
         "step": step,
-        "model": full_tensors(trained_state(model)),
-        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
+        "model": full_tensors(trained_state(model), by_all=False),
+        "optimizers": [full_tensors(optimizer.state_dict(), by_all=False) for optimizer in optimizers],
     }
     if rank() > 0:
         return

@@ -17,13 +17,17 @@ from melt_serve.train.loop.distributed import any_of, full_tensors, rank
 from melt_serve.train.loop.loggers import Show, loggers
 from melt_serve.train.loop.logs import EVALUATIONS, LOG, forget_after, listed, read_log
 from melt_serve.train.loop.states import keep_for_good, load_state, save_state
-from melt_serve.train.recipe import Stage
 from melt_serve.train.session import Paused, Session, TrainingError
+from melt_serve.train.stages import Stage
 
 Losses = dict[str, Tensor]
 """The parts of a loss by name, each a number or a list of them; `loss` is what is minimised."""
 Watch = Callable[[int, Show], None]
 """Is told how many steps are done, when a session begins and after each step, and may show numbers of it."""
+
+
+def unwatched(done: int, show: Show) -> None:
+    """Do nothing while a stage goes on."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,19 @@ class Saving:
     most_skipped: float = 0.0
 
 
-EVERY_MINUTE = Saving()
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share in one session.
+
+    Attributes:
+        folder: holds their states and logs.
+        report_to: see `loggers`.
+    """
+
+    folder: Path
+    session: Session
+    saving: Saving = Saving()
+    report_to: Sequence[str] = ("tensorboard",)
 
 
 def run_stage(
@@ -53,31 +69,27 @@ def run_stage(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     losses: Callable[[int], Losses],
-    folder: Path,
-    session: Session,
-    saving: Saving = EVERY_MINUTE,
+    run: Run,
     facts: Callable[[int, float], dict[str, float]] = lambda step, seconds: {},
-    watch: Watch = lambda done, show: None,
-    report_to: Sequence[str] = ("tensorboard",),
+    watch: Watch = unwatched,
 ) -> None:
-    """Train `model` for the stage's steps, going on from what `folder` holds of it.
+    """Train `model` for the stage's steps, going on from what the run's folder holds of it.
 
-    Every step's losses become a line of `folder/losses.jsonl`, and points where they are reported to. A step whose
-    gradient is not finite changes nothing and is marked `skipped`. The state is saved as
-    `saving` says, and when the session is over; on one machine an interrupted run computes bit for bit
-    what an unbroken one does.
+    Every step's losses become a line of `losses.jsonl` there, and points where they are reported to. A step whose
+    gradient is not finite changes nothing and is marked `skipped`. The state is saved as `Run.saving` says, and when
+    the session is over; on one machine an interrupted run computes bit for bit what an unbroken one does.
 
     Args:
         name: the stage's, unique in its folder.
         losses: the loss of step i and its parts, from batch i.
         facts: what else is logged of step i, which took so many seconds.
-        report_to: see `loggers`.
 
     Raises:
         Paused: the session ended first.
-        TrainingError: too many gradients are not finite, the state cannot be saved, or `folder` holds that of another
+        TrainingError: too many gradients are not finite, the state cannot be saved, or the folder holds that of another
             recipe.
     """
+    folder, session, saving = run.folder, run.session, run.saving
     state_file = folder / f"{name}.state.pt"
     step = load_state(state_file, stage, model, optimizers)
     if rank() == 0:
@@ -95,7 +107,7 @@ def run_stage(
             total=stage.steps, initial=step, desc=f"{name:>10}", unit="step", dynamic_ncols=True, disable=rank() > 0
         ) as bar,
         (folder / LOG if rank() == 0 else Path(os.devnull)).open("a", encoding="utf-8") as log,
-        loggers(report_to, folder, name, step) as show,
+        loggers(run.report_to, folder, name, step) as show,
     ):
         watch(step, show)
         while step < stage.steps:

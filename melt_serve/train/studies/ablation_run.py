@@ -24,9 +24,10 @@ from melt_serve.train.distil.build import student_of
 from melt_serve.train.distil.shared_base import share_base
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
-from melt_serve.train.recipe import DecodeAwareBy
+from melt_serve.train.loop.trainer import Run
 from melt_serve.train.results import Record
 from melt_serve.train.session import Session
+from melt_serve.train.stages import DecodeAwareBy
 from melt_serve.train.studies.ablations import Size, Variant
 
 MEASURED_LOOPS = 4
@@ -85,7 +86,7 @@ class AblationRunner:
         folder.mkdir(parents=True, exist_ok=True)
         for name, stage in (("transition", recipe.transition), ("alignment", recipe.alignment)):
             if stage.steps:
-                distil(name, stage, self.teacher, student, self.tokenizer, folder, session)
+                distil(name, stage, self.teacher, student, self.tokenizer, Run(folder, session))
         outcomes = self.measure(student.eval(), size, variant.served_chunk_sizes(size))
         shutil.rmtree(folder)
         return {

@@ -17,10 +17,10 @@ from torch.optim import AdamW, Muon, Optimizer
 from melt_serve.config import LoopLMConfig, MeltConfig, weight_shapes
 from melt_serve.modeling import MeltForCausalLM, OuroForCausalLM
 from melt_serve.train.loop.logs import LOG, read_log
-from melt_serve.train.loop.trainer import Losses, run_stage
-from melt_serve.train.recipe import Count, Rate, Share, Stage
+from melt_serve.train.loop.trainer import Losses, Run, run_stage
 from melt_serve.train.results import Record
 from melt_serve.train.session import Session
+from melt_serve.train.stages import Count, Rate, Share, Stage
 from melt_serve.train.studies.word_problems import PROBLEMS, Word, WordProblem, words
 
 STAGE = "words"
@@ -209,7 +209,7 @@ def learn(
         Muon(matrices, lr=curriculum.matrix_learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         AdamW(others, lr=curriculum.learning_rate, betas=(0.9, 0.98), weight_decay=curriculum.weight_decay),
     ]
-    run_stage(STAGE, curriculum, model, optimizers, losses, folder, session)
+    run_stage(STAGE, curriculum, model, optimizers, losses, Run(folder, session))
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+from concurrent.futures import CancelledError
 from itertools import islice
 
 import pytest
@@ -200,6 +202,62 @@ def test_a_broken_line_is_fatal_if_asked_and_can_be_skipped_later(broken_file, t
     assert strict.state_dict()["place"] == state["place"] and lenient.epoch == 0
     next(lenient)
     assert lenient.counts.broken > 0
+
+
+ORDERS = ({}, {"streaming": True}, {"weights": (2, 0.5)}, {"window": 7, "alone": True}, {"window": 200})
+
+
+@pytest.mark.parametrize("chosen", ORDERS, ids=str)
+def test_windows_that_are_read_ahead_are_those_that_would_be_read(files, tokenizer, chosen):
+    """Across epochs, and where a stream goes back."""
+    plain, ahead = (Batches(Corpus(files["jsonl"]), tokenizer, packing(**chosen), ahead=each) for each in (False, True))
+    states = []
+    for one, other in islice(zip(plain, ahead, strict=True), 50):
+        assert same(one, other) and ahead.state_dict() == plain.state_dict() and ahead.counts == plain.counts
+        states.append(json.loads(json.dumps(ahead.state_dict())))
+    assert plain.epoch > 1
+    for state in (states[3], states[20]):
+        plain.load_state_dict(state)
+        ahead.load_state_dict(state)
+        assert all(same(*both) for both in islice(zip(plain, ahead, strict=True), 9))
+
+
+def test_the_next_window_is_read_in_a_thread_and_its_broken_line_ends_the_run_where_it_is_reached(
+    broken_file, tokenizer
+):
+    chosen = {"streaming": True, "window": 2, "length": 16, "batch": 1}
+    stream = Batches(Corpus([broken_file]), tokenizer, packing(**chosen), ahead=True)
+    threads = []
+    window = stream.order.window
+    stream.order.window = lambda *place: threads.append(threading.current_thread()) or window(*place)
+    next(stream)
+    assert isinstance(stream.coming.exception(timeout=60), BrokenRecord)
+    assert threads[0] is threading.main_thread() and threads[1] is not threading.main_thread() and len(threads) == 2
+    assert len(list(islice(stream, len(stream.packs) - 1))) == len(stream.packs) - 1
+    with pytest.raises(BrokenRecord, match=r"broken\.jsonl:3: not JSON"):
+        next(stream)
+
+
+def test_a_stream_that_is_closed_reads_no_further(files, tokenizer, monkeypatch):
+    stream = Batches(Corpus(files["jsonl"]), tokenizer, packing(), ahead=True)
+    reached, go_on, read = threading.Event(), threading.Event(), stream.documents_of
+
+    def slowly(record, counts):
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            assert go_on.wait(60)
+        return read(record, counts)
+
+    monkeypatch.setattr(stream, "documents_of", slowly)
+    next(stream)
+    assert reached.wait(60)
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    while not stream.closed:
+        pass
+    go_on.set()
+    closer.join(60)
+    assert isinstance(stream.coming.exception(timeout=0), CancelledError)
 
 
 def test_data_without_anything_to_learn_is_an_error_and_no_endless_search(tmp_path, tokenizer):

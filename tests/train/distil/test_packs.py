@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from melt_serve.modeling import LoopLMConfig, OuroForCausalLM
+from melt_serve.modeling import LoopLMConfig, MeltRows, OuroForCausalLM
 from melt_serve.train.data.batch import IGNORED, Batch
 from melt_serve.train.distil import losses, phase
 from melt_serve.train.distil.losses import cross_entropy_over_loops, distillation
+from melt_serve.train.distil.rows import TrainingRows
 from melt_serve.train.distil.student import Student
 from melt_serve.train.distil.teacher import ask_teacher
-from melt_serve.train.recipe import Distillation
+from melt_serve.train.stages import Distillation
 from tests.tiny_models import SHAPE, enliven, tiny_melt, tokens
 
 CHUNK = 4
@@ -113,6 +114,47 @@ def test_two_passes_over_packs_have_the_losses_and_gradients_of_documents_alone(
     torch.testing.assert_close(loss, loss_alone, **EXACT)
     torch.testing.assert_close(loops, loops_alone)  # counted in float32
     assert_same(of_packed, of_unpacked)
+
+
+def alone_in_a_row() -> list[Batch]:
+    """The packs, a batch each."""
+    batch = packed()
+    fields = (batch.input_ids, batch.attention_mask, batch.labels, batch.document_starts)
+    rows = zip(*(field.split(1) for field in fields if field is not None), strict=True)
+    return [Batch(ids, mask, labels, document_starts=starts) for ids, mask, labels, starts in rows]
+
+
+@pytest.mark.parametrize("mode", ["token", "chunk"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("run_again", [False, True], ids=["", "chunks-run-again"])
+@pytest.mark.parametrize("chunk_size", [CHUNK // 2, CHUNK])
+def test_chunks_without_a_mask_have_the_losses_and_gradients_of_masked_ones(
+    alpha, mode, run_again, chunk_size, monkeypatch
+):
+    teacher, student = models(mode)
+    student.checkpoint_chunks = run_again
+    unmasked: list[bool] = []
+    visible, own = MeltRows.visible, TrainingRows.visible
+
+    def noting(rows, chunk):
+        unmasked.append(own(rows, chunk) is None)
+        return own(rows, chunk)
+
+    def results(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        wanted = ask_teacher(teacher, batch, batch.before_reply, LOOPS, attention=True)
+        given = student.run_batch(batch, batch.before_reply, LOOPS, alpha, wanted.attention, chunk_size=chunk_size)
+        loss = distillation(wanted.logits, given.logits) + given.distance
+        return loss, gradients(student, loss)
+
+    for batch, always in (*((each, True) for each in alone_in_a_row()), (unpacked(), True), (packed(), False)):
+        unmasked.clear()
+        monkeypatch.setattr(TrainingRows, "visible", noting)
+        loss, given = results(batch)
+        assert all(unmasked) if always else (any(unmasked) and not all(unmasked))
+        monkeypatch.setattr(TrainingRows, "visible", visible)
+        expected, of_masked = results(batch)
+        torch.testing.assert_close(loss, expected, **EXACT)
+        assert_same(given, of_masked)
 
 
 def with_prompts(batch: Batch) -> Batch:

@@ -8,7 +8,7 @@ from melt_serve.train.distil.build import plain
 from melt_serve.train.distil.phase import phase_losses
 from melt_serve.train.distil.shared_base import ADAPTED, is_gate, merged, share_base
 from melt_serve.train.distil.student import Student
-from melt_serve.train.recipe import Distillation
+from melt_serve.train.stages import Distillation
 from tests.tiny_models import enliven, tiny_looplm, tiny_melt, tokens
 
 EXACT = {"atol": 1e-10, "rtol": 1e-8}

@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from melt_serve.train.__main__ import main
+from melt_serve.train.loop import distributed
 from tests.signals import hear_ctrl_c
 from tests.train.tiny_run import assert_close, logged, prepare, wait_for
 
@@ -71,6 +75,55 @@ def test_two_processes_have_the_losses_of_one_and_go_on_with_its_state(folder):
     assert_close(logged(folder / "two"), logged(folder / "one"))
 
 
+@pytest.mark.parametrize("base", [["train_base=frozen"], ["train_base=lora", "lora_rank=3"]], ids=["frozen", "lora"])
+def test_two_processes_beside_a_base_that_is_the_teachers_have_the_losses_of_one(folder, base):
+    """Only what is trained is sharded."""
+    one, two = (f"{base[0].partition('=')[2]}-{number}" for number in (1, 2))
+    assert main(command(folder, one, *base)) == 0
+    words = [*command(folder, two, *base), "--processes", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "melt_serve.train", *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(logged(folder / two), logged(folder / one))
+    states = [torch.load(folder / each / "alignment.state.pt", weights_only=True)["model"] for each in (one, two)]
+    assert states[0].keys() == states[1].keys() and all("_gate." in key or ".lora_" in key for key in states[0])
+    for key, weight in states[0].items():
+        torch.testing.assert_close(states[1][key], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """This process as torchrun's only one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name, value in {**places, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    with distributed.process_group(torch.float32) as device:
+        yield dist.distributed_c10d._get_default_group()._get_backend(device)
+
+
+def test_processes_wait_for_the_first_while_it_reads_a_large_teacher(group):
+    """Longer than NCCL's own ten minutes."""
+    assert group.options._timeout >= timedelta(hours=1)
+
+
+def test_only_the_first_process_holds_the_whole_of_a_state(group, monkeypatch):
+    model = torch.nn.Linear(4, 3)
+    distributed.shard(model, torch.float32)
+    expected = {key: weight.full_tensor() for key, weight in model.state_dict().items()}
+    for number, by_all, there in ((0, False, True), (1, True, True), (1, False, False)):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        given = distributed.full_tensors(model.state_dict(), by_all)
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(given[key], expected[key]) if there else given[key] is None for key in expected)
+
+
 def test_ctrl_c_ends_several_processes_as_one(folder):
     """In a terminal, where the launcher and all processes hear it."""
     words = command(folder, "stopped", "save_steps=1", "transition.steps=500", "--processes", "2")
@@ -92,11 +145,18 @@ def test_ctrl_c_ends_several_processes_as_one(folder):
     assert len(logged(folder / "stopped")) == steps + 1
 
 
-def test_an_error_of_several_processes_is_one_line(folder):
-    words = command(folder, "wrong", "teacher=nowhere", "--processes", "2")
-    ended = subprocess.run([sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert "nowhere does not exist; name the folder" in ended.stderr
+@pytest.mark.parametrize(
+    ("word", "code", "says"),
+    [("teacher=nowhere", 2, "nowhere does not exist; name the folder"), ("chunk_size=64", 1, "would lie in one chunk")],
+    ids=["found by all", "found by the first"],
+)
+def test_an_error_of_several_processes_is_one_line_and_ends_them_all(folder, word, code, says):
+    words = command(folder, "wrong", word, "--processes", "2")
+    ended = subprocess.run(
+        [sys.executable, "-m", "melt_serve.train", *words], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == code and ended.stderr.count("\n") == 1, ended.stderr
+    assert says in ended.stderr
 
 
 def test_bfloat16_is_near_float32_and_keeps_weights_in_float32(folder):

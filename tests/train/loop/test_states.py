@@ -10,8 +10,8 @@ from torch import nn
 
 from melt_serve.train.loop import states
 from melt_serve.train.loop.states import before, load_state, read_state, save_state
-from melt_serve.train.recipe import Stage
 from melt_serve.train.session import TrainingError
+from melt_serve.train.stages import Stage
 
 STAGE = Stage(steps=9, learning_rate=0.05, warmup=2)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from melt_serve.train.loop.trainer import LOG, run_stage, share_of_rate
-from melt_serve.train.recipe import Stage
+from melt_serve.train.loop.trainer import LOG, Run, run_stage, share_of_rate
 from melt_serve.train.session import Paused, Session, TrainingError
+from melt_serve.train.stages import Stage
 
 STAGE = Stage(steps=9, learning_rate=0.05, warmup=2)
 
@@ -30,7 +30,7 @@ def run(folder, stage=STAGE, session=None, losses=None):
         return {"loss": (model(x) - x.flip(1)).square().mean()}
 
     folder.mkdir(exist_ok=True)
-    run_stage("fit", stage, model, optimizers, losses(model) if losses else squares, folder, session or Session())
+    run_stage("fit", stage, model, optimizers, losses(model) if losses else squares, Run(folder, session or Session()))
     return model.weight.detach().clone()
 
 
