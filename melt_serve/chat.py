@@ -327,6 +327,8 @@ def talk(chat: Chat) -> int:
                 dimmed(chat.obey(line) + "\n")
             elif line:
                 answer_in_terminal(chat, line)
+        except KeyboardInterrupt:
+            dimmed("\nstopped\n")
         except ChatError as error:
             shown("ansired", f"{CONTROLS.sub('', str(error))}\n")
     return 0
@@ -344,7 +346,7 @@ def typed() -> Iterator[str]:
 
 
 def answer_in_terminal(chat: Chat, question: str) -> None:
-    """Show reasoning, answer and numbers; Ctrl-C ends only this.
+    """Show reasoning, answer and numbers.
 
     Raises:
         ChatError: as `Chat.ask`.
@@ -361,9 +363,6 @@ def answer_in_terminal(chat: Chat, question: str) -> None:
 
     try:
         answer = chat.ask(question, show)
-    except KeyboardInterrupt:
-        dimmed("\nstopped\n")
-        return
     except ChatError:
         shown("", "\n" * bool(style))
         raise

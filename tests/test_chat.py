@@ -19,7 +19,7 @@ import pytest
 from melt_serve import chat as chatting
 from melt_serve import cli
 from melt_serve.server_process import free_port
-from tests.signals import still_running
+from tests.signals import hear_ctrl_c, still_running
 
 ALOUD = (
     "Find everybody. Ann is in Rome. Bob is with Ann. Eve is in Oslo. Kim is with Bob. Leo is with Kim. Where is Kim?"
@@ -27,6 +27,7 @@ ALOUD = (
 CTRL_C, CTRL_D = "\x03", "\x04"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 NUMBERS = r"\d+ tokens?, [\d.]+ tokens/s, loops ([\d.]+) on average, (\d) at most, KV ([\d.]+) KiB of [\d.]+ MiB\n"
+PROMPT = r"\n>"
 PATIENCE = 120
 
 
@@ -34,10 +35,16 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "melt_serve.cli", "chat", *words]
 
 
+def take_terminal() -> None:
+    """Run in a child before it starts: its terminal's Ctrl-C becomes a signal to it."""
+    hear_ctrl_c()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """The command in a terminal of its own: 200 columns wide, and Ctrl-C in it is a signal, as everywhere."""
 
-    def __init__(self, *words: str):
+    def __init__(self, *words: str, **environment: str):
         self.ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (50, 200))
         self.process = subprocess.Popen(
@@ -45,37 +52,43 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"},
+            env={**os.environ, **environment, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )
         os.close(theirs)
         self.raw = ""
 
     def type(self, text: str) -> None:
-        os.write(self.ours, text.encode())
+        for start in range(0, len(text), 256):  # what is echoed is read in between, or both sides would wait
+            os.write(self.ours, text[start : start + 256].encode())
+            self.read(0)
+
+    def read(self, patience: float) -> None:
+        """Take what is on its way to the screen."""
+        if select.select([self.ours], [], [], patience)[0]:
+            with suppress(OSError):  # it has ended
+                self.raw += os.read(self.ours, 1 << 16).decode(errors="replace")
 
     def see(self, pattern: str) -> re.Match[str]:
         """Wait until the screen has this, and forget all that is before its end."""
-        deadline = time.monotonic() + PATIENCE
+        deadline, ended = time.monotonic() + PATIENCE, False
         while not (found := re.search(pattern, ESCAPES.sub("", self.raw))):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {ESCAPES.sub('', self.raw)!r}"
-            if select.select([self.ours], [], [], 1)[0]:
-                with suppress(OSError):  # it has ended
-                    self.raw += os.read(self.ours, 1 << 16).decode(errors="replace")
+            assert not ended and time.monotonic() < deadline, f"no {pattern!r} in {ESCAPES.sub('', self.raw)!r}"
+            ended = self.process.poll() is not None
+            self.read(1)
         self.raw = ESCAPES.sub("", self.raw)[found.end() :]
         return found
 
     def ask(self, question: str) -> tuple[float, int, float]:
         """Ask, wait for the whole answer, and return its loops, mean and most, and its KiB of rows."""
         self.type(f"{question}\r")
-        mean, most, kib = self.see(NUMBERS).groups()
+        mean, most, kib = self.see(NUMBERS + PROMPT).groups()
         return float(mean), int(most), float(kib)
 
     def ends(self) -> int:
         while self.process.poll() is None:
-            with suppress(OSError):
-                os.read(self.ours, 1 << 16)  # so that it never waits for a reader
+            self.read(1)
         return self.process.returncode
 
 
@@ -84,8 +97,8 @@ def terminal():
     """Opens terminals, and leaves none behind."""
     opened = []
 
-    def open_one(*words: str) -> Terminal:
-        opened.append(Terminal(*words))
+    def open_one(*words: str, **environment: str) -> Terminal:
+        opened.append(Terminal(*words, **environment))
         return opened[-1]
 
     yield open_one
@@ -100,7 +113,7 @@ def terminal():
 def talking(terminal, server):
     """A terminal in which a chat with the session's server has begun."""
     chat = terminal("--server", f"{server}/v1", "--temperature", "0")
-    chat.see(r"melt-demo, 4 loops of at most 8\. /help lists commands[^\n]*\n+> ")
+    chat.see(r"melt-demo, 4 loops of at most 8\. /help lists commands[^\n]*\n" + PROMPT)
     return chat
 
 
@@ -125,8 +138,7 @@ def test_reasoning_is_dimmed_and_the_answer_is_not(talking):
     talking.type(f"{ALOUD}\r")
     deadline = time.monotonic() + PATIENCE
     while "tokens/s" not in talking.raw and time.monotonic() < deadline:
-        if select.select([talking.ours], [], [], 1)[0]:
-            talking.raw += os.read(talking.ours, 1 << 16).decode()
+        talking.read(1)
     dim = r"\x1b\[0;2m"
     assert re.search(rf"{dim}Follow.*{dim} Rome.*\x1b\[0m\r?\n.*\x1b\[0mIn.*{dim}\d+ tokens", talking.raw, re.DOTALL)
     assert talking.see(r"Follow Kim Bob Ann Rome\nIn Rome\.\n" + NUMBERS)
@@ -158,7 +170,7 @@ def test_what_was_said_is_sent_again_until_a_new_conversation_begins(talking):
     talking.see("a new conversation")
     with_system = talking.ask(ALOUD)[2]
     assert third > second and first <= with_system < second
-    talking.type(f"{'Ann is in Rome. ' * 300}\r")
+    talking.type(f"{'Ann is in Rome. ' * 200}\r")
     talking.see(r"maximum context length is 768 tokens[^\n]*; /new begins a new conversation\n")
     assert talking.ask(ALOUD)[2] > with_system  # what was refused is not part of it, and what was before is
 
@@ -168,9 +180,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(talking, server):
     talking.see("loops: 1")
     before = aborted(server)
     talking.type(f"{ALOUD}\r")
-    talking.see("(?:Where is Kim.*)(Kim|Ann|Bob|Follow)")
+    talking.see(r"Where is Kim\?\s*\n[^\n]*(Kim|Ann|Bob|Follow)")
     talking.type(CTRL_C)
-    talking.see("\nstopped\n")
+    talking.see("\nstopped\n" + PROMPT)
     deadline = time.monotonic() + PATIENCE
     while running(server) or aborted(server) == before:
         assert time.monotonic() < deadline
@@ -195,7 +207,7 @@ def test_a_wrong_command_is_a_line_that_says_what_is_right(talking, words):
         talking.type(f"{wrong}\r")
         talking.see(f"{says}[^\n]*\n")
     talking.type("/help\r")
-    talking.see(r"/threshold Q +a token leaves")
+    talking.see(r"/threshold Q +a token leaves[^>]*" + PROMPT)
     talking.type(words)
     assert talking.ends() == 0
 
@@ -246,15 +258,18 @@ def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path):
 
 
 def test_a_chat_with_a_server_of_its_own_outlives_it_and_leaves_nothing_running(terminal):
-    chat = terminal("--temperature", "0")
-    chat.see(r"Ready at http://127\.0\.0\.1:\d+ after \d+ s\.\n")
-    chat.see(r"melt-demo, 4 loops of at most 8")
+    chat = terminal("--temperature", "0", VLLM_API_KEY="secret")
+    url = chat.see(r"Ready at (http://127\.0\.0\.1:\d+) after \d+ s\.\n")[1]
+    chat.see(r"melt-demo, 4 loops of at most 8[^\n]*\n" + PROMPT)
+    refused = piped(ALOUD, "--server", f"{url}/v1", OPENAI_API_KEY="", VLLM_API_KEY="")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "set OPENAI_API_KEY or VLLM_API_KEY to the server's key" in refused.stderr
     assert chat.ask(ALOUD)[:2] == (4, 4)
     started = psutil.Process(chat.process.pid).children(recursive=True)
     assert len(started) >= 3  # the supervisor, the API server and the engine
     for each in started:
         each.kill()
     chat.type(f"{ALOUD}\r")
-    chat.see(r"no answer from http://127[^\n]*; does the server still run\?\n")
+    chat.see(r"no answer from http://127[^\n]*; does the server still run\?" + PROMPT)
     chat.type(CTRL_D)
     assert chat.ends() == 0 and not still_running(started)

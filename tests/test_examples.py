@@ -19,7 +19,7 @@ SHOWS = {
     "streaming": r"reasoning +Follow Sam Leo Kim Bob Ann Rome\nanswer +In Rome\.\n\n\d+ tokens in .* 4\.00 loops",
     "structured": r"JSON by a schema: \{'place': '(Bern|Oslo|Rome)', 'sure': (True|False)\}\n"
     r"a call of a tool: move, \{'name': '(Ann|Bob)', 'place': '(Bern|Oslo)'\}\n",
-    "token_loops": r"'Follow' +-?0\.\d{4} +\d +0\.\d\d.*\n(.*\n)+\d+ tokens, [1-3]\.\d\d loops on average\n",
+    "token_loops": r"'Follow' +-?0\.\d{4} +\d +[01]\.\d\d.*\n(.*\n)+\d+ tokens, [1-3]\.\d\d loops on average\n",
     "reference_model": r"2 loops\n(.*\n)+4 loops\n +<think></think>In Rome\.\n"
     r" +<think>Follow Kim Bob Ann Rome</think>In Rome\.\n",
     "post_train": r"transition +step \d.*\n(.*\n)*alignment +step \d +loss [\d.]+\nserve it: melt-serve serve ",
