@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from melt_serve.bench.command import add_bench
+from melt_serve.commands.chat import add_chat
 from melt_serve.commands.convert import add_convert
 from melt_serve.commands.evaluate import add_eval
 from melt_serve.commands.plan import add_plan
@@ -24,6 +25,7 @@ MELT keeps one row, rewritten at each loop, so more loops cost no more cache."""
 EXAMPLES = """\
 examples:
   melt-serve demo                                    see a small bundled MELT answer, on CPU if need be
+  melt-serve chat                                    talk to it in the terminal, at one depth or another
   melt-serve convert ./Ouro-1.4B ./melt-1.6B         give a looped model MELT's gate, ready for training
   melt-serve train run ./mine.toml                   train it: follow a recipe of your own
   melt-serve serve ./melt-1.6B --port 8000           an OpenAI-compatible server; any vLLM flag works
@@ -74,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, sentence) in PASSED_THROUGH.items():
         commands.add_parser(name, help=sentence, add_help=False)
+    add_chat(commands)
     add_convert(commands)
     add_eval(commands)
     add_plan(commands)

@@ -4,18 +4,15 @@ import argparse
 import json
 import re
 import sys
-import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from melt_serve.bundled import MELT
 from melt_serve.serve import command
-from melt_serve.server_process import ServerError, exits_on_signals, free_port, running, tail
+from melt_serve.server_process import ServerError, own_server, tail
 from melt_serve.task.who_is_where import SILENT_STEPS, Question, questions
 
 if TYPE_CHECKING:
@@ -68,26 +65,17 @@ def server() -> Iterator[str]:
     """
     from openai import OpenAIError
 
-    port, started = free_port(), time.monotonic()
-    words = command(["--host", "127.0.0.1", "--port", str(port)])
-    with exits_on_signals(), tempfile.TemporaryDirectory(prefix="melt-demo-") as folder:
-        log = Path(folder) / "log"
-        try:
-            with running(words, port, log, start_new_session=True, progress=show_seconds) as server:
-                print(f"\nReady at {server.url} after {time.monotonic() - started:.0f} s.\n", flush=True)
+    def words(port: int) -> list[str]:
+        return command(["--host", "127.0.0.1", "--port", str(port)])
+
+    try:
+        with own_server(words, "the bundled checkpoint", sys.stdout) as server:
+            try:
                 yield server.url
-        except ServerError as error:
-            raise DemoError(str(error)) from None
-        except (OpenAIError, OSError) as error:
-            raise DemoError(f"the server failed: {error}; its last lines:\n{tail(log)}") from None
-
-
-def show_seconds(seconds: float) -> None:
-    """Show that the server is starting: in one line of a terminal, or in a line every ten seconds."""
-    if sys.stdout.isatty():
-        print(f"\rStarting vLLM on the bundled checkpoint ... {seconds:3.0f} s ", end="", flush=True)
-    elif int(seconds) % 10 == 0:
-        print(f"Starting vLLM on the bundled checkpoint ... {seconds:.0f} s", flush=True)
+            except (OpenAIError, OSError) as error:
+                raise DemoError(f"the server failed: {error}; its last lines:\n{tail(server.log)}") from None
+    except ServerError as error:
+        raise DemoError(str(error)) from None
 
 
 def ask(url: str, asked: Sequence[Question]) -> int:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 START_SECONDS = 300
 STOP_SECONDS = 60
@@ -78,6 +79,34 @@ def running(
     finally:
         if process is not None:
             stop(process, patience)
+
+
+@contextmanager
+def own_server(command: Callable[[int], Sequence[str]], model: str, out: TextIO) -> Iterator[Server]:
+    """Start a server for this program alone, tell how long it takes, yield it, and stop it however the block ends.
+
+    Args:
+        command: makes its command line, for a port.
+        model: what is told about what it serves.
+        out: where it is told: in one line of a terminal, or in a line every ten seconds.
+
+    Raises:
+        ServerError: it did not start.
+    """
+
+    def progress(seconds: float) -> None:
+        starting = f"Starting vLLM on {model} ... {seconds:3.0f} s "
+        if out.isatty():
+            print(f"\r{starting}", end="", file=out, flush=True)
+        elif int(seconds) % 10 == 0:
+            print(starting.rstrip(), file=out, flush=True)
+
+    port, started = free_port(), time.monotonic()
+    with exits_on_signals(), tempfile.TemporaryDirectory(prefix="melt-log-") as folder:
+        log = Path(folder) / "log"
+        with running(command(port), port, log, start_new_session=True, progress=progress) as server:
+            print(f"\nReady at {server.url} after {time.monotonic() - started:.0f} s.\n", file=out, flush=True)
+            yield server
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from urllib.parse import urlsplit
 
 Subcommands = argparse._SubParsersAction  # argparse gives the type of `add_subparsers` no public name
 
@@ -82,6 +83,18 @@ def byte_count(text: str) -> int:
     """Parse bytes such as `4096`, `96M` or `2G`; K, M and G are powers of 1024."""
     digits, unit = (text[:-1], text[-1]) if text[-1:] in ("K", "M", "G") else (text, "")
     return positive(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+
+
+def server_url(text: str) -> str:
+    """Parse the URL of a server, such as `http://localhost:8000/v1`."""
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and parts.port != 0 and (parts.hostname or "").encode("idna")
+    except ValueError:  # of the port, the brackets, or the host's name
+        whole = False
+    if not whole or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as http://localhost:8000/v1")
+    return text
 
 
 def columns(lines: Sequence[Sequence[str]], left: int = 1) -> str:

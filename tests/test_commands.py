@@ -26,8 +26,28 @@ def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     listed = capsys.readouterr().out.split("options:")[0]
-    for command in ("demo", "serve", "train", "convert", "eval", "plan", "bench"):
+    for command in ("chat", "demo", "serve", "train", "convert", "eval", "plan", "bench"):
         assert f"\n    {command} " in listed
+
+
+@pytest.mark.parametrize("command", ["chat", "eval"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000/v1",
+        "http://",
+        "http://[",
+        "http://a:b/v1",
+        "http://a:99999/v1",
+        "http://a..b/v1",
+        "http://\0/v1",
+    ],
+)
+def test_what_is_no_url_is_refused_before_it_is_asked(capsys, command, url):
+    with pytest.raises(SystemExit) as refused:
+        cli.main([command, "--server", url])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is not a URL such as http://localhost:8000/v1")
 
 
 @dataclass

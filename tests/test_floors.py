@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("melt_serve", "loadtests", "deploy")
+PACKAGES = ("melt_serve", "loadtests", "deploy", "examples")
 
 TOOLS = "tools"
 """The room of the files that lie loose in `melt_serve/` and are not named below."""
@@ -29,16 +29,18 @@ STANDS_ON = {
     "convert": "answers config modeling tools",
     "serve": "answers tools",
     "demo": "config serve task tools",
-    "commands": "config convert task tools",
+    "chat": "tools",
+    "commands": "chat config convert task tools",
     "train": "answers config convert kernels modeling task tools",
     "api": "config engine vllm",
     "bench": "config engine kernels modeling task tools vllm",
     "bench.layers": "config engine kernels modeling task tools train vllm",  # measures a training step, too
     "bench.reference": "config kernels modeling tools train",  # runs training's model, the one with the kernels
     "verify": "answers bench config modeling task tools",
-    "cli": "api bench commands config convert demo engine kernels modeling serve task tools train verify",
+    "cli": "api bench chat commands config convert demo engine kernels modeling serve task tools train verify",
     "loadtests": "config task tools",
     "deploy": "",
+    "examples": "cli modeling task tools",
 }
 """A room, and what it may import besides its own folder, lazily or not: rooms, and vLLM."""
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {".venv", ".pytest_cache", "build", "runs"} & {*path.relative_to(ROOT).parts}
+    if not {".venv", ".pytest_cache", "build", "node_modules", "runs"} & {*path.relative_to(ROOT).parts}
 )
 
 FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2", re.DOTALL | re.MULTILINE)

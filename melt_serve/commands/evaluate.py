@@ -11,6 +11,7 @@ from melt_serve.terminal import (
     loop_list,
     positive,
     print_json,
+    server_url,
     threshold_list,
     words_of,
 )
@@ -71,7 +72,12 @@ def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:
         metavar="W,W",
         help="how far answers are moved on, away from those of half of the loops; 0: not at all (default: 0)",
     )
-    add("--server", metavar="URL", help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1")
+    add(
+        "--server",
+        type=server_url,
+        metavar="URL",
+        help="ask this OpenAI-compatible server instead, such as http://localhost:8000/v1",
+    )
     add("--model", metavar="NAME", help="of the server's (default: the first it lists)")
     add("--api-key", metavar="KEY", help="for the server (default: OPENAI_API_KEY, which other users cannot see)")
     add("--json", action="store_true", help="end with one line of JSON")
