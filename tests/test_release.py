@@ -81,7 +81,7 @@ def test_the_sdist_has_what_the_wheel_needs_and_builds_the_same(sdist, wheel):
         inside = {each.name.partition("/")[2].split("/")[0] for each in archive if each.isfile()}
     built = {"PKG-INFO", "melt_serve.egg-info", "setup.cfg"}
     assert inside - built == {"LICENSE", "MANIFEST.in", "README.md", "melt_serve", "pyproject.toml"}
-    direct = build("wheel", sdist.parent / "checkout", sdist.parent / "direct")
+    direct = build("wheel", sdist.parents[1] / "checkout", sdist.parent / "direct")
     assert contents(direct) == contents(wheel)
 
 
