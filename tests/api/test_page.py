@@ -1,6 +1,9 @@
 """The page at /melt, in a real browser, on the session's server."""
 
+import json
+import os
 import shutil
+import subprocess
 import threading
 
 import pytest
@@ -43,12 +46,24 @@ def visit(browser, server):
     assert not wrong
 
 
-def ask(page, loops):
-    page.fill("#prompt", QUESTION)
+def newest(page, what):
+    return page.locator(f".turn:last-child {what}")
+
+
+def ask(page, loops, question=QUESTION):
+    page.fill("#prompt", question)
     page.fill("#loops", str(loops))
     page.click("#send")
-    expect(page.locator("#said")).to_contain_text(f"at most {loops}")
-    return page.inner_text("#answer")
+    expect(newest(page, ".said").first).to_contain_text(f"at most {loops}")
+    expect(page.locator("#send")).to_be_enabled()
+    return newest(page, ".answer").first.inner_text()  # "Answer at once": without reasoning
+
+
+def ask_side_by_side(page, loops, beside):
+    page.check("#beside")
+    page.fill("#loops-beside", str(beside))
+    ask(page, loops)
+    return newest(page, ".answer").all_inner_texts()
 
 
 def test_the_slider_changes_how_deep_the_answer_is(visit):
@@ -57,7 +72,87 @@ def test_the_slider_changes_how_deep_the_answer_is(visit):
     assert ask(page, 4) == "In Bern."
     rows = page.locator("#histogram tbody tr")
     expect(rows.filter(has=page.locator("th", has_text="4"))).to_be_visible()
-    expect(page.locator("#said")).to_contain_text("4.00 loops a token")
+    expect(newest(page, ".said")).to_contain_text("4.00 loops a token")
+
+
+@pytest.mark.parametrize(("width", "stacked"), [(1280, False), (360, True)])
+def test_two_depths_answer_side_by_side_or_stacked_on_a_telephone(visit, width, stacked):
+    page = visit(viewport={"width": width, "height": 800})
+    assert ask_side_by_side(page, 4, 2) == ["In Bern.", "In Hana Gus Bern."]
+    for which, loops in enumerate((4, 2)):
+        reply = newest(page, ".reply").nth(which)
+        expect(reply.locator("h3")).to_have_text(f"{loops} loops")
+        for told in (" tokens", f"{loops}.00 loops a token", "first token after", "all after"):
+            expect(reply.locator(".said")).to_contain_text(told)
+    left, right = (newest(page, ".reply").nth(which).bounding_box() for which in (0, 1))
+    assert (left["x"] == right["x"], left["y"] == right["y"]) == (stacked, not stacked)
+
+
+def test_the_conversation_is_sent_outlives_a_reload_and_is_cleared(visit, client):
+    page = visit()
+    sent = []
+    page.on("request", lambda each: each.url.endswith("completions") and sent.append(each.post_data_json["messages"]))
+    mine = [{"role": "user", "content": QUESTION}]
+    ask(page, 4)
+    assert sent == [mine]  # the bundled model was trained on single questions
+
+    page.check("#whole")
+    page.fill("#prompt", "Jack " * 5000)  # refused: no part of the conversation
+    page.click("#send")
+    expect(page.locator(".said.alarm")).to_be_visible()
+    second = "Answer at once. Eve is in Oslo. Where is Eve?"
+    said = ask(page, 4, second)
+    messages = [*mine, {"role": "assistant", "content": "In Bern."}, {"role": "user", "content": second}]
+    assert sent[-1] == messages
+    depth = {"vllm_xargs": {"loops": 4}}
+    answer = client.chat.completions.create(
+        model="melt-demo", messages=messages, temperature=0, max_tokens=512, extra_body=depth
+    )
+    assert said == answer.choices[0].message.content
+    expect(page.locator("#prompt")).to_have_value("")
+
+    page.reload()
+    questions = [each.strip() for each in page.locator(".question").all_inner_texts()]
+    assert questions == [QUESTION, ("Jack " * 5000).strip(), second]
+    expect(newest(page, ".answer")).to_have_text(said)
+    expect(newest(page, ".said")).to_contain_text("4.00 loops a token")
+    page.click("#clear")
+    expect(page.locator(".turn")).to_have_count(0)
+    page.reload()
+    expect(page.locator("#state")).to_have_text("connected")
+    page.check("#whole")
+    ask(page, 4)
+    assert sent[-1] == mine and page.locator(".turn").count() == 1
+
+    page.add_init_script("sessionStorage.setItem('melt-conversation', '[{}]')")  # what another version may have kept
+    page.reload()
+    expect(page.locator("#state")).to_have_text("connected")
+    expect(page.locator(".turn")).to_have_count(0)
+
+
+def test_an_answer_can_be_had_again_by_curl_without_the_key_in_the_line(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.evaluate("sessionStorage.setItem('melt-key', 'sesame')")
+    page.reload()
+    expect(page.locator("#state")).to_have_text("connected")
+    said = ask(page, 3, QUESTION.replace("Ann is", "Ann's") + ' "$HOME" `date` \\')
+    newest(page, "summary").click()
+    button = newest(page, ".curl button")
+    button.click()
+    expect(button).to_have_text("Copied")
+    line = page.evaluate("navigator.clipboard.readText()")
+    assert "\n" not in line and '"loops":3' in line and "sesame" not in line and "$VLLM_API_KEY" in line
+    run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "VLLM_API_KEY": "x"})
+    events = [json.loads(each[6:]) for each in run.stdout.splitlines() if each.startswith("data: {")]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    again = "".join((delta.get("reasoning") or "") + (delta.get("content") or "") for delta in deltas)
+    assert again and again.replace("\n", "") == said.replace("\n", "")
+    assert events[-1]["usage"]["loops"]["max"] == 3
+
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as by HTTP from elsewhere
+    button.click()
+    expect(button).to_contain_text("Selected")
+    assert page.evaluate("getSelection().toString()") == line
 
 
 def test_it_works_by_keyboard_alone(visit):
@@ -72,7 +167,7 @@ def test_it_works_by_keyboard_alone(visit):
     expect(page.locator("#loops-shown")).to_have_text("3")
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#answer")).to_have_text("In Gus Bern.")
+    expect(page.locator(".answer")).to_have_text("In Gus Bern.")
 
 
 def test_live_numbers_follow_a_request(visit, client):
@@ -96,25 +191,28 @@ def test_an_answer_can_be_stopped_and_a_refusal_is_shown(visit):
     page = visit()
     page.fill("#prompt", "Jack " * 5000)
     page.click("#send")
-    expect(page.locator("#said.alarm")).to_contain_text("maximum context length")
+    expect(page.locator(".said.alarm")).to_contain_text("maximum context length")
     page.fill("#prompt", QUESTION)
     page.fill("#loops", "1")  # too few: it goes on without end
     page.click("#send")
     page.click("#stop")
-    expect(page.locator("#said")).to_have_text("stopped")
+    expect(newest(page, ".said")).to_have_text("stopped")
     expect(page.locator("#running")).to_have_text("0")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_stands_in_the_way_of_a_screen_reader(visit, scheme):
     page = visit(color_scheme=scheme, bypass_csp=True)  # for the checker's own script
-    ask(page, 4)
+    ask_side_by_side(page, 4, 2)
+    newest(page, "summary").first.click()
     results = Axe().run(page)
     assert results.violations_count == 0, results.generate_report()
 
 
 def test_it_fits_a_telephone(visit):
     page = visit(viewport={"width": 360, "height": 700})
+    ask_side_by_side(page, 4, 2)
+    newest(page, "summary").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
@@ -133,9 +231,9 @@ def piece(text, finish="null"):
 def test_comments_that_keep_a_stream_open_are_no_part_of_the_answer(visit):
     page = visit()
     answer_with(page, ": keep-alive", piece("In "), ": keep-alive", piece("Bern.", '"stop"'), "data: [DONE]")
-    expect(page.locator("#answer")).to_have_text("In Bern.")
-    expect(page.locator("#said")).to_contain_text("first token after")
-    expect(page.locator("#said")).not_to_contain_text("Cut")
+    expect(page.locator(".answer")).to_have_text("In Bern.")
+    expect(page.locator(".said")).to_contain_text("first token after")
+    expect(page.locator(".said")).not_to_contain_text("Cut")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +247,8 @@ def test_comments_that_keep_a_stream_open_are_no_part_of_the_answer(visit):
 def test_what_cuts_an_answer_short_is_said(visit, finish, rest, said):
     page = visit()
     answer_with(page, piece("In", finish), *rest)
-    expect(page.locator("#said")).to_contain_text("Cut: ")
-    expect(page.locator("#said")).to_contain_text(said)
+    expect(page.locator(".said")).to_contain_text("Cut: ")
+    expect(page.locator(".said")).to_contain_text(said)
 
 
 def test_numbers_of_a_server_that_is_gone_are_grey(visit):

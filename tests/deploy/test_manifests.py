@@ -10,6 +10,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from melt_serve.serve import SAFE_DEFAULTS
 
@@ -114,15 +116,22 @@ def test_systemd_takes_the_unit(tmp_path):
     run("systemd-analyze", "verify", "--man=no", tmp_path / "melt-serve.service")
 
 
-def test_the_images_pins_are_those_that_are_tested():
+def test_the_images_versions_have_hashes_and_fit_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    cpu, gpu = (project["optional-dependencies"][kind][0] for kind in ("cpu", "gpu"))
-    constraints = (DEPLOY / "constraints.txt").read_text().split()
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert cpu in constraints and all("==" in line for line in constraints)
-    assert f"vllm-openai:v{gpu.partition('==')[2]}" in dockerfile
-    torch = re.search(r"torch==\S+", (ROOT / "Makefile").read_text())[0]
-    assert torch in dockerfile
+    extras = project["optional-dependencies"]
+    pinned = {}
+    for line in (DEPLOY / "requirements.txt").read_text().replace("\\\n", "").splitlines():
+        if not line.startswith("#"):
+            pin, *hashes = line.split()
+            assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", each) for each in hashes), pin
+            name, _, pinned_to = pin.partition("==")
+            pinned[canonicalize_name(name)] = pinned_to
+    for each in map(Requirement, [*project["dependencies"], *extras["cpu"]]):
+        assert each.specifier.contains(pinned[canonicalize_name(each.name)]), f"{each}: remake deploy/requirements.txt"
+    assert f"torch=={pinned['torch']}" in (ROOT / "Makefile").read_text()
+    (builds_with,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert Requirement(builds_with).specifier.contains(pinned["setuptools"])  # the package is built in the image
+    assert f"vllm-openai:v{extras['gpu'][0].partition('==')[2]}" in (ROOT / "Dockerfile").read_text()
 
 
 def version() -> str:
