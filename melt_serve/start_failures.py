@@ -22,6 +22,7 @@ REMEDIES = {
     r"No available memory for the cache blocks": "raise --kv-cache-memory-bytes",
     r"To serve at least one request": "raise --kv-cache-memory-bytes, or lower --max-model-len",
     r"Not enough allowed NUMA nodes": "name the cores of each rank, such as VLLM_CPU_OMP_THREADS_BIND='0|1'",
+    r"Failed to import Ray": "on a CPU leave Ray's flags out: vLLM cannot place its workers there",
     r"SafetensorError|deserializing header": "a weight file is damaged; melt-serve convert --check FOLDER names it",
 }
 """What to do, where vLLM does not say it in terms of our flags."""

@@ -169,6 +169,11 @@ def refuse_parallelism(vllm_config: "VllmConfig") -> None:
             raise ValueError(
                 f"{family}: {flag}={size}: context parallelism is not proved for shared rows; leave it at 1"
             )
+    if current_platform.is_cpu() and (parallel.use_ray or parallel.data_parallel_backend == "ray"):
+        raise ValueError(
+            f"{family}: --distributed-executor-backend or --data-parallel-backend=ray: vLLM cannot place Ray's workers "
+            "on a CPU; leave it out, and processes of vLLM's own do the work (mp)"
+        )
     if parallel.use_ubatching:
         raise ValueError(
             f"{family}: micro-batch overlap (--enable-dbo, --ubatch-size) is not proved for shared rows; leave it off"

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -13,10 +14,11 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from melt_serve.config import MeltConfig
 from melt_serve.engine import patches
 from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of
 from melt_serve.engine.scheduler_stats import StepCounts
-from melt_serve.engine.usage import LOOPS, LOOPS_RUN, TOKEN
+from melt_serve.engine.usage import ASKED, LOOPS_RUN, TOKEN
 
 
 class DepthScheduler(AsyncScheduler):
@@ -26,6 +28,7 @@ class DepthScheduler(AsyncScheduler):
         depths: of all requests that are not finished, by request id.
         loops_run: generated tokens of running requests, by request id and by the loops they ran.
         counts: since the last statistics.
+        mode: a MELT's decode mode, by its name; nothing for a LoopLM.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,6 +37,8 @@ class DepthScheduler(AsyncScheduler):
         self.depths: dict[str, Depth] = {}
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.counts = StepCounts()
+        config = self.vllm_config.model_config.hf_config
+        self.mode = {"decode_mode": config.decode_mode} if isinstance(config, MeltConfig) else {}
 
     def add_request(self, request: Request) -> None:
         """Enqueue a request, and remember its depth."""
@@ -85,7 +90,7 @@ class DepthScheduler(AsyncScheduler):
     def _loops_of(self, request_id: str) -> dict[str, Any] | None:
         """Return what `usage.py` takes: the loops that a request's tokens ran so far, or None before there are any."""
         run = self.loops_run.get(request_id)
-        return {LOOPS: self.depths[request_id].loops, LOOPS_RUN: dict(run)} if run else None
+        return {ASKED: {**asdict(self.depths[request_id]), **self.mode}, LOOPS_RUN: dict(run)} if run else None
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Return vLLM's statistics, if it wants any, with our counts since the last ones."""

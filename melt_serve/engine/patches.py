@@ -25,13 +25,13 @@ from vllm.entrypoints.serve.exception_handling import error_response
 from vllm.exceptions import VLLMClientError, VLLMError, VLLMValidationError
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.utils.async_utils import cancel_task_threadsafe
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, output_processor
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from melt_serve.answers import end_marks
 from melt_serve.config import LoopLMConfig
-from melt_serve.engine import lifeline, usage, versions
+from melt_serve.engine import lifeline, traces, usage, versions
 from melt_serve.engine.depth import EFFORT, RETURN_LOOPS, asked_of, resolve_depth
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -72,6 +72,8 @@ def apply() -> None:
         _replace(request, "to_sampling_params", _forward_effort)
     _replace(OutputProcessor, "add_request", _count_accepted)
     _replace(OutputProcessor, "process_outputs", _record_loops)
+    _replace(OutputProcessor, "do_tracing", traces.wrap_tracing)
+    _replace(output_processor, "instrument_manual", traces.wrap_span)
     _replace(RequestState, "_new_completion_output", usage.wrap_completion)
     _replace(OpenAIServingChat, "chat_completion_full_generator", usage.wrap_response)
     _replace(OpenAIServingChat, versions.chat_stream(OpenAIServingChat), usage.wrap_stream(results_at=1))

@@ -12,7 +12,7 @@ to the client, so each has the list of all its answer's tokens so far, and what 
 import functools
 import json
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import prometheus_client
@@ -23,8 +23,8 @@ from vllm.v1.engine import EngineCoreOutput
 
 LOOPS_RUN = "melt_loops_run"
 """In `kv_transfer_params`: generated tokens by the loops they ran."""
-LOOPS = "melt_loops"
-"""In `kv_transfer_params`: the most loops a token could run."""
+ASKED = "melt_loops_asked"
+"""In `kv_transfer_params`: the request's depth, and the checkpoint's decode mode, if it has one."""
 TOKEN = "melt_token"
 """In `kv_transfer_params`: the loops that this output's token ran, and its exit probabilities after each."""
 TOKENS = "token_loops"
@@ -49,17 +49,27 @@ def count_accepted(params: SamplingParams | None) -> None:
         REQUESTS.labels(depth["loops"]).inc()
 
 
-class Run(NamedTuple):
-    """What a request's tokens ran so far: the most loops that one could run, and tokens by the loops they ran."""
+RUN = "melt_run"
+"""An attribute of a `RequestState`: what its tokens ran so far."""
 
-    most: int
+
+class Run(NamedTuple):
+    """What a request's tokens ran so far: its depth and decode mode, by name, and tokens by the loops they ran."""
+
+    asked: dict[str, Any]
     tokens: dict[int, int]
+
+
+def mean(tokens: Mapping[int, int]) -> float:
+    """Return the loops that a token ran in the mean, of tokens by the loops they ran."""
+    return sum(loops * number for loops, number in tokens.items()) / sum(tokens.values())
 
 
 def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> dict[str, Run]:
     """Return what the engine's outputs say of their requests' loops, by request id.
 
-    Each of several answers to a prompt then hands on the sum over all of them. What each token ran goes to the states.
+    Each of several answers to a prompt then hands on the sum over all of them. The states get their own, and what each
+    token ran.
 
     Args:
         outputs: what the engine returns of this step's requests.
@@ -76,7 +86,8 @@ def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> di
             output.kv_transfer_params = params or None
         if LOOPS_RUN not in params:
             continue
-        run = runs[output.request_id] = Run(params.pop(LOOPS), params[LOOPS_RUN])
+        run = runs[output.request_id] = Run(params.pop(ASKED), params[LOOPS_RUN])
+        setattr(state, RUN, run)
         if (parent := state.parent_req) is not None:
             answers, total = vars(parent).setdefault(LOOPS_RUN, ({}, Counter()))
             total.subtract(answers.get(output.request_id, {}))
@@ -89,7 +100,7 @@ def take_runs(outputs: Iterable[EngineCoreOutput], states: dict[str, Any]) -> di
 def observe(runs: Iterable[Run]) -> None:
     """Count the tokens of finished requests."""
     for run in runs:
-        observed = TOKEN_LOOPS.labels(run.most)
+        observed = TOKEN_LOOPS.labels(run.asked["loops"])
         for loops, tokens in run.tokens.items():
             for _ in range(tokens):
                 observed.observe(loops)
@@ -158,9 +169,7 @@ class LoopUsage:
     def summary(self) -> dict[str, float] | None:
         """Mean and maximum over all generated tokens; None before they are known."""
         total: Counter[int] = sum(self.run.values(), Counter())
-        if not total:
-            return None
-        return {"mean": sum(loops * tokens for loops, tokens in total.items()) / total.total(), "max": max(total)}
+        return {"mean": mean(total), "max": max(total)} if total else None
 
 
 def wrap_response(original: Callable[..., Any]) -> Callable[..., Any]:

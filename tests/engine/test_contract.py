@@ -11,6 +11,7 @@ from vllm import LLM, EngineArgs, SamplingParams
 from vllm.config.cache import CacheDType
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
+from vllm.v1.executor import ray_utils
 
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.engine import attention, contract, patches, plugin
@@ -100,6 +101,21 @@ def test_what_is_refused_on_both_names_the_model_that_is_served(checkpoint, argu
     for folder, family in ((LOOPLM, "LoopLM"), (checkpoint, "MELT")):
         with pytest.raises(ValueError, match=f"{family}: {message}"):
             configure(folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+        {"data_parallel_size": 2, "data_parallel_backend": "ray"},
+    ],
+    ids="+".join,
+)
+def test_on_a_cpu_rays_workers_are_refused(checkpoint, monkeypatch, arguments):
+    """With Ray installed, vLLM would say it late, and one of the two in an assertion about no device's name."""
+    monkeypatch.setattr(ray_utils, "ray", SimpleNamespace())
+    with pytest.raises(ValueError, match="vLLM cannot place Ray's workers on a CPU; leave it out"):
+        configure(checkpoint, **arguments)
 
 
 def test_drafts_by_a_model_are_refused_on_a_looplm():
