@@ -113,7 +113,8 @@ class OpenRowsManager(CircularBufferManager):
     A request of d loops has d - 1 blocks for every block of its open chunk, of loops 1 to d - 1 in this order. They
     are taken when a step first reaches that part of a chunk, and serve all its chunks, one after another, until the
     request is finished or preempted: a worker's block table only grows. A chunk that runs whole in one step needs
-    none, because it can write its final blocks at every loop.
+    none, because it can write its final blocks at every loop; no step with drafts is one (`tokens_in_step` in
+    scheduler.py).
 
     Attributes:
         depths: of the scheduler's requests, by id.

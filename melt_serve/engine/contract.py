@@ -76,12 +76,7 @@ class LoopLMStartup(VerifyAndUpdateConfig):
         refuse_checkpoint(config)
         refuse_parallelism(vllm_config)
         refuse_moved_rows(vllm_config)
-        drafts = vllm_config.speculative_config
-        if drafts is not None and drafts.method != "ngram":
-            raise ValueError(
-                f"LoopLM: --speculative-config with the method {drafts.method}: a model that drafts gets no plan of "
-                "the step; choose ngram, or leave it out"
-            )
+        refuse_drafts(vllm_config)
         refuse_other_runs(vllm_config, LOOPLM_SCHEDULER)
         if config.most_loops > config.total_ut_steps:
             logger.warning(
@@ -192,11 +187,14 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
             "kept for it; leave it out"
         )
     refuse_moved_rows(vllm_config)
-    if vllm_config.speculative_config is not None:
+    config: MeltConfig = vllm_config.model_config.hf_config
+    if vllm_config.speculative_config is not None and config.decode_mode == "token":
         raise ValueError(
             "MELT: --speculative-config: drafts cannot be verified together where every generated token is a chunk of "
-            "its own (token mode), and are not proved inside an open chunk (chunk mode); leave it out"
+            "its own, as decode_mode='token' has it; decode in chunks, if the checkpoint was trained for that: "
+            """--hf-overrides '{"decode_mode": "chunk"}', or leave it out"""
         )
+    refuse_drafts(vllm_config)
     if vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras:
         raise ValueError(
             "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"
@@ -217,6 +215,24 @@ def refuse_moved_rows(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"{family}: --kv-cache-dtype-skip-layers: rows of all layers and loops share blocks, so they have one "
             "dtype; leave it out"
+        )
+
+
+def refuse_drafts(vllm_config: "VllmConfig") -> None:
+    """Refuse drafts that are not verified by the tokens alone, or made by a model that knows of no loops."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return
+    family = family_of(vllm_config)
+    if drafts.method != "ngram":
+        raise ValueError(
+            f"{family}: --speculative-config with the method {drafts.method} is not proved: what drafts there knows no "
+            "plan of the step; choose ngram, or leave it out"
+        )
+    if drafts.rejection_sample_method == "synthetic":
+        raise ValueError(
+            f"{family}: --speculative-config with rejection_sample_method=synthetic takes drafts that are wrong; leave "
+            "it out"
         )
 
 

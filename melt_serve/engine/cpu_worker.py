@@ -28,11 +28,11 @@ class MeltCPUModelRunner(CPUModelRunner):
     prompt longer than C is such a request.
 
     Attributes:
-        token_loops: by request id, the loops that ran for the last token of the last step.
-        exit_probabilities: by request id, [loops], those of the same token, where the request asks for them.
+        token_loops: by request id, the loops that ran for its last tokens of the last step: as many as it may sample.
+        exit_probabilities: by request id, [loops], those of the last one, where the request asks for them.
     """
 
-    token_loops: Mapping[str, int] = {}
+    token_loops: Mapping[str, Sequence[int]] = {}
     exit_probabilities: Mapping[str, np.ndarray] = {}
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,8 @@ class MeltCPUModelRunner(CPUModelRunner):
         query_starts = self.query_start_loc.np[: len(asked) + 1]
         plan = StepPlan.of(asked, query_starts, self.optimistic_seq_lens_cpu.numpy()[: len(asked)])
         output = super()._model_forward(*args, plan=plan, **kwargs)
-        self.token_loops = dict(zip(request_ids, plan.ran[query_starts[1:] - 1].tolist(), strict=True))
+        last = plan.loops_of_last(query_starts, 1 + self.num_spec_tokens)
+        self.token_loops = dict(zip(request_ids, last, strict=True))
         self.exit_probabilities = {request_ids[request]: said for request, said in plan.exit_probabilities.items()}
         return output
 
@@ -53,7 +54,7 @@ class MeltCPUModelRunner(CPUModelRunner):
             return super().initialize_kv_cache_tensors(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample as vLLM does; the output also states what ran for each request's sampled token."""
+        """Sample as vLLM does; the output also states what ran for each request's sampled tokens."""
         output = super().sample_tokens(*args, **kwargs)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
             output.token_loops = self.token_loops  # type: ignore[attr-defined]

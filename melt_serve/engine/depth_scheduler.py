@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -27,6 +27,7 @@ class DepthScheduler(AsyncScheduler):
     Attributes:
         depths: of all requests that are not finished, by request id.
         loops_run: generated tokens of running requests, by request id and by the loops they ran.
+        sampled: by request id, the loops of the tokens that this step gave it, until it is known how many it keeps.
         counts: since the last statistics.
         mode: a MELT's decode mode, by its name; nothing for a LoopLM.
     """
@@ -36,6 +37,7 @@ class DepthScheduler(AsyncScheduler):
         patches.resolve_depths_in_the_engine()
         self.depths: dict[str, Depth] = {}
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self.sampled: dict[str, Sequence[int]] = {}
         self.counts = StepCounts()
         config = self.vllm_config.model_config.hf_config
         self.mode = {"decode_mode": config.decode_mode} if isinstance(config, MeltConfig) else {}
@@ -64,7 +66,7 @@ class DepthScheduler(AsyncScheduler):
         An output of a request with stop strings may be its last, which only the front end finds: it has the count. One
         of a request that wants to know what each token ran has that.
         """
-        token_loops: Mapping[str, int] = getattr(model_runner_output, "token_loops", {})
+        token_loops: Mapping[str, Sequence[int]] = getattr(model_runner_output, "token_loops", {})
         told: dict[str, tuple[int, list[float]]] = {}
         for request_id, generated in zip(
             model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=False
@@ -74,11 +76,18 @@ class DepthScheduler(AsyncScheduler):
                 continue
             if request.drop_stale_output and request.num_stale_output_tokens > 0:  # vLLM throws these tokens away
                 continue
-            loops = depth.loops if depth.exit_threshold == 1 else token_loops[request_id]
-            self.loops_run[request_id][loops] += len(generated)
+            loops: Sequence[int] = [depth.loops] * len(generated)
+            if depth.exit_threshold < 1:
+                drafts = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
+                loops = token_loops[request_id][-1 - drafts :][: len(generated)]
+            self.sampled[request_id] = loops
             if request.sampling_params.extra_args.get(RETURN_LOOPS):
-                told[request_id] = loops, model_runner_output.exit_probabilities[request_id][:loops].tolist()
+                (ran,) = loops
+                told[request_id] = ran, model_runner_output.exit_probabilities[request_id][:ran].tolist()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id, loops in self.sampled.items():
+            self.loops_run[request_id].update(loops)
+        self.sampled.clear()
         for output in chain.from_iterable(each.outputs for each in outputs.values()):
             request = self.requests.get(output.request_id)
             if request is not None and not output.finished and request.sampling_params.stop:
@@ -113,6 +122,9 @@ class DepthScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict | None, dict | None]:
         params, encoder_params = super()._free_request(request, *args, **kwargs)
+        # What was sampled behind the answer's last token, in the same step, is not a part of it.
+        run = self.loops_run[request.request_id]
+        run.update(self.sampled.pop(request.request_id, ())[: request.num_output_tokens - run.total()])
         if loops := self._loops_of(request.request_id):
             params = {**(params or {}), **loops}
         self.loops_run.pop(request.request_id, None)

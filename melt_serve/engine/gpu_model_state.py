@@ -27,7 +27,7 @@ class MeltModelState(DefaultModelState):
 
     Attributes:
         plan: of that step.
-        last_tokens: in it, the last token of each request, by request id.
+        last_step: the ids of its requests, and where the tokens of each begin, and their number.
     """
 
     plan: StepPlan
@@ -38,7 +38,8 @@ class MeltModelState(DefaultModelState):
         self.asked: dict[str, Asked] = {}
         model = self.model.model
         self.graphs = LoopGraphs(model.run_captured, model.graph_kinds, self.vllm_config, self.device)
-        self.last_tokens: dict[str, int] = {}
+        self.sampled = 1 + self.vllm_config.num_speculative_tokens
+        self.last_step: tuple[list[str], np.ndarray] = [], np.zeros(1, dtype=np.int32)
         patches.capture_no_whole_step(type(self))
         patches.forget_measured_graphs(type(self))
         patches.report_loops_run(type(self))
@@ -61,16 +62,20 @@ class MeltModelState(DefaultModelState):
         asked = [self.asked.get(request_id, unknown) for request_id in input_batch.req_ids]
         plan = StepPlan.of(asked, input_batch.query_start_loc_np, input_batch.seq_lens_cpu_upper_bound.numpy())
         self.plan = plan
-        self.last_tokens = dict(zip(input_batch.req_ids, input_batch.query_start_loc_np[1:] - 1, strict=False))
+        self.last_step = input_batch.req_ids, input_batch.query_start_loc_np[: len(asked) + 1]
         return {**super().prepare_inputs(input_batch, req_states), "plan": plan, "graphs": self.graphs}
 
-    def token_loops(self) -> dict[str, int]:
-        """Return the loops that ran for each request's last token in the step that ran last, by request id."""
-        return {request_id: int(self.plan.ran[token]) for request_id, token in self.last_tokens.items()}
+    def token_loops(self) -> dict[str, list[int]]:
+        """Return the loops that ran for each request's last tokens, as many as it may sample, by request id.
+
+        Those of the step that ran last.
+        """
+        request_ids, query_starts = self.last_step
+        return dict(zip(request_ids, self.plan.loops_of_last(query_starts, self.sampled), strict=True))
 
     def exit_probabilities(self) -> dict[str, np.ndarray]:
-        """Return those of the same tokens, by request id, where requests ask for them; they may still be under way."""
-        request_ids = list(self.last_tokens)
+        """Return those of the last of them, by request id, where requests ask for them; they may still be under way."""
+        request_ids, _ = self.last_step
         return {request_ids[request]: said for request, said in self.plan.exit_probabilities.items()}
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:

@@ -435,10 +435,6 @@ def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
     return set_defaults
 
 
-EXITS_OF_DRAFTS_REFUSED = (
-    "exit_threshold below 1 is not proved beside drafts of tokens: this server has a --speculative-config; "
-    "ask with exit_threshold 1"
-)
 LOOPS_OF_DRAFTS_REFUSED = (
     "return_loops does not tell tokens that were drafted: this server has a --speculative-config; ask without it"
 )
@@ -477,12 +473,8 @@ def _resolve_depth(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _resolved(params: SamplingParams, vllm_config: VllmConfig) -> SamplingParams:
     resolved = resolve_depth(params, vllm_config.model_config.hf_config)
-    if vllm_config.speculative_config is not None:
-        asked = asked_of(resolved)
-        if asked.depth.exit_threshold < 1:
-            raise VLLMValidationError(EXITS_OF_DRAFTS_REFUSED, parameter="exit_threshold")
-        if asked.returns_loops:
-            raise VLLMValidationError(LOOPS_OF_DRAFTS_REFUSED, parameter=RETURN_LOOPS)
+    if vllm_config.speculative_config is not None and asked_of(resolved).returns_loops:
+        raise VLLMValidationError(LOOPS_OF_DRAFTS_REFUSED, parameter=RETURN_LOOPS)
     return resolved
 
 

@@ -77,7 +77,12 @@ class ChunkGridScheduler(DepthScheduler):
     ) -> int:
         wanted = self.turns.limit(request.request_id, num_new_tokens)
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        tokens = tokens_in_step(start, wanted, request.num_prompt_tokens, self.chunk_size, self.decode_mode)
+        known = request.num_tokens + request.num_output_placeholders - start
+        if not request.spec_token_ids:  # vLLM fills a waiting request's lone token up, for graphs of whole steps
+            wanted = min(wanted, known)
+        tokens = tokens_in_step(
+            start, wanted, request.num_prompt_tokens, self.chunk_size, self.decode_mode, drafted=wanted > known
+        )
         self.turns.scheduled += tokens
         if 0 < tokens < wanted:
             self.cut.add(request.request_id)
@@ -156,12 +161,20 @@ class ChunkGridScheduler(DepthScheduler):
 
 
 def tokens_in_step(
-    start: int, wanted: int, prompt_length: int, chunk_size: int, decode_mode: DecodeMode = "token"
+    start: int,
+    wanted: int,
+    prompt_length: int,
+    chunk_size: int,
+    decode_mode: DecodeMode = "token",
+    *,
+    drafted: bool = False,
 ) -> int:
     """Return how many tokens of a request run in a step: none beyond the end of a chunk.
 
     In `token` mode a prompt chunk runs whole or not at all, and a generated token is a chunk of its own,
-    also when a preempted request is replayed. In `chunk` mode a step may stop anywhere inside a chunk.
+    also when a preempted request is replayed. In `chunk` mode a step may stop anywhere inside a chunk. One with
+    drafts never runs a whole chunk: a whole chunk leaves no open rows (`OpenRowsManager` in cache.py), and tokens that
+    take the place of drafts which prove wrong need them.
 
     Args:
         start: the position of the first token to run.
@@ -169,13 +182,14 @@ def tokens_in_step(
         prompt_length: the request's own prompt, without generated tokens.
         chunk_size: C.
         decode_mode: of the checkpoint.
+        drafted: the last of the wanted tokens are drafts.
 
     Returns:
         At most `wanted`; 0 for "not in this step".
     """
     end = chunk_end(start, chunk_size)
     if decode_mode == "chunk":
-        return min(wanted, end - start)
+        return min(wanted, end - start, chunk_size - drafted)
     if start >= prompt_length:
         return min(wanted, 1)
     rest_of_chunk = min(end, prompt_length) - start

@@ -168,6 +168,12 @@ class StepPlan:
             np.repeat(loops, lengths),
         )
 
+    def loops_of_last(self, query_starts: np.ndarray, count: int) -> list[list[int]]:
+        """Return the loops that ran for the last `count` tokens of each request, [R], fewer where it has fewer."""
+        ends = query_starts[1:]
+        begins = np.maximum(query_starts[:-1], ends - count)
+        return [self.ran[begin:end].tolist() for begin, end in zip(begins, ends, strict=True)]
+
     @property
     def deepest(self) -> int:
         """The most loops that a token of the step may run."""

@@ -191,7 +191,8 @@ def play(llm: LLM, scene: Scene, adapters: Sequence[Adapter] = ()) -> Played:
     with (
         confined(scheduler, scene.budget, blocks),
         counted(scheduler) as played.counts,
-        scheduled_ahead(live.engine_core.engine_core, scene.ahead),
+        # With drafts vLLM schedules no step ahead: their number is known once they are verified.
+        scheduled_ahead(live.engine_core.engine_core, scene.ahead and not scheduler.num_spec_tokens),
     ):
         for step in range(5000):
             while arriving and (scene.asks[arriving[0]].arrives <= step or not live.has_unfinished_requests()):
@@ -311,13 +312,14 @@ def scheduled_ahead(core: Any, ahead: bool) -> Iterator[None]:
 
 @contextmanager
 def counted(scheduler: Any) -> Iterator[Counter]:
-    """Count what a live scheduler does: preemptions, tokens found in the prefix cache, requests passed over."""
+    """Count what a live scheduler does: preemptions, tokens found in the prefix cache, requests passed over, drafts."""
     counts: Counter = Counter()
     manager = scheduler.kv_cache_manager
-    preempt, ready, record = (
+    preempt, ready, record, drafts = (
         scheduler._preempt_request,
         scheduler._handle_blocked_waiting_request,
         manager.record_prefix_cache_stats,
+        scheduler.make_spec_decoding_stats,
     )
 
     def counting_preempt(*args: Any, **kwargs: Any) -> None:
@@ -333,9 +335,16 @@ def counted(scheduler: Any) -> Iterator[Counter]:
         counts["hit"] += hits
         record(request, hits)
 
+    def counting_drafts(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **others: Any) -> Any:
+        counts["accepted"] += num_accepted_tokens
+        counts["rejected"] += num_draft_tokens - num_accepted_tokens
+        return drafts(stats, num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens, **others)
+
+    scheduler.make_spec_decoding_stats = counting_drafts
     scheduler._preempt_request, scheduler._handle_blocked_waiting_request = counting_preempt, counting_ready
     manager.record_prefix_cache_stats = counting_record
     try:
         yield counts
     finally:
-        del scheduler._preempt_request, scheduler._handle_blocked_waiting_request, manager.record_prefix_cache_stats
+        del scheduler._preempt_request, scheduler._handle_blocked_waiting_request, scheduler.make_spec_decoding_stats
+        del manager.record_prefix_cache_stats

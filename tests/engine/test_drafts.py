@@ -1,0 +1,240 @@
+"""Drafts change no answer: in `chunk` mode and of a LoopLM, whatever they are and wherever chunks end.
+
+The engines draft as many tokens as make a whole chunk with the one before them: C = n + 1. Their drafts are n-grams, or
+what a test proposes in their place.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+from vllm import LLM, TokensPrompt
+from vllm.exceptions import VLLMValidationError
+
+from melt_serve.engine import scheduler as scheduler_module
+from melt_serve.engine import turns
+from melt_serve.engine.scheduler import tokens_in_step
+from tests.engine.engines import (
+    AROUND_CUTS,
+    CONTRASTS,
+    DEPTHS,
+    EXITS,
+    LENGTHS,
+    RIGHT,
+    VOCABULARY,
+    WRONG,
+    distance,
+    engine,
+    everything,
+    generate,
+    on,
+    prompts,
+    save_looplm,
+    save_melt,
+    scheduler_of,
+)
+from tests.engine.random_scenes import FEW, judge, plays
+from tests.engine.scenes import LIMITS, Server, confined, counted, save_tokenizer
+from tests.engine.test_depth import loops_run
+
+CHUNK = 32
+NGRAMS = {"method": "ngram", "num_speculative_tokens": CHUNK - 1, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+KINDS = {
+    "chunk": lambda path: save_melt(path, decode_mode="chunk", chunk_size=CHUNK, max_loops=8, num_hidden_layers=1),
+    "LoopLM": lambda path: save_looplm(path, max_loops=8, num_hidden_layers=1),
+}
+BOTH, MELT = on(*KINDS, fixture="drafting"), on("chunk", fixture="drafting")
+
+
+@pytest.fixture(scope="module")
+def drafting(request, tmp_path_factory):
+    """Serve one of `KINDS` with drafts; in the end some must have been accepted, and some rejected."""
+    path = tmp_path_factory.mktemp("drafting")
+    model = KINDS[request.param](path)
+    save_tokenizer(path)
+    with engine(path, **{**LIMITS, "max_num_seqs": 8}, speculative_config=NGRAMS) as llm:
+        live = Server(llm, model)
+        yield live
+    counts = live.counts
+    assert all(counts[name] for name in ("preempted", "hit", "accepted", "rejected")), counts
+
+
+@contextmanager
+def proposed(llm: LLM, guess: Callable[[list[int]], Sequence[int]]) -> Iterator[Counter]:
+    """Draft what `guess` makes of a request's tokens so far, in place of n-grams; count as `counted` does."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    def propose(most, sampled, lengths, tokens, slot_mappings=None):
+        return [[*guess(tokens[row, : lengths[row]].tolist())][:most] if new else [] for row, new in enumerate(sampled)]
+
+    assert llm.reset_prefix_cache()
+    runner.drafter.propose = propose
+    try:
+        with counted(scheduler_of(llm)) as counts:
+            yield counts
+    finally:
+        del runner.drafter.propose
+
+
+class Guesses:
+    """Drafts for answers that are known, of which the first few are right; wrong ones where an answer is another.
+
+    Attributes:
+        right: how many, for a request that has so many tokens.
+    """
+
+    def __init__(self, asked, answers, right: Callable[[int], int] = lambda length: VOCABULARY):
+        self.whole = [[*prompt, *answer.token_ids] for prompt, answer in zip(asked, answers, strict=True)]
+        self.right = right
+
+    def __call__(self, tokens: list[int]) -> list[int]:
+        (follows, *_) = (*(each[len(tokens) :] for each in self.whole if each[: len(tokens)] == tokens), tokens)
+        right = self.right(len(tokens))
+        return [*follows[:right], *((token + 1) % VOCABULARY for token in follows[right:])]
+
+
+def none(tokens):
+    return []
+
+
+@BOTH
+@plays(FEW)
+def test_no_scene_changes_an_answer(drafting, scene):
+    judge(drafting, scene)
+
+
+@BOTH
+def test_answers_are_those_of_the_same_engine_without_drafts(drafting):
+    """Drafts that are right, wrong, or right up to some place, of requests whose prompts end around the cuts."""
+    llm, model = drafting.llm, drafting.model
+    asked = prompts(*AROUND_CUTS)
+    with proposed(llm, none) as counts:
+        plain = generate(llm, asked, max_tokens=70)
+    assert not counts["accepted"] + counts["rejected"]
+    for right in (lambda length: VOCABULARY, lambda length: 0, lambda length: length % 7):
+        with proposed(llm, Guesses(asked, plain, right)) as counts:
+            drafted = generate(llm, asked, max_tokens=70)
+        assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+        assert distance(model, asked, drafted) <= RIGHT
+        assert counts["accepted"] > 200 or right(8) == 0
+        assert counts["rejected"] > 200 or right(8) > 8
+
+
+@BOTH
+def test_mixed_depths_exits_and_contrasts_keep_their_meaning_and_usage_counts_them(drafting):
+    llm, model = drafting.llm, drafting.model
+    asked = prompts(*LENGTHS)
+    for exits in (None, EXITS):
+        with proposed(llm, none):
+            plain = generate(llm, asked, DEPTHS, exits, CONTRASTS, max_tokens=40)
+        with proposed(llm, Guesses(asked, plain, lambda length: length % 7)) as counts:
+            drafted = generate(llm, asked, DEPTHS, exits, CONTRASTS, max_tokens=40)
+        assert counts["accepted"] > 50
+        assert distance(model, asked, drafted, DEPTHS, exits, CONTRASTS) <= RIGHT
+
+        told = {}
+        with proposed(llm, none):
+            plain = generate(llm, asked, DEPTHS, exits, max_tokens=40)
+        with proposed(llm, Guesses(asked, plain)):  # answers end among drafts that are right
+            for number, (prompt, loops) in enumerate(zip(asked, DEPTHS, strict=True)):
+                depth = {"loops": loops, "exit_threshold": 1.0 if exits is None else exits[number]}
+                parameters = everything(35, extra_args=depth)
+                llm.llm_engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+            while llm.llm_engine.has_unfinished_requests():
+                told |= {int(each.request_id): each for each in llm.llm_engine.step()}
+        for number, (prompt, loops) in enumerate(zip(asked, DEPTHS, strict=True)):
+            answer, threshold = told[number].outputs[0], 1.0 if exits is None else exits[number]
+            ran = loops_run(model, prompt, answer, loops, threshold)[len(prompt) - 1 :].tolist()
+            assert told[number].kv_transfer_params["melt_loops_run"] == dict(Counter(ran)) and len(ran) == 35
+
+
+@BOTH
+def test_seeded_requests_repeat_themselves(drafting):
+    llm, asked = drafting.llm, prompts(10, 70)
+    draws = []
+    for seed in (7, 7, 8):
+        with proposed(llm, lambda tokens: tokens[:9]) as counts:
+            draws.append([each.token_ids for each in generate(llm, asked, temperature=1, seed=seed, max_tokens=40)])
+        assert counts["rejected"] > 100
+    first, again, other = draws
+    assert first == again and all(a != b for a, b in zip(first, other, strict=True))
+
+
+@BOTH
+def test_what_each_token_ran_is_not_told(drafting):
+    with pytest.raises(VLLMValidationError, match="return_loops does not tell tokens that were drafted"):
+        generate(drafting.llm, prompts(5), told=True)
+
+
+@MELT
+def test_drafts_that_would_fill_a_chunk_at_once_leave_one_out(drafting, monkeypatch):
+    """C = n + 1, all rejected, after a prompt of whole chunks: its first open rows are of a step with drafts."""
+    llm, model = drafting.llm, drafting.model
+    asked = prompts(2 * CHUNK)
+    with proposed(llm, none):
+        plain = generate(llm, asked, max_tokens=40)
+    wrong = Guesses(asked, plain, lambda length: 0)
+    with proposed(llm, wrong) as counts:
+        assert distance(model, asked, generate(llm, asked, max_tokens=40)) <= RIGHT
+    assert counts["rejected"] >= CHUNK - 2
+    monkeypatch.setattr(scheduler_module, "tokens_in_step", lambda *args, drafted: tokens_in_step(*args, drafted=False))
+    with proposed(llm, wrong):
+        assert distance(model, asked, generate(llm, asked, max_tokens=40)) > WRONG
+
+
+@MELT
+@pytest.mark.parametrize("right", [0, VOCABULARY], ids=["rejected", "accepted"])
+def test_drafts_that_would_cross_a_cut_are_left_out(drafting, monkeypatch, right):
+    llm, model = drafting.llm, drafting.model
+    asked = prompts(50)
+    with proposed(llm, none):
+        plain = generate(llm, asked, max_tokens=70)
+    guesses = Guesses(asked, plain, lambda length: right)
+    with proposed(llm, guesses):
+        assert distance(model, asked, generate(llm, asked, max_tokens=70)) <= RIGHT
+    whole = tokens_in_step
+
+    def anywhere(start, wanted, *args, drafted):
+        return wanted if drafted else whole(start, wanted, *args)
+
+    monkeypatch.setattr(scheduler_module, "tokens_in_step", anywhere)
+    with proposed(llm, guesses):
+        assert distance(model, asked, generate(llm, asked, max_tokens=70)) > WRONG
+
+
+@BOTH
+@pytest.mark.parametrize("right", [0, 5, VOCABULARY])
+def test_a_conversation_finds_the_chunks_that_drafts_have_closed(drafting, right):
+    llm, model = drafting.llm, drafting.model
+    (first,) = prompts(40)
+    with proposed(llm, none):
+        (plain,) = generate(llm, [first], max_tokens=60)
+    with proposed(llm, Guesses([first], [plain], lambda length: right)) as counts:
+        (answer,) = generate(llm, [first], max_tokens=60)
+        llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.propose = lambda *_, **__: [[]]
+        conversation = [*first, *answer.token_ids, 7, 8, 9]
+        assert distance(model, [conversation], generate(llm, [conversation])) <= RIGHT
+    assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 30
+
+
+@MELT
+def test_a_lone_token_gets_its_turn_beside_drafts_that_use_the_budget_up(drafting, monkeypatch):
+    """vLLM gives a request's lone token a place in a step only where as many drafts have one behind it."""
+    llm, live = drafting.llm, drafting.llm.llm_engine
+
+    def steps_to_first_token():
+        for number, begin in enumerate(prompts(3, 4, 5, 6, 7, 8)):
+            live.add_request(str(number), {"prompt_token_ids": begin}, everything(max_tokens=100, logprobs=None))
+        for _ in range(10):
+            live.step()
+        live.add_request("lone", {"prompt_token_ids": [1]}, everything(max_tokens=1, logprobs=None))
+        steps = [any(output.request_id == "lone" for output in live.step()) for _ in range(60)]
+        while live.has_unfinished_requests():
+            live.step()
+        return steps.index(True) if True in steps else None
+
+    with proposed(llm, lambda tokens: [tokens[-1]] * CHUNK), confined(scheduler_of(llm), budget=64):
+        assert steps_to_first_token() <= turns.PATIENCE + 1
+        monkeypatch.setattr(turns, "PATIENCE", 10_000)
+        assert steps_to_first_token() is None
