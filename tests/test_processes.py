@@ -183,7 +183,7 @@ def test_ready_only_while_steps_end_and_a_stop_ends_answers_whole_and_quietly(tm
 
 
 def not_ready_while_stopped(url: str, process: psutil.Process) -> None:
-    """Stop a process in the middle of an answer and let it go on; see what the probes say, and the end of the answer."""
+    """Stop a process in the middle of an answer and let it go on; see what the probes say, and the answer's end."""
     answer, ready = stream(url), f"{url}/melt/ready"
     process.suspend()
     wait_for(ready, 503)
