@@ -37,10 +37,10 @@ class Sequences:
         self.stream = Batches(self.corpus, tokenizer, self.packing, ahead=True)
         self.index = folder / INDEX
         self.start = self.stream.state_dict()
-        self.windows: list[tuple[int, dict[str, Any]]] = []
-        if self.index.exists():
-            noted = {entry["first"]: entry["state"] for entry in map(parsed, self.index.open()) if entry}
-            self.windows = list(noted.items())
+        text = self.index.read_text(encoding="utf-8") if self.index.exists() else ""
+        noted = {entry["first"]: entry["state"] for entry in map(parsed, text.splitlines()) if entry}
+        self.windows: list[tuple[int, dict[str, Any]]] = list(noted.items())
+        self.torn = bool(text) and not text.endswith("\n")
         self.next = 0
 
     def __call__(self, numbers: range) -> Batch:
@@ -102,7 +102,8 @@ class Sequences:
         first, state = self.windows[-1]
         try:
             with self.index.open("a", encoding="utf-8") as index:
-                index.write(json.dumps({"first": first, "state": state}) + "\n")
+                index.write(("\n" if self.torn else "") + json.dumps({"first": first, "state": state}) + "\n")
+            self.torn = False
         except OSError as error:
             logger.warning("%s: %s; to resume this run will take longer", self.index, error)
 

@@ -48,6 +48,11 @@ def test_a_resumed_run_reads_one_window_and_not_all_that_came_before(recipe_file
     read = []
     resumed.stream.next_window = lambda *its, original=resumed.stream.next_window: read.append(1) or original(*its)
     assert same(resumed(numbers), batch) and len(lines) > 5 and len(read) <= 2
+    resumed(range(80, 82))
+    assert len(resumed.windows) > len(lines)
+    assert [first for first, _ in open_sequences(recipe_file, tmp_path).windows] == [
+        first for first, _ in resumed.windows
+    ]
 
 
 def test_alone_every_document_is_seen_once_an_epoch_in_an_order_of_the_seeds(recipe_file, tmp_path):
