@@ -107,8 +107,9 @@ class Chat:
                         if reasoning:
                             show(reasoning, True)
                         if delta.content:
+                            begun = answer.content.strip("\n")  # many models begin with blank lines
                             answer.content += delta.content
-                            show(delta.content, False)
+                            show(delta.content if begun else delta.content.lstrip("\n"), False)
         except (OpenAIError, ValueError) as error:  # ValueError: what came is no JSON
             raise ChatError(reason(error)) from None
         finally:
@@ -357,7 +358,6 @@ def answer_in_terminal(chat: Chat, question: str) -> None:
         nonlocal style
         if style == "dim" and not is_reasoning:
             shown("", "\n")
-            text = text.lstrip("\n")
         style = "dim" if is_reasoning else "answer"
         shown("dim" if is_reasoning else "", CONTROLS.sub("", text))
 
