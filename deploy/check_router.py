@@ -34,7 +34,7 @@ from melt_serve.task.who_is_where import questions
 DEPTHS = (2, 4)
 """Every conversation is held at each of them: the same words, and other rows."""
 CLIENTS = 4
-"""Conversations that are held at the same time; more would wait for each other's steps, fewer would not share them."""
+"""Conversations that are held at the same time."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ POLICIES = (
 class Conversation:
     """A conversation at one depth, with its messages so far."""
 
-    name: str
+    number: int
     depth: int
     messages: list[dict[str, Any]]
 
@@ -129,10 +129,8 @@ def served(folder: Path, number: int) -> Iterator[str]:
     """Start a server whose conversations find their own answers again, and yield its address."""
     port = free_port()
     words = [sys.executable, "-m", "melt_serve.cli", "serve", "--port", str(port), "--kv-cache-memory-bytes", "64M"]
-    words += ["--hf-overrides.decode_mode", "chunk"]
-    words += [
-        "--enable-scale-out"
-    ]  # cache_aware asks the servers for a prompt's tokens, at /v1/chat/completions/render
+    # With the last flag a server tells the router a prompt's tokens, at /v1/chat/completions/render: for cache_aware.
+    words += ["--hf-overrides.decode_mode", "chunk", "--enable-scale-out"]
     with running(words, port, folder / f"server-{number}.txt", ready="/melt/ready") as server:
         yield server.url
 
@@ -152,7 +150,7 @@ def hold(url: str, urls: list[str], policy: Policy, turn: int, number: int, turn
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     draw = random.Random(turn)  # the same order for every policy
     conversations = [
-        Conversation(f"c{each}", depth, [{"role": "system", "content": f"{each} {turn} {POLICIES.index(policy)}"}])
+        Conversation(each, depth, [{"role": "system", "content": f"{each} {turn} {POLICIES.index(policy)}"}])
         for each in range(number)
         for depth in DEPTHS
     ]
@@ -162,7 +160,7 @@ def hold(url: str, urls: list[str], policy: Policy, turn: int, number: int, turn
         for at in range(turns):
             draw.shuffle(conversations)
             for each in conversations:
-                each.messages.append({"role": "user", "content": asked[int(each.name[1:]) * turns + at].prompt})
+                each.messages.append({"role": "user", "content": asked[each.number * turns + at].prompt})
             list(crowd.map(lambda each: answer(client, policy, each), conversations))
     seconds = time.monotonic() - started
     after = [counters(each) for each in urls]
@@ -179,7 +177,7 @@ def answer(client: openai.OpenAI, policy: Policy, conversation: Conversation) ->
     Raises:
         AssertionError: the answer was given at another depth.
     """
-    session = {"X-Session-ID": f"{conversation.name}-{conversation.depth}"} if policy.session else {}
+    session = {"X-Session-ID": f"{conversation.number}-{conversation.depth}"} if policy.session else {}
     salt = {"cache_salt": f"loops={conversation.depth}"} if policy.salt else {}
     said = client.chat.completions.create(
         model=MELT.name,
