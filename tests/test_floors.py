@@ -39,7 +39,7 @@ STANDS_ON = {
     "verify": "answers bench config modeling task tools",
     "cli": "api bench chat commands config convert demo engine kernels modeling serve task tools train verify",
     "loadtests": "config task tools",
-    "deploy": "",
+    "deploy": "task tools",
     "examples": "cli modeling task tools",
 }
 """A room, and what it may import besides its own folder, lazily or not: rooms, and vLLM."""
