@@ -55,3 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match["text"] if (ROOT / file).exists() else match[0]
 
     return CODE_OR_LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Wrap a page's content in an element of its name, for `site.css`."""
+    return f'<div class="page-{page.file.name}">{html}</div>'
