@@ -23,7 +23,7 @@ test: .venv/.installed programs
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
-FILES := capacity checkpoint_check cli commands config convert floors links serve server_process start_checks supervisor
+FILES := capacity checkpoint_check cli commands config convert floors links serve server_process site start_checks supervisor
 FAST := modeling kernels train task $(FILES:%=test_%.py)
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
