@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 
-.PHONY: demo test test-fast load faults programs lint clean
+.PHONY: demo test test-fast load faults docs programs lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -24,7 +24,7 @@ test: .venv/.installed programs
 	$(BIN)/python -m pytest --durations=40 $(ALONE)
 
 # What needs no vLLM.
-FILES := capacity checkpoint_check cli commands config convert floors links serve server_process start_checks supervisor
+FILES := capacity checkpoint_check cli commands config convert floors links serve server_process site start_checks supervisor
 FAST := modeling kernels train task $(FILES:%=test_%.py)
 test-fast: .venv/.installed
 	$(PYTEST) -n 2 $(addprefix tests/,$(FAST))
@@ -48,6 +48,10 @@ FAULTS ?=
 faults: .venv/.installed
 	$(BIN)/python -m tests.faults $(FAULTS)
 
+# A site of the documents, in site/; a link that leads nowhere fails. Look at it: python3 -m http.server -d site
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +65,7 @@ lint: .venv/.installed
 	    f"melt-serve needs Python 3.11 or later, {sys.executable} is {v.major}.{v.minor}; run: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --retries 0 --extra-index-url $(TORCH_CPU_INDEX) torch==2.13.0+cpu
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,eval,bench,test,load]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,eval,bench,test,load,docs]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -38,7 +38,7 @@ examples:
   OPENAI_API_KEY=... melt-serve eval --server https://example.com/v1 --model some-model --questions 50
       a model of somebody else's
 
-Other benchmarks, such as MATH-500: lm-eval, see melt_serve/train/README.md."""
+Other benchmarks, such as MATH-500: lm-eval, see docs/training.md."""
 
 
 def add_eval(commands: "Subcommands[argparse.ArgumentParser]") -> None:

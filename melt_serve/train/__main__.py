@@ -21,7 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after `python -m melt_serve.train`, by default the process's own.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parsed(sys.argv[1:] if argv is None else argv)
+    try:
+        return arguments.run_command(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except expected_errors() as error:
+        return fail(error)
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the words of one command; its namespace holds the function that runs it, as `run_command`."""
+    words = list(argv)
     if words and words[0] in RENAMED:
         say(f"melt_serve.train: `{words[0]}` is called `{RENAMED[words[0]]}` now")
         words[0] = RENAMED[words[0]]
@@ -34,12 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         arguments.overrides += rest  # argparse takes no key=value after a flag
-    try:
-        return arguments.run_command(arguments)
-    except KeyboardInterrupt:
-        return 130
-    except expected_errors() as error:
-        return fail(error)
+    return arguments
 
 
 if __name__ == "__main__":

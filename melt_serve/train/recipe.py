@@ -180,7 +180,7 @@ class PostTraining:
         gate_start: see `GateStart`.
         trained_rank: W_z and U_z are products of this rank from the start (our addition); by default they are whole.
         gate_rank: the trained gate's W_z and U_z are cut to this rank when the run is done: less to compute and to
-            store (our addition; README.md, Ablations, says what it costs). By default they stay as they were trained.
+            store (our addition; docs/studies.md says what it costs). By default they stay as they were trained.
         train_base: what is trained beside the gates: `full`, the whole base, as in the paper; `frozen`, nothing of it;
             or `lora`, low-rank adapters of q, k, v and o, merged in the end. But for `full` the base is the teacher's
             own, so its weights are there once, without gradients and optimizer states (our addition).

@@ -113,7 +113,7 @@ def test_a_wrong_key_or_model_is_one_line(server, gate, capsys):
 
 
 def lm_eval(folder: Path, *words: str) -> tuple[dict, list[dict]]:
-    """The command of melt_serve/train/README.md; its results and what it saw of each question."""
+    """The command of docs/training.md; its results and what it saw of each question."""
     command = [sys.executable, "-m", "lm_eval", "run", "--include_path", str(TASKS), *words, "--seed", "0"]
     output = ["--limit", str(QUESTIONS), "--output_path", str(folder), "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}

@@ -20,7 +20,7 @@ Axis = tuple[str, list[Measured], Callable[[Measured], int]]
 INTRODUCTION = """\
 # Memory of a training step
 
-Written by `python -m melt_serve.train memory`; read in melt_serve/train/README.md, "Memory". One step,
+Written by `python -m melt_serve.train memory`; read in docs/training.md, "Memory". One step,
 forward and backward, of
 {sequences} with C = {chunk}: `{recipe}` at 1/{scale} of its width, two layers, {dtype}, {device}. MB are 10^6
 bytes, weights not counted; in brackets what `cost` says.

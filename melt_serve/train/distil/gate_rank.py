@@ -1,6 +1,6 @@
 """A trained gate cut to a rank: W_z and U_z as products of two thin matrices, for less to compute and to store.
 
-Our addition. What it costs in quality is measured by the study `compressed` of the ablations (README.md).
+Our addition. What it costs in quality is measured by the study `compressed` of the ablations (docs/studies.md).
 """
 
 import torch

@@ -24,7 +24,7 @@ OUTCOME_HEADS = [f"{what}, `{mode}`" for what in ("KL", "right") for mode in DEC
 INTRODUCTION = """\
 # Ablations
 
-Written by `python -m melt_serve.train ablate --report`; read in melt_serve/train/README.md,
+Written by `python -m melt_serve.train ablate --report`; read in docs/studies.md,
 "Ablations". Every run post-trains the
 bundled `looplm-demo` (one teacher for all), at size `{size.name}`: {size.steps[0]} + {size.steps[1]} steps of phases 1
 and 2 with {size.batch} questions each at T = {loops}, C = {size.chunk_size} where nothing else is said, float32.

@@ -1,4 +1,4 @@
-"""Cheaper KV gates, for the study `gates` only: what can be left out of W_z and U_z (README.md, Ablations).
+"""Cheaper KV gates, for the study `gates` only: what can be left out of W_z and U_z (docs/studies.md).
 
 Each computes h_t = z_t * h_{t-1} + (1 - z_t) * n_t as the element-wise gate does, and differs in z. Letters as in
 `melt_serve.modeling.gate`.

@@ -28,7 +28,7 @@ HELD = 0.9
 INTRODUCTION = """\
 # Accuracy against length
 
-Written by `python -m melt_serve.train lengths --report`; read in melt_serve/train/README.md,
+Written by `python -m melt_serve.train lengths --report`; read in docs/studies.md,
 "Beyond the paper". Every model learns a
 word problem from nothing: {curriculum.steps} steps of {curriculum.batch} words, whose length grows from
 {curriculum.first_length} to {curriculum.length} letters over the first {curriculum.grown_at:.0%} of the steps;
