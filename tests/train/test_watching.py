@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import sys
 from itertools import islice
 
@@ -138,6 +139,50 @@ def test_weights_and_biases_that_is_not_installed_is_one_line(folder, capsys, mo
     assert run(folder, "none", "report_to=wandb") == 1
     assert "report_to=wandb needs Weights & Biases: pip install wandb" in capsys.readouterr().err
     assert not (folder / "none").exists(), "nothing is written down that a resumed run would ask for again"
+
+
+def offline_records(path):
+    """Read what Weights & Biases keeps for later: protobuf records in blocks of 32 KiB, as in a log of LevelDB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_weights_and_biases_gets_every_sessions_numbers_and_no_session_is_a_crash(folder, capfd, monkeypatch):
+    """Where it is installed; without its server."""
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run(folder, "biased", "report_to=wandb", "--minutes", "0") == 3
+    assert run(folder, "biased", "report_to=wandb", "--resume") == 0
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err
+    own = f"biased-{(folder / 'biased' / 'wandb.id').read_text().strip()}"
+    found, runs, codes = {}, set(), set()
+    for path in sorted((folder / "biased" / "wandb").rglob("*.wandb")):
+        stage = path.stem.rpartition("-")[2]
+        for record in offline_records(path):
+            match record.WhichOneof("record_type"):
+                case "run":
+                    runs.add((record.run.run_id, record.run.run_group))
+                case "exit":
+                    codes.add(record.exit.exit_code)
+                case "history":
+                    numbers = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                    if "loss" in numbers:
+                        found[stage, int(numbers["at_step"])] = json.loads(numbers["loss"])
+    assert runs == {(f"{own}-{stage}", own) for stage in ("transition", "alignment")} and codes == {0}
+    entries = lines(folder / "biased" / "losses.jsonl")
+    assert found == {(entry["stage"], entry["step"]): pytest.approx(entry["loss"]) for entry in entries}
 
 
 def test_a_checkpoint_of_a_run_that_goes_on_is_that_of_its_state(folder, capsys, monkeypatch):

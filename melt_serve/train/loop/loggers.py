@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from melt_serve.train.loop.distributed import rank
-from melt_serve.train.session import TrainingError
+from melt_serve.train.session import Paused, TrainingError
 
 WANDB_ID = "wandb.id"
 
@@ -127,16 +127,23 @@ def wandb(folder: Path, stage: str, step: int) -> Iterator[Show]:
         noted.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     own = f"{name}-{noted.read_text(encoding='utf-8').strip()}"
     try:
-        begun = wandb.init(dir=folder, name=f"{name}-{stage}", id=f"{own}-{stage}", group=own, resume="allow")
+        run = wandb.init(dir=folder, name=f"{name}-{stage}", id=f"{own}-{stage}", group=own, resume="allow")
     except wandb.Error as error:
         raise TrainingError(f"report_to=wandb: {' '.join(str(error).split())}") from error
-    with begun as run:
-        run.define_metric("*", step_metric="at_step")  # its own counter never goes back, ours does after kill -9
+    run.define_metric("*", step_metric="at_step")  # its own counter never goes back, ours does after kill -9
 
-        def show(numbers: Mapping[str, float], step: int) -> None:
-            run.log({**numbers, "at_step": step})
+    def show(numbers: Mapping[str, float], step: int) -> None:
+        run.log({**numbers, "at_step": step})
 
+    failed = 1
+    try:
         yield show
+        failed = 0
+    except Paused:
+        failed = 0
+        raise
+    finally:
+        run.finish(exit_code=failed)  # `with run` prints a traceback where a session ends, and calls the run crashed
 
 
 LOGGERS: dict[str, Logger] = {"tensorboard": tensorboard, "wandb": wandb}
