@@ -25,6 +25,8 @@ logger = init_logger("vllm.melt_serve")
 SCHEDULER = "melt_serve.engine.scheduler.ChunkGridScheduler"
 LOOPLM_SCHEDULER = "melt_serve.engine.looplm_scheduler.LoopLMScheduler"
 CPU_WORKER = "melt_serve.engine.cpu_worker.MeltCPUWorker"
+MOST_DRAFTS = 128
+"""vLLM's rejection sampler takes no more (MAX_SPEC_LEN), and finds out in the middle of a step."""
 
 
 class MeltStartup(VerifyAndUpdateConfig):
@@ -228,6 +230,11 @@ def refuse_drafts(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"{family}: --speculative-config with the method {drafts.method} is not proved: what drafts there knows no "
             "plan of the step; choose ngram, or leave it out"
+        )
+    if drafts.num_speculative_tokens > MOST_DRAFTS:
+        raise ValueError(
+            f"{family}: --speculative-config with num_speculative_tokens={drafts.num_speculative_tokens}: vLLM verifies "
+            f"at most {MOST_DRAFTS} together"
         )
     if drafts.rejection_sample_method == "synthetic":
         raise ValueError(

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from melt_serve.config import MeltConfig
@@ -63,6 +64,17 @@ class DepthScheduler(AsyncScheduler):
         scheduled = output.num_scheduled_tokens
         output.num_scheduled_tokens = dict(sorted(scheduled.items(), key=lambda item: -self.depths[item[0]].loops))
         return output
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Keep drafts for the next step as vLLM does, but none of a request that draws with a seed.
+
+        To verify one takes draws from the request's generator, and how many drafts there are depends on the others.
+        """
+        super().update_draft_token_ids(draft_token_ids)
+        for request_id in draft_token_ids.req_ids:
+            request = self.requests.get(request_id)
+            if request is not None and request.sampling_params.sampling_type is SamplingType.RANDOM_SEED:
+                request.spec_token_ids = []
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -422,14 +422,15 @@ def _is_melt(model_config: ModelConfig) -> bool:
 
 
 def _raise_unset_budget(original: Callable[..., None]) -> Callable[..., None]:
-    # A chunk of a prompt and a token of every running request fit in a step, whatever C is. The hook for a
-    # model's configuration is called later, and cannot tell a default from a user's choice.
+    # A chunk of a prompt and a token of every running request, with its drafts, fit in a step, whatever C is. The hook
+    # for a model's configuration is called later, and cannot tell a default from a user's choice.
     @functools.wraps(original)
     def set_defaults(self: EngineArgs, usage: Any, model_config: ModelConfig, *args: Any) -> None:
         unset = self.max_num_batched_tokens is None
         original(self, usage, model_config, *args)
         if unset and _is_melt(model_config):
-            floor = model_config.hf_config.chunk_size + self.max_num_seqs
+            drafts = (self.speculative_config or {}).get("num_speculative_tokens") or 0
+            floor = model_config.hf_config.chunk_size + self.max_num_seqs * (1 + drafts)
             self.max_num_batched_tokens = max(self.max_num_batched_tokens, floor)
 
     return set_defaults

@@ -82,7 +82,7 @@ class ChunkGridScheduler(DepthScheduler):
             start, wanted, request.num_prompt_tokens, self.chunk_size, self.decode_mode, drafted=wanted > known
         )
         self.turns.scheduled += tokens
-        if 0 < tokens < wanted:
+        if 0 < tokens < min(wanted, known):
             self.cut.add(request.request_id)
         if tokens == 0 and wanted > 0:
             self.counts.deferred += 1

@@ -124,6 +124,14 @@ def test_the_conversation_is_sent_outlives_a_reload_and_is_cleared(visit, client
     ask(page, 4)
     assert sent[-1] == mine and page.locator(".turn").count() == 1
 
+    page.route("**/completions", lambda route: None)  # never answered
+    page.fill("#prompt", second)
+    page.click("#send")
+    expect(page.locator(".turn")).to_have_count(2)
+    page.reload()
+    expect(newest(page, ".said.alarm")).to_have_text("Cut: the page was left before its end.")
+    page.unroute("**/completions")
+
     page.add_init_script("sessionStorage.setItem('melt-conversation', '[{}]')")  # what another version may have kept
     page.reload()
     expect(page.locator("#state")).to_have_text("connected")

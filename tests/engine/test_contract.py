@@ -124,6 +124,7 @@ def test_on_a_cpu_rays_workers_are_refused(checkpoint, monkeypatch, arguments):
         ({"method": "draft_model", "model": str(LOOPLM)}, "the method draft_model is not proved"),
         ({"method": "ngram_gpu", "prompt_lookup_max": 2}, "the method ngram_gpu is not proved"),
         ({"method": "custom_class", "model": "a.Proposer"}, "the method custom_class is not proved"),
+        ({"method": "ngram", "num_speculative_tokens": 129}, "num_speculative_tokens=129: vLLM verifies at most 128"),
         (
             {
                 "method": "ngram",

@@ -149,15 +149,24 @@ def test_mixed_depths_exits_and_contrasts_keep_their_meaning_and_usage_counts_th
 
 
 @BOTH
-def test_seeded_requests_repeat_themselves(drafting):
-    llm, asked = drafting.llm, prompts(10, 70)
-    draws = []
-    for seed in (7, 7, 8):
-        with proposed(llm, lambda tokens: tokens[:9]) as counts:
-            draws.append([each.token_ids for each in generate(llm, asked, temperature=1, seed=seed, max_tokens=40)])
-        assert counts["rejected"] > 100
-    first, again, other = draws
-    assert first == again and all(a != b for a, b in zip(first, other, strict=True))
+def test_a_seed_draws_what_it_would_without_drafts_also_beside_requests_that_have_some(drafting):
+    llm, asked = drafting.llm, prompts(10, 70, 33)
+
+    def draw(seed, guess):
+        for number, (prompt, own) in enumerate(zip(asked, (seed, seed, None), strict=True)):
+            parameters = everything(40, temperature=1, seed=own, logprobs=None)
+            llm.llm_engine.add_request(str(number), TokensPrompt(prompt_token_ids=prompt), parameters)
+        told = {}
+        with proposed(llm, guess) as counts:
+            while llm.llm_engine.has_unfinished_requests():
+                told |= {each.request_id: each.outputs[0].token_ids for each in llm.llm_engine.step()}
+        return [told["0"], told["1"]], counts["rejected"]
+
+    plain, rejected = draw(7, none)
+    assert not rejected
+    drafted, rejected = draw(7, lambda tokens: tokens[:9])
+    assert drafted == plain and rejected > 100
+    assert all(ours != other for ours, other in zip(plain, draw(8, none)[0], strict=True))
 
 
 @BOTH
