@@ -28,7 +28,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 NUMBERS = r"\d+ tokens?, [\d.]+ tokens/s, loops ([\d.]+) on average, (\d) at most, KV ([\d.]+) KiB of [\d.]+ MiB\n"
 PROMPT = r"\n>"
-PATIENCE = 120
+PATIENCE = 300  # of which a server of its own may take most to start, on a machine that does other things
 
 
 def command(*words: str) -> list[str]:
