@@ -59,8 +59,9 @@ alignment = 10.0
 # The same as `melt-serve train run RECIPE --run FOLDER` and `melt-serve convert --check FOLDER` in a terminal.
 failed = cli.main(["train", "run", str(recipe), "--run", str(folder / "run")])
 failed = failed or cli.main(["convert", "--check", str(folder / "melt")])
+# The transition's loss rises on the way: the rows become the MELT's, which its gates must learn to make.
 for line in (folder / "run" / "losses.jsonl").read_text().splitlines():
     step = json.loads(line)
-    print(f"{step['stage']:12} step {step['step']}   loss {step['loss']:.3f}")
+    print(f"{step['stage']:12} step {step['step'] + 1}   loss {step['loss']:.3f}")
 print(f"serve it: melt-serve serve {folder / 'melt'}")
 sys.exit(failed)

@@ -18,7 +18,7 @@ question = (
     "Mia is in Perth. Sam is with Leo. Dan is with Mia. Tom is with Sam. Uma is with Dan. Ian is with Tom. "
     "Zoe is in Bern. Where is Sam?"
 )
-print(question, end="\n\n")
+print(question)
 
 started, said = time.monotonic(), ""
 stream = client.chat.completions.create(

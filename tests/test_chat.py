@@ -28,7 +28,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r")
 NUMBERS = r"\d+ tokens?, [\d.]+ tokens/s, loops ([\d.]+) on average, (\d) at most, KV ([\d.]+) KiB of [\d.]+ MiB\n"
 PROMPT = r"\n>"
-PATIENCE = 120
+PATIENCE = 300  # of which a server of its own may take most to start, on a machine that does other things
 
 
 def command(*words: str) -> list[str]:
@@ -127,11 +127,11 @@ def running(server: str) -> int:
         return json.load(response)["now"]["running"]
 
 
-def aborted(server: str) -> int:
+def ended_by_length(server: str) -> float:
     with urllib.request.urlopen(f"{server}/metrics") as response:
         metrics = response.read().decode()
-    found = re.search(r'^vllm:request_success_total\{.*finished_reason="abort".*\} (\S+)$', metrics, re.MULTILINE)
-    return int(float(found[1]))
+    found = re.search(r'^vllm:request_success_total\{.*finished_reason="length".*\} (\S+)$', metrics, re.MULTILINE)
+    return float(found[1])
 
 
 def test_reasoning_is_dimmed_and_the_answer_is_not(talking):
@@ -139,8 +139,8 @@ def test_reasoning_is_dimmed_and_the_answer_is_not(talking):
     deadline = time.monotonic() + PATIENCE
     while "tokens/s" not in talking.raw and time.monotonic() < deadline:
         talking.read(1)
-    dim = r"\x1b\[0;2m"
-    assert re.search(rf"{dim}Follow.*{dim} Rome.*\x1b\[0m\r?\n.*\x1b\[0mIn.*{dim}\d+ tokens", talking.raw, re.DOTALL)
+    dimmed = "".join(re.findall(r"\x1b\[0;2m(.*?)\x1b\[0m", talking.raw, re.DOTALL))
+    assert re.match(r"Follow Kim Bob Ann Rome\d+ tokens", dimmed)
     assert talking.see(r"Follow Kim Bob Ann Rome\nIn Rome\.\n" + NUMBERS)
 
 
@@ -178,14 +178,16 @@ def test_what_was_said_is_sent_again_until_a_new_conversation_begins(talking):
 def test_ctrl_c_stops_an_answer_and_not_the_chat(talking, server):
     talking.type("/loops 1\r")  # after one loop the bundled checkpoint repeats a name to the end of the context
     talking.see("loops: 1")
-    before = aborted(server)
+    before = ended_by_length(server)
     talking.type(f"{ALOUD}\r")
     talking.see(r"Where is Kim\?\s*\n[^\n]*(Kim|Ann|Bob|Follow)")
     talking.type(CTRL_C)
     talking.see("\nstopped\n" + PROMPT)
     deadline = time.monotonic() + PATIENCE
-    while running(server) or aborted(server) == before:
+    while running(server):
         assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert ended_by_length(server) == before
     talking.type("/loops 4\r")
     talking.see("loops: 4")
     talking.ask(ALOUD)
