@@ -25,16 +25,17 @@ class Receiver(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def collector():
-    """Receive OTLP over HTTP. A process has one tracer for good, so it is shut down with the collector."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server, pytest.MonkeyPatch.context() as environment:
+    """Receive OTLP over HTTP. A process has one tracer for good, so it has one collector."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
         server.received = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}/v1/traces"
-        environment.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
-        environment.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)  # vLLM sets it for its children, too
-        init_tracer("tests", endpoint)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+            environment.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)  # vLLM sets it, and children inherit it
+            init_tracer("tests", endpoint)
         yield server
         trace.get_tracer_provider().shutdown()
         server.shutdown()
