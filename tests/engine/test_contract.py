@@ -121,7 +121,7 @@ def test_on_a_cpu_rays_workers_are_refused(checkpoint, monkeypatch, arguments):
 @pytest.mark.parametrize(
     ("drafts", "message"),
     [
-        ({"method": "draft_model", "model": str(LOOPLM)}, "the method draft_model is not proved"),
+        ({"method": "draft_model"}, "the method draft_model is not proved"),
         ({"method": "ngram_gpu", "prompt_lookup_max": 2}, "the method ngram_gpu is not proved"),
         ({"method": "custom_class", "model": "a.Proposer"}, "the method custom_class is not proved"),
         ({"method": "ngram", "num_speculative_tokens": 129}, "num_speculative_tokens=129: vLLM verifies at most 128"),
@@ -140,8 +140,9 @@ def test_on_a_cpu_rays_workers_are_refused(checkpoint, monkeypatch, arguments):
 def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, drafts, message):
     in_chunks = {"hf_overrides": {"decode_mode": "chunk"}}
     for folder, family, options in ((LOOPLM, "LoopLM", {}), (checkpoint, "MELT", in_chunks)):
+        asked = {"model": str(folder), "num_speculative_tokens": 2, **drafts}
         with pytest.raises(ValueError, match=f"{family}: --speculative-config with .*{message}"):
-            configure(folder, speculative_config={"num_speculative_tokens": 2, **drafts}, **options)
+            configure(folder, speculative_config=asked, **options)
 
 
 def test_drafts_of_ngrams_are_taken_where_chunks_stay_open_and_no_step_is_scheduled_ahead_of_them(checkpoint):

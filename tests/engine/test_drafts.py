@@ -99,7 +99,9 @@ def none(tokens):
 
 @BOTH
 @plays(FEW)
-def test_no_scene_changes_an_answer(drafting, scene):
+def test_no_scene_changes_an_answer(drafting, scene, monkeypatch):
+    few = [4] * 9  # drafts, by batch size
+    monkeypatch.setattr(scheduler_of(drafting.llm), "dynamic_sd_lookup", few)
     judge(drafting, scene)
 
 
@@ -226,7 +228,7 @@ def test_a_conversation_finds_the_chunks_that_drafts_have_closed(drafting, right
     assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 30
 
 
-@BOTH
+@on("LoopLM", fixture="drafting")
 def test_a_lone_token_runs_without_drafts_of_nobody(drafting, monkeypatch):
     """Such placeholders would be computed in vain, and their room would be waited for."""
     llm, live = drafting.llm, drafting.llm.llm_engine
