@@ -47,7 +47,7 @@ def main() -> None:
             for each in (depth, reasoning, streams, tools, told, errors, other_routes):
                 each(client)
             anthropic(url)
-    except (AssertionError, ServerError, openai.OpenAIError, OSError) as error:
+    except (AssertionError, ServerError, openai.OpenAIError, OSError, ValueError) as error:
         sys.exit(f"FAILED: {error}")
 
 
@@ -104,7 +104,7 @@ def depth(client: openai.OpenAI) -> None:
     said = loops(ask(client, extra_body={"vllm_xargs": {"loops": 6}}))
     check("vllm_xargs has its 6 loops", said == {"mean": 6, "max": 6}, said)
     said = loops(ask(client, extra_body={"vllm_xargs": {"exit_threshold": 0.5}}))
-    check("an exit threshold of 0.5 leaves early", said["mean"] < 4, said)
+    check("an exit threshold of 0.5 leaves early", (said or {"mean": 4})["mean"] < 4, said)
     said = loops(ask(client, extra_body={"thinking": {"type": "enabled", "budget_tokens": 4096}}))
     check("the gateway makes an effort of a budget of thinking", said == {"mean": 6, "max": 6}, said)
 
@@ -113,7 +113,7 @@ def reasoning(client: openai.OpenAI) -> None:
     """Check that reasoning comes apart from the answer, and in which field a client has to send it back."""
     message = ask(client).choices[0].message
     check("the answer is right", message.content == ANSWER, message)
-    check("its reasoning is in reasoning_content", message.reasoning_content == THOUGHT, message)
+    check("its reasoning is in reasoning_content", getattr(message, "reasoning_content", None) == THOUGHT, message)
     turn = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     turn.append({"role": "user", "content": "Answer at once. Ann is in Rome. Where is Ann?"})
     sizes = {}
@@ -153,7 +153,7 @@ def tools(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"place": {"enum": ["Rome", "Bern"]}}, "required": ["place"]}
     form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
     content = ask(client, response_format=form, max_tokens=200).choices[0].message.content
-    check("a JSON schema is obeyed", json.loads(content)["place"] in ("Rome", "Bern"), content)
+    check("a JSON schema is obeyed", json.loads(content or "{}").get("place") in ("Rome", "Bern"), content)
 
 
 def called(arguments: str) -> bool:
@@ -168,7 +168,7 @@ def told(client: openai.OpenAI) -> None:
     """Check where the loops of each token come back."""
     asked: dict[str, Any] = {"extra_body": {"vllm_xargs": {"return_loops": True}}, "max_tokens": 5}
     choice = ask(client, **asked).choices[0]
-    fields = choice.provider_specific_fields
+    fields = getattr(choice, "provider_specific_fields", None) or {}
     check("loops of tokens are in provider_specific_fields", fields.get("loops") == [4] * 5, choice)
     parts = [part.choices[0] for part in ask(client, stream=True, **asked) if part.choices]
     said = [each for part in parts for each in getattr(part, "loops", None) or ()]

@@ -30,6 +30,7 @@ import openai
 from melt_serve.bundled import MELT
 from melt_serve.server_process import ServerError, free_port, running
 from melt_serve.task.who_is_where import questions
+from melt_serve.terminal import positive
 
 DEPTHS = (2, 4)
 """Every conversation is held at each of them: the same words, and other rows."""
@@ -104,9 +105,9 @@ def main() -> None:
     """Hold the conversations under each policy, check that depth comes through, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--router", default="vllm-router", help="the router's program")
-    parser.add_argument("--conversations", type=int, default=8, help="of which each is held at two depths")
-    parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each policy has its turn")
+    parser.add_argument("--conversations", type=positive, default=8, help="of which each is held at two depths")
+    parser.add_argument("--turns", type=positive, default=6, help="of each conversation")
+    parser.add_argument("--rounds", type=positive, default=3, help="how often each policy has its turn")
     options = parser.parse_args()
     if shutil.which(options.router) is None:
         sys.exit(f"there is no {options.router}: pip install vllm-router==0.1.17, or name it with --router")

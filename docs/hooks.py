@@ -25,7 +25,7 @@ CODE_OR_LINK = re.compile(f"{CODE}|{LINK}", re.DOTALL | re.MULTILINE)
 def outside() -> dict[str, str]:
     """Return the path on the site of every document that lies outside of docs/, by its path in the repository."""
     found = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    paths = [path for path in found if path.parts[0] not in (*NOT_PAGES, DOCS.name) and "checkpoints" not in path.parts]
+    paths = [path for path in found if not {*NOT_PAGES, "checkpoints"} & {*path.parts} and path.parts[0] != DOCS.name]
     paths = [path for path in paths if not path.parts[0].startswith(".")] + [Path("tests/README.md")]
     return {str(path): OUTSIDE.get(str(path), str(path)) for path in paths}
 

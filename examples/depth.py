@@ -1,4 +1,4 @@
-"""One question at every depth: the server's memory stays the same, and what there are no loops to think is said.
+"""One question at every depth: with fewer loops the model writes out the steps that it has no loops to think.
 
 melt-serve serve                      # in another terminal
 python examples/depth.py

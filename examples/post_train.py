@@ -1,7 +1,7 @@
 """Post-training in one script: a LoopLM becomes a MELT by the paper's two phases, and is checked as a server would.
 
 A handful of steps, to see the parts; the MELT that comes out answers nothing yet. For a model of your own put more of
-everything into the recipe: melt_serve/train/README.md explains it. No server, no GPU, some seconds.
+everything into the recipe: docs/training.md explains it. No server, no GPU, some seconds.
 
     python examples/post_train.py [FOLDER]
 """
@@ -57,11 +57,11 @@ alignment = 10.0
 """)
 
 # The same as `melt-serve train run RECIPE --run FOLDER` and `melt-serve convert --check FOLDER` in a terminal.
-failed = cli.main(["train", "run", str(recipe), "--run", str(folder / "run")])
-failed = failed or cli.main(["convert", "--check", str(folder / "melt")])
+failed = cli.main(["train", "run", str(recipe), "--run", str(folder / "run"), "--resume"])
+if failed := failed or cli.main(["convert", "--check", str(folder / "melt")]):
+    sys.exit(failed)
 # The transition's loss rises on the way: the rows become the MELT's, which its gates must learn to make.
 for line in (folder / "run" / "losses.jsonl").read_text().splitlines():
     step = json.loads(line)
     print(f"{step['stage']:12} step {step['step'] + 1}   loss {step['loss']:.3f}")
 print(f"serve it: melt-serve serve {folder / 'melt'}")
-sys.exit(failed)

@@ -16,20 +16,18 @@ from prompt_toolkit import PromptSession, print_formatted_text
 from prompt_toolkit.formatted_text import FormattedText
 
 from melt_serve.server_process import ServerError, own_server
-from melt_serve.terminal import fail
+from melt_serve.terminal import CONTROLS, fail
 
 HELP = """\
 /loops N        each token runs N loops: the deeper, the slower
 /effort WORD    the same in OpenAI's words, from none and minimal to high and max
-/threshold Q    a token leaves its loops early, once the exit gate is so sure; 1 is never
+/threshold Q    a token leaves its loops early, once the exit gate is Q sure; at 1 never
 /system TEXT    what the model is told before the conversation
 /new            begin a new conversation; what is set stays set
 /help           this list
 /quit           end the chat; so do Ctrl-C and Ctrl-D at the prompt
 The first four without a word after them take back what was set. A question that begins with / needs a blank first."""
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that would steer the terminal, were a model to say them."""
 INFO_SECONDS = 5
 
 
@@ -100,7 +98,7 @@ class Chat:
             ) as stream:
                 for chunk in stream:
                     answer.usage = chunk.usage or answer.usage
-                    for choice in chunk.choices:
+                    for choice in chunk.choices or ():
                         delta: Any = choice.delta
                         answer.finish_reason = choice.finish_reason or answer.finish_reason
                         reasoning = getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None)
@@ -110,7 +108,7 @@ class Chat:
                             begun = answer.content.strip("\n")  # many models begin with blank lines
                             answer.content += delta.content
                             show(delta.content if begun else delta.content.lstrip("\n"), False)
-        except (OpenAIError, ValueError) as error:  # ValueError: what came is no JSON
+        except (OpenAIError, ValueError, AttributeError, TypeError) as error:  # what came is no JSON, or not OpenAI's
             raise ChatError(reason(error)) from None
         finally:
             answer.seconds = time.monotonic() - started
@@ -286,7 +284,7 @@ def reason(error: Exception) -> str:
     body = error.body if isinstance(error, APIStatusError) else None
     said = str(body["message"] if isinstance(body, dict) and body.get("message") else error)
     if isinstance(error, AuthenticationError):
-        return f"{said.rstrip('.')}; set OPENAI_API_KEY or VLLM_API_KEY to the server's key"
+        return f"{said.rstrip('.')}; give the server's key: --api-key, or else OPENAI_API_KEY, or else VLLM_API_KEY"
     return f"{said.rstrip('.')}; /new begins a new conversation" if "context length" in said else said
 
 
@@ -294,6 +292,7 @@ def answer_lines(chat: Chat) -> int:
     """Answer each line of standard input, and return the exit code: 1 after the first error, which ends it."""
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     for line in sys.stdin:
+        said = len(chat.turns)
         question = line.rstrip()
         try:
             if question == "/quit":
@@ -301,8 +300,11 @@ def answer_lines(chat: Chat) -> int:
             if question.startswith("/"):
                 chat.obey(question)
             elif question:
-                answer = chat.ask(question, show_plainly)
-                print(flush=True)
+                try:
+                    answer = chat.ask(question, show_plainly)
+                finally:
+                    if len(chat.turns) > said:  # also part of an answer ends its line
+                        print(flush=True)
                 if why := cut(answer):
                     raise ChatError(why)
         except ChatError as error:

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from urllib.parse import urlsplit
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that would steer the terminal, were a model or a server to say them."""
 Subcommands = argparse._SubParsersAction  # argparse gives the type of `add_subparsers` no public name
 
 
@@ -130,5 +133,5 @@ def plain(value: object) -> object:
 
 def fail(error: Exception | str, program: str = "melt-serve", code: int = 1) -> int:
     """Print in one line what went wrong; return the exit code, 2 where what was asked for cannot be."""
-    print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
+    print(f"{program}: error:", CONTROLS.sub("", " ".join(str(error).split())), file=sys.stderr)
     return code

@@ -8,8 +8,8 @@ from melt_serve.terminal import Subcommands, add_command, fail, server_url
 DESCRIPTION = """\
 Talk to a model in the terminal. Without --server, a server of its own is started, and stopped at the end.
 
-Reasoning is dimmed. Under each answer: its tokens, tokens a second, the loops that they ran, and the bytes that the
-conversation takes in the KV cache, of how many there are. /loops, /effort and /threshold choose how deep the model
+Reasoning is dimmed. Under each answer: its tokens, tokens a second, the loops that they ran, and how much of
+the KV cache the conversation fills. /loops, /effort and /threshold choose how deep the model
 thinks from the next question on; /help lists all commands. Ctrl-C stops an answer, and at the prompt the chat.
 
 Where input or output is no terminal, each line is answered in turn, without reasoning. They are one conversation, in

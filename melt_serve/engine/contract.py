@@ -233,8 +233,8 @@ def refuse_drafts(vllm_config: "VllmConfig") -> None:
         )
     if drafts.num_speculative_tokens > MOST_DRAFTS:
         raise ValueError(
-            f"{family}: --speculative-config with num_speculative_tokens={drafts.num_speculative_tokens}: vLLM verifies "
-            f"at most {MOST_DRAFTS} together"
+            f"{family}: --speculative-config with num_speculative_tokens={drafts.num_speculative_tokens}: vLLM "
+            f"verifies at most {MOST_DRAFTS} together"
         )
     if drafts.rejection_sample_method == "synthetic":
         raise ValueError(

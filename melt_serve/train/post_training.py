@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from melt_serve.train.distil.gate_rank import cut_gate
 from melt_serve.train.distil.phase import run_phase
 from melt_serve.train.distil.teacher import load_teacher
 from melt_serve.train.inputs import data_files, note_inputs, teacher_files
-from melt_serve.train.loop.distributed import any_of, load_model, process_group, rank, world_size
+from melt_serve.train.loop.distributed import ending_together, load_model, process_group, rank, world_size
 from melt_serve.train.loop.export import export, run_card
 from melt_serve.train.loop.loggers import Show, logger_of
 from melt_serve.train.loop.logs import LOG, read_log
@@ -35,7 +36,7 @@ from melt_serve.train.loop.states import read_state
 from melt_serve.train.loop.trainer import Run, Saving, Watch, unwatched
 from melt_serve.train.recipe import PostTraining
 from melt_serve.train.run_folder import RECIPE, check_recipe, facts_of, forget_unsaved, note_recipe, stage_reached
-from melt_serve.train.session import Paused, Session, TrainingError
+from melt_serve.train.session import Session, TrainingError
 from melt_serve.train.stages import Distillation
 
 
@@ -60,19 +61,9 @@ def post_train(recipe: PostTraining, folder: Path, session: Session) -> None:
     config = student_config(recipe, teacher.config)
     with process_group(DTYPES[recipe.dtype]) as device, ExitStack() as stack:
         check_share(recipe)
-        refused: Exception | None = None
-        if rank() == 0:
-            try:
-                sequences = begun(recipe, config, path, tokenizer, folder)
-            except Exception as error:
-                refused = error
-        (others_end,) = any_of([refused is not None], device)  # they wait for what the first writes
-        if refused is not None:
-            raise refused
-        if others_end:
-            raise Paused
-        if rank() > 0:
-            sequences = Sequences(recipe, tokenizer, folder)
+        begins = partial(begun, recipe, config, path, tokenizer, folder)
+        written = ending_together(begins if rank() == 0 else lambda: None)
+        sequences = written or Sequences(recipe, tokenizer, folder)  # the other processes read what the first wrote
         stack.enter_context(closing(sequences))
         student = fresh_student(recipe, teacher)
         place(recipe, teacher, student, device)

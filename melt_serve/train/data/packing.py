@@ -49,7 +49,7 @@ class Packing:
         batch: packs a step, of all ranks together.
         seed: of the order.
         streaming: read the files in order, shuffled within windows, and never look ahead of them.
-        window: records that are read, packed and held in memory at once.
+        window: records that are read and packed at once; two such windows are in memory.
         too_long: what to do with a document of more than S tokens: `cut` keeps its beginning, `split` makes several of
             it that do not see each other, `drop` leaves it out.
         broken: `fail` at the first record that cannot be learnt from, or `skip` and count them.

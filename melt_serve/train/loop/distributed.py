@@ -6,7 +6,7 @@ called. Weights, gradients and optimizer states are sharded between steps; a ste
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,10 +19,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from melt_serve.train.session import Paused
+
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others. NCCL's ten minutes are less than the first may take to read all files of a
-teacher and its data, or to write a state to a slow disk; torchrun sees by itself when a process has ended."""
+"""How long a process waits where the first reads all files of a teacher and its data, or writes a state. Gloo sees at
+once that a process has ended, NCCL only by its own limit of ten minutes."""
+waiting_group: dist.ProcessGroup | None = None
+"""All processes over gloo: on a GPU, too, they agree and wait without its queue. None for a process alone."""
 
 
 @contextmanager
@@ -32,17 +37,20 @@ def process_group(dtype: torch.dtype) -> Iterator[torch.device]:
     Args:
         dtype: that is computed in; below float32, FSDP keeps the weights in float32, also for a process alone.
     """
+    global waiting_group
     cuda = torch.cuda.is_available()
     backend, device = ("nccl", "cuda") if cuda else ("gloo", "cpu")
     if dist.is_torchelastic_launched():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend)
+        waiting_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     elif dtype != torch.float32:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield torch.device(device, torch.cuda.current_device()) if cuda else torch.device(device)
     finally:
+        waiting_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -81,13 +89,33 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def any_of(flags: list[bool], device: torch.device) -> list[bool]:
-    """Return each flag as true where it is true in any process."""
-    if world_size() == 1:
+def any_of(flags: list[bool]) -> list[bool]:
+    """Return each flag as true where it is true in any process; wait for all of them, `PATIENCE` at most."""
+    if waiting_group is None:
         return flags
-    values = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
+    values = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=waiting_group)
     return values.bool().tolist()
+
+
+def ending_together(work: Callable[[], Result]) -> Result:
+    """Do work of which the first process has most, and return its result once all have done it.
+
+    Raises:
+        Exception: what the work raised here.
+        Paused: it raised something in another process.
+    """
+    failed: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    (others_end,) = any_of([failed is not None])
+    if failed is not None:
+        raise failed
+    if others_end:
+        raise Paused
+    return result
 
 
 def full_tensors(tree: Tree, by_all: bool = True) -> Tree:

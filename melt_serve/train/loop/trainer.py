@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from melt_serve.train.loop.distributed import any_of, full_tensors, rank
+from melt_serve.train.loop.distributed import any_of, ending_together, full_tensors, rank
 from melt_serve.train.loop.loggers import Show, loggers
 from melt_serve.train.loop.logs import EVALUATIONS, LOG, forget_after, listed, read_log
 from melt_serve.train.loop.states import keep_for_good, load_state, save_state
@@ -126,7 +127,7 @@ def run_stage(
                     optimizer.step()
             else:
                 skipped += rank() == 0
-                (lost,) = any_of([skipped > saving.most_skipped * stage.steps], parameters[0].device)
+                (lost,) = any_of([skipped > saving.most_skipped * stage.steps])
                 if lost:
                     raise TrainingError(
                         f"{name}: the gradient of step {step} is not finite (loss {numbers['loss']}), nor were "
@@ -145,15 +146,22 @@ def run_stage(
             bar.set_postfix({p: f"{n:.4f}" for p in parts if isinstance(n := numbers.get(p), float)}, refresh=False)
             due = step - saved_step >= saving.steps or time.monotonic() - saved > 60 * saving.minutes
             due = due or (saving.keep_every is not None and step % saving.keep_every == 0)
-            over, due = any_of([session.over, due], parameters[0].device)
+            over, due = any_of([session.over, due])
             if (step == stage.steps and saving.at_end) or over or due:
-                save_state(state_file, stage, step, model, optimizers)
-                if rank() == 0:
-                    keep_for_good(state_file, step, saving.keep_last, saving.keep_every)
+                ending_together(partial(save, state_file, stage, step, model, optimizers, saving))
                 saved, saved_step = time.monotonic(), step
             if over:
                 raise Paused
             watch(step, show)
+
+
+def save(
+    path: Path, stage: Stage, step: int, model: nn.Module, optimizers: Sequence[Optimizer], saving: Saving
+) -> None:
+    """Write the run's state, and keep or drop older ones; only the first process writes."""
+    save_state(path, stage, step, model, optimizers)
+    if rank() == 0:
+        keep_for_good(path, step, saving.keep_last, saving.keep_every)
 
 
 def finite(numbers: dict[str, Any]) -> dict[str, Any]:
