@@ -10,11 +10,11 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from melt_serve.train.__main__ import main
 from melt_serve.train.loop import distributed
+from melt_serve.train.session import Paused
 from tests.signals import hear_ctrl_c
 from tests.train.tiny_run import assert_close, logged, prepare, wait_for
 
@@ -104,13 +104,30 @@ def group(monkeypatch):
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     for name, value in {**places, "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, str(value))
-    with distributed.process_group(torch.float32) as device:
-        yield dist.distributed_c10d._get_default_group()._get_backend(device)
+    with distributed.process_group(torch.float32):
+        yield distributed.waiting_group
 
 
-def test_processes_wait_for_the_first_while_it_reads_a_large_teacher(group):
-    """Longer than NCCL's own ten minutes."""
-    assert group.options._timeout >= timedelta(hours=1)
+def test_processes_wait_for_the_first_longer_than_nccl_does_and_not_in_its_queue(group):
+    backend = group._get_backend(torch.device("cpu"))
+    assert backend.name() == "gloo" and backend.options._timeout >= timedelta(hours=1)
+    assert distributed.any_of([False, True]) == [False, True]
+
+
+def test_where_one_process_fails_the_others_end(monkeypatch):
+    def fail():
+        raise OSError("full")
+
+    assert distributed.ending_together(lambda: 3) == 3
+    with pytest.raises(OSError, match="full"):
+        distributed.ending_together(fail)
+    told = []
+    monkeypatch.setattr(distributed, "any_of", lambda flags: told.append(flags) or [True])
+    with pytest.raises(Paused):
+        distributed.ending_together(lambda: 3)
+    with pytest.raises(OSError, match="full"):
+        distributed.ending_together(fail)
+    assert told == [[False], [True]]
 
 
 def test_only_the_first_process_holds_the_whole_of_a_state(group, monkeypatch):
