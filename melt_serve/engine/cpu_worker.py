@@ -17,6 +17,7 @@ from melt_serve.config import LoopLMConfig
 from melt_serve.engine import patches
 from melt_serve.engine.cpu_norms import prefer_kernels
 from melt_serve.engine.depth import asked_of
+from melt_serve.engine.depth_drafts import drafts_by_depth
 from melt_serve.engine.step import StepPlan
 
 
@@ -34,6 +35,11 @@ class MeltCPUModelRunner(CPUModelRunner):
 
     token_loops: Mapping[str, Sequence[int]] = {}
     exit_probabilities: Mapping[str, np.ndarray] = {}
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        if drafts_by_depth(vllm_config):
+            self.drafter.runner = self
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.model_config.hf_config, LoopLMConfig):

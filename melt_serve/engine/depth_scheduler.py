@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 
 from melt_serve.engine import patches
 from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of
+from melt_serve.engine.depth_drafts import drafts_by_depth
 from melt_serve.engine.scheduler_stats import StepCounts
 from melt_serve.engine.usage import LOOPS, LOOPS_RUN, TOKEN
 
@@ -32,6 +33,8 @@ class DepthScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         patches.resolve_depths_in_the_engine()
+        if drafts_by_depth(self.vllm_config):  # they write rows behind the step's last token
+            self.num_lookahead_tokens = self.num_spec_tokens
         self.depths: dict[str, Depth] = {}
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.sampled: dict[str, Sequence[int]] = {}
