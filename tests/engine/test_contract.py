@@ -53,7 +53,7 @@ def configure(path, **arguments):
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size: KV offload"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "--speculative-config: drafts cannot be verified together",
+            "--speculative-config: drafts cannot be verified together .* decode in chunks",
         ),
         ({"enable_lora": True, "fully_sharded_loras": True}, "--fully-sharded-loras: adapters of k_proj and v_proj"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers: rows of all layers"),
@@ -102,10 +102,35 @@ def test_what_is_refused_on_both_names_the_model_that_is_served(checkpoint, argu
             configure(folder, **arguments)
 
 
-def test_drafts_by_a_model_are_refused_on_a_looplm():
-    drafts = {"method": "draft_model", "model": str(LOOPLM), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match="the method draft_model: a model that drafts gets no plan"):
-        configure(LOOPLM, speculative_config=drafts)
+@pytest.mark.parametrize(
+    ("drafts", "message"),
+    [
+        ({"method": "draft_model", "model": str(LOOPLM)}, "the method draft_model is not proved"),
+        ({"method": "ngram_gpu", "prompt_lookup_max": 2}, "the method ngram_gpu is not proved"),
+        ({"method": "custom_class", "model": "a.Proposer"}, "the method custom_class is not proved"),
+        (
+            {
+                "method": "ngram",
+                "prompt_lookup_max": 2,
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_rates": [0.5, 0.5],
+            },
+            "rejection_sample_method=synthetic takes drafts that are wrong",
+        ),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, drafts, message):
+    in_chunks = {"hf_overrides": {"decode_mode": "chunk"}}
+    for folder, family, options in ((LOOPLM, "LoopLM", {}), (checkpoint, "MELT", in_chunks)):
+        with pytest.raises(ValueError, match=f"{family}: --speculative-config with .*{message}"):
+            configure(folder, speculative_config={"num_speculative_tokens": 2, **drafts}, **options)
+
+
+def test_drafts_of_ngrams_are_taken_where_chunks_stay_open_and_no_step_is_scheduled_ahead_of_them(checkpoint):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    config = configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"})
+    assert config.num_speculative_tokens == 2 and not config.scheduler_config.async_scheduling
 
 
 def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):

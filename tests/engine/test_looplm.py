@@ -67,19 +67,6 @@ def test_small_budgets_a_warm_prefix_cache_and_seeds_keep_answers_as_they_are(tm
     assert first == again != other
 
 
-def test_drafts_of_ngrams_change_no_answer(tmp_path):
-    model, asked = save_looplm(tmp_path), [[1, 2, 3, 4] * 8, [5, 6, 7] * 5]
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    with engine(tmp_path, block_size=32, speculative_config=drafts) as llm:
-        outputs = generate(llm, asked, [1, 2], max_tokens=24)
-        assert distance(model, asked, outputs, [1, 2]) <= RIGHT
-        contrasts = [(0, 1), (2, 1)]
-        outputs = generate(llm, asked, [1, 2], contrasts=contrasts, max_tokens=24)
-        assert distance(model, asked, outputs, [1, 2], contrasts=contrasts) <= RIGHT
-        with pytest.raises(VLLMValidationError, match="return_loops does not tell tokens that were drafted"):
-            generate(llm, asked, told=True)
-
-
 @pytest.fixture(scope="class")
 def looplm(tmp_path_factory):
     path = tmp_path_factory.mktemp("looplm")

@@ -29,6 +29,8 @@ def test_in_chunk_mode_a_step_stops_anywhere_but_does_not_cross_a_cut():
     assert tokens_in_step(start=32, wanted=31, prompt_length=100, chunk_size=32, decode_mode="chunk") == 31
     assert tokens_in_step(start=60, wanted=40, prompt_length=50, chunk_size=32, decode_mode="chunk") == 4
     assert tokens_in_step(start=64, wanted=0, prompt_length=50, chunk_size=32, decode_mode="chunk") == 0
+    assert tokens_in_step(start=64, wanted=32, prompt_length=50, chunk_size=32, decode_mode="chunk", drafted=True) == 31
+    assert tokens_in_step(start=65, wanted=32, prompt_length=50, chunk_size=32, decode_mode="chunk", drafted=True) == 31
 
 
 @MODES
