@@ -15,6 +15,7 @@ from vllm.sampling_params import BeamSearchParams
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.engine import attention, contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
+from melt_serve.engine.depth_drafts import DRAFTER
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import engine, generate, on, prompts, save_melt
@@ -125,6 +126,29 @@ def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, d
     for folder, family, options in ((LOOPLM, "LoopLM", {}), (checkpoint, "MELT", in_chunks)):
         with pytest.raises(ValueError, match=f"{family}: --speculative-config with .*{message}"):
             configure(folder, speculative_config={"num_speculative_tokens": 2, **drafts}, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_config": {"draft_loops": 0}}, "draft_loops=0 of --additional-config must be .* from 1 to 7"),
+        ({"additional_config": {"draft_loops": 8}}, "draft_loops=8 of"),
+        ({"additional_config": {"draft_loops": "2"}}, "draft_loops='2' of"),
+        ({"enable_lora": True}, "drafts by depth know of no adapters"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_drafts_by_depth_need_loops_below_a_requests_and_no_adapters(checkpoint, options, message):
+    drafts = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=f"MELT: {message}"):
+        configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"}, **options)
+
+
+def test_drafts_by_depth_are_refused_on_vllms_gpu_runner(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    drafts = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="drafts by depth run on a CPU only"):
+        configure(LOOPLM, speculative_config=drafts)
 
 
 def test_drafts_of_ngrams_are_taken_where_chunks_stay_open_and_no_step_is_scheduled_ahead_of_them(checkpoint):
