@@ -86,7 +86,7 @@ def proposed(llm: LLM, guess: Callable[[list[int]], Sequence[int]]) -> Iterator[
 
 
 class Guesses:
-    """Drafts for answers that are known, of which the first few are right.
+    """Drafts for answers that are known, of which the first few are right; wrong ones where an answer is another.
 
     Attributes:
         right: how many, for a request that has so many tokens.
@@ -97,7 +97,7 @@ class Guesses:
         self.right = right
 
     def __call__(self, tokens: list[int]) -> list[int]:
-        (follows, *_) = (each[len(tokens) :] for each in self.whole if each[: len(tokens)] == tokens)
+        (follows, *_) = (*(each[len(tokens) :] for each in self.whole if each[: len(tokens)] == tokens), tokens)
         right = self.right(len(tokens))
         return [*follows[:right], *((token + 1) % VOCABULARY for token in follows[right:])]
 
@@ -142,7 +142,9 @@ def test_mixed_depths_exits_and_contrasts_keep_their_meaning_and_usage_counts_th
         assert distance(model, asked, drafted, DEPTHS, exits, CONTRASTS) <= RIGHT
 
         told = {}
-        with proposed(llm, Guesses(asked, drafted)):  # answers end among drafts that are right
+        with proposed(llm, none):
+            plain = generate(llm, asked, DEPTHS, exits, max_tokens=40)
+        with proposed(llm, Guesses(asked, plain)):  # answers end among drafts that are right
             for number, (prompt, loops) in enumerate(zip(asked, DEPTHS, strict=True)):
                 depth = {"loops": loops, "exit_threshold": 1.0 if exits is None else exits[number]}
                 parameters = everything(35, extra_args=depth)
@@ -221,7 +223,7 @@ def test_a_conversation_finds_the_chunks_that_drafts_have_closed(drafting, right
         llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.propose = lambda *_, **__: [[]]
         conversation = [*first, *answer.token_ids, 7, 8, 9]
         assert distance(model, [conversation], generate(llm, [conversation])) <= RIGHT
-    assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 40
+    assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 30
 
 
 @MELT
@@ -230,7 +232,7 @@ def test_a_lone_token_gets_its_turn_beside_drafts_that_use_the_budget_up(draftin
     llm, live = drafting.llm, drafting.llm.llm_engine
 
     def steps_to_first_token():
-        for number, begin in enumerate(prompts(3, 4, 5, 6)):
+        for number, begin in enumerate(prompts(3, 4, 5, 6, 7, 8)):
             live.add_request(str(number), {"prompt_token_ids": begin}, everything(max_tokens=100, logprobs=None))
         for _ in range(10):
             live.step()
