@@ -12,6 +12,7 @@ from vllm.config.cache import CacheDType
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
+from melt_serve import serve
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.engine import attention, contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
@@ -140,6 +141,7 @@ def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, d
 )
 def test_drafts_by_depth_need_loops_below_a_requests_and_no_adapters(checkpoint, options, message):
     drafts = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 2}
+    assert serve.DRAFTER == DRAFTER
     with pytest.raises(ValueError, match=f"MELT: {message}"):
         configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"}, **options)
 
