@@ -57,7 +57,7 @@ class DepthDrafter:
 
     Attributes:
         loops: k.
-        most: n.
+        most: n, in this step.
         runner: whose requests it drafts for.
     """
 

@@ -30,11 +30,17 @@ class DepthScheduler(AsyncScheduler):
         counts: since the last statistics.
     """
 
+    dynamic_sd_lookup: list[int] | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         patches.resolve_depths_in_the_engine()
         if drafts_by_depth(self.vllm_config):  # they write rows behind the step's last token
             self.num_lookahead_tokens = self.num_spec_tokens
+        if self.num_spec_tokens and self.dynamic_sd_lookup is None:
+            # Without a table of drafts by batch size vLLM fills a waiting request's lone token up with placeholders of
+            # drafts, for CUDA graphs of whole steps, and leaves it out of a step that has no room for them.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self.depths: dict[str, Depth] = {}
         self.loops_run: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.sampled: dict[str, Sequence[int]] = {}

@@ -78,8 +78,6 @@ class ChunkGridScheduler(DepthScheduler):
         wanted = self.turns.limit(request.request_id, num_new_tokens)
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         known = request.num_tokens + request.num_output_placeholders - start
-        if not request.spec_token_ids:  # vLLM fills a waiting request's lone token up, for graphs of whole steps
-            wanted = min(wanted, known)
         tokens = tokens_in_step(
             start, wanted, request.num_prompt_tokens, self.chunk_size, self.decode_mode, drafted=wanted > known
         )

@@ -62,12 +62,9 @@ class PrefillTurns:
         request = self._first_unserved(output)
         if request is None:
             return
-        scheduler = self.scheduler
-        budget = scheduler.max_num_scheduled_tokens
+        budget = self.scheduler.max_num_scheduled_tokens
         start = request.num_computed_tokens
         tokens = min(chunk_end(start, self.chunk_size), request.num_tokens) - start
-        if tokens == 1:  # vLLM leaves a lone token out where there is no room for drafts behind it
-            tokens += scheduler.num_spec_tokens
         tokens = min(tokens, budget)
         if budget - output.total_num_scheduled_tokens >= tokens:
             return  # something else than the budget kept it out

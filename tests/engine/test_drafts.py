@@ -13,7 +13,6 @@ from vllm import LLM, TokensPrompt
 from vllm.exceptions import VLLMValidationError
 
 from melt_serve.engine import scheduler as scheduler_module
-from melt_serve.engine import turns
 from melt_serve.engine.scheduler import tokens_in_step
 from tests.engine.engines import (
     AROUND_CUTS,
@@ -35,7 +34,7 @@ from tests.engine.engines import (
     scheduler_of,
 )
 from tests.engine.random_scenes import FEW, judge, plays
-from tests.engine.scenes import LIMITS, Server, confined, counted, save_tokenizer
+from tests.engine.scenes import LIMITS, Server, counted, save_tokenizer
 from tests.engine.test_depth import loops_run
 
 CHUNK = 32
@@ -226,23 +225,30 @@ def test_a_conversation_finds_the_chunks_that_drafts_have_closed(drafting, right
     assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 30
 
 
-@MELT
-def test_a_lone_token_gets_its_turn_beside_drafts_that_use_the_budget_up(drafting, monkeypatch):
-    """vLLM gives a request's lone token a place in a step only where as many drafts have one behind it."""
+@BOTH
+def test_a_lone_token_runs_without_drafts_of_nobody(drafting, monkeypatch):
+    """Such placeholders would be computed in vain, and their room would be waited for."""
     llm, live = drafting.llm, drafting.llm.llm_engine
+    scheduler = scheduler_of(llm)
+    schedule, scheduled = scheduler.schedule, []
 
-    def steps_to_first_token():
-        for number, begin in enumerate(prompts(3, 4, 5, 6, 7, 8)):
-            live.add_request(str(number), {"prompt_token_ids": begin}, everything(max_tokens=100, logprobs=None))
-        for _ in range(10):
-            live.step()
-        live.add_request("lone", {"prompt_token_ids": [1]}, everything(max_tokens=1, logprobs=None))
-        steps = [any(output.request_id == "lone" for output in live.step()) for _ in range(60)]
-        while live.has_unfinished_requests():
-            live.step()
-        return steps.index(True) if True in steps else None
+    def noting(*args):
+        output = schedule(*args)
+        scheduled.append({key: list(drafts) for key, drafts in output.scheduled_spec_decode_tokens.items()})
+        return output
 
-    with proposed(llm, lambda tokens: [tokens[-1]] * CHUNK), confined(scheduler_of(llm), budget=64):
-        assert steps_to_first_token() <= turns.PATIENCE + 1
-        monkeypatch.setattr(turns, "PATIENCE", 10_000)
-        assert steps_to_first_token() is None
+    def placeholders():
+        scheduled.clear()
+        live.add_request("long", {"prompt_token_ids": prompts(9)[0]}, everything(max_tokens=12))
+        for step in range(12):
+            if step == 6:
+                live.add_request("lone", {"prompt_token_ids": [1]}, everything(max_tokens=1))
+            live.step()
+        assert not live.has_unfinished_requests() and any(scheduled)
+        return sum(-1 in drafts for step in scheduled for drafts in step.values())
+
+    monkeypatch.setattr(scheduler, "schedule", noting)
+    with proposed(llm, lambda tokens: [*tokens[:2], VOCABULARY - 1]):
+        assert not placeholders()
+        monkeypatch.setattr(scheduler, "dynamic_sd_lookup", None)
+        assert placeholders()
