@@ -116,6 +116,7 @@ class MeltCPUWorker(CPUWorker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         prefer_kernels(vllm_config)
         patches.rank_without_a_compiler()
+        patches.sample_drafts_at_their_temperatures()
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -246,6 +247,29 @@ def rank_without_a_compiler() -> None:
     from vllm.v1.sample import sampler
 
     _replace(sampler, "batched_count_greater_than", inspect.unwrap)
+
+
+def sample_drafts_at_their_temperatures() -> None:
+    """Let an engine on a CPU verify drafts at the temperature, top-k and top-p of their requests.
+
+    vLLM 0.32 gives its kernel a copy to write them to where they are no 64-bit integers, and goes on with what was never
+    written: where one request samples, answers are of random memory, and not numbers. Only all-greedy steps are spared.
+
+    Raises:
+        RuntimeError: vLLM does not have what is to be patched.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    _replace(rejection_sampler, "expand_batch_to_tokens", _expand_by_torch)
+
+
+def _expand_by_torch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def expand(x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+    return expand
 
 
 def fit_queues_into_shared_memory() -> None:

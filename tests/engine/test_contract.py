@@ -107,7 +107,7 @@ def test_what_is_refused_on_both_names_the_model_that_is_served(checkpoint, argu
 @pytest.mark.parametrize(
     ("drafts", "message"),
     [
-        ({"method": "draft_model", "model": str(LOOPLM)}, "the method draft_model is not proved"),
+        ({"method": "draft_model"}, "the method draft_model is not proved"),
         ({"method": "ngram_gpu", "prompt_lookup_max": 2}, "the method ngram_gpu is not proved"),
         ({"method": "custom_class", "model": "a.Proposer"}, "the method custom_class is not proved"),
         (
@@ -125,8 +125,9 @@ def test_what_is_refused_on_both_names_the_model_that_is_served(checkpoint, argu
 def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, drafts, message):
     in_chunks = {"hf_overrides": {"decode_mode": "chunk"}}
     for folder, family, options in ((LOOPLM, "LoopLM", {}), (checkpoint, "MELT", in_chunks)):
+        asked = {"model": str(folder), "num_speculative_tokens": 2, **drafts}
         with pytest.raises(ValueError, match=f"{family}: --speculative-config with .*{message}"):
-            configure(folder, speculative_config={"num_speculative_tokens": 2, **drafts}, **options)
+            configure(folder, speculative_config=asked, **options)
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_a_conversation_finds_the_chunks_that_drafts_have_closed(drafting, right
     assert counts["hit"] == 96 and counts["accepted" if right else "rejected"] > 30
 
 
-@BOTH
+@on("LoopLM", fixture="drafting")
 def test_a_lone_token_runs_without_drafts_of_nobody(drafting, monkeypatch):
     """Such placeholders would be computed in vain, and their room would be waited for."""
     llm, live = drafting.llm, drafting.llm.llm_engine
