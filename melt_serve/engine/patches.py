@@ -252,8 +252,8 @@ def rank_without_a_compiler() -> None:
 def sample_drafts_at_their_temperatures() -> None:
     """Let an engine on a CPU verify drafts at the temperature, top-k and top-p of their requests.
 
-    vLLM 0.32 gives its kernel a copy to write them to where they are no 64-bit integers, and goes on with what was never
-    written: where one request samples, answers are of random memory, and not numbers. Only all-greedy steps are spared.
+    vLLM 0.32 gives its kernel a copy to write them to where they are no 64-bit integers, and goes on with what was
+    never written: where one request samples, answers come from random memory. Only all-greedy steps are spared.
 
     Raises:
         RuntimeError: vLLM does not have what is to be patched.
