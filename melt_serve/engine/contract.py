@@ -191,6 +191,12 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
             """--hf-overrides '{"decode_mode": "chunk"}', or leave it out"""
         )
     refuse_drafts(vllm_config)
+    if vllm_config.speculative_config is not None and (
+        not current_platform.is_cpu() or vllm_config.use_v2_model_runner
+    ):
+        raise ValueError(
+            "MELT: --speculative-config is not proved on vLLM's model runner V2, which every GPU has; leave it out"
+        )
     if vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras:
         raise ValueError(
             "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"

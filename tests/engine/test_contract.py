@@ -160,6 +160,13 @@ def test_drafts_of_ngrams_are_taken_where_chunks_stay_open_and_no_step_is_schedu
     assert config.num_speculative_tokens == 2 and not config.scheduler_config.async_scheduling
 
 
+def test_drafts_are_refused_on_vllms_gpu_runner(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="MELT: --speculative-config is not proved on vLLM's model runner V2"):
+        configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"})
+
+
 def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):
     """It would serve every request at the checkpoint's own depth, without a word."""
     config = configure(checkpoint)

@@ -108,9 +108,8 @@ def none(tokens):
 @BOTH
 @plays(FEW)
 def test_no_scene_changes_an_answer(drafting, scene, monkeypatch):
-    monkeypatch.setattr(
-        scheduler_of(drafting.llm), "dynamic_sd_lookup", [4] * 9
-    )  # drafts, by batch size: fewer are cheap
+    few = [4] * 9  # drafts, by batch size
+    monkeypatch.setattr(scheduler_of(drafting.llm), "dynamic_sd_lookup", few)
     judge(drafting, scene)
 
 
