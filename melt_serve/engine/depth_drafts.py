@@ -8,7 +8,7 @@ which take T each without.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from melt_serve.config import LoopLMConfig, MeltConfig, chunk_end
 from melt_serve.engine.depth import Asked, Depth, depth_of
-
-if TYPE_CHECKING:
-    from melt_serve.engine.cpu_worker import MeltCPUModelRunner
 
 DRAFTER = f"{__name__}.DepthDrafter"
 """The `model` of a `--speculative-config` that drafts by depth."""
@@ -58,10 +55,10 @@ class DepthDrafter:
     Attributes:
         loops: k.
         most: n, in this step.
-        runner: whose requests it drafts for.
+        runner: the worker's (cpu_worker.py), whose requests it drafts for.
     """
 
-    runner: "MeltCPUModelRunner"
+    runner: Any
 
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
