@@ -26,6 +26,8 @@ it is; these matter for looped models (those marked * are ours):
 
 * --default-loops N                        loops of requests that ask for none, from 1 to the checkpoint's max_loops
 * --max-loops N                            the most that a request may ask for; a LoopLM's cache must hold one such
+* --draft-tokens N, --draft-loops K        verify N tokens at a time that the first K loops have guessed; on a CPU, not
+                                           in token mode (K: a quarter of the checkpoint's loops)
   --hf-overrides '{{"effort_loops": {{"low": 1}}}}'   what OpenAI's reasoning_effort means in loops
   --max-num-batched-tokens N               tokens a step; at least the checkpoint's chunk_size
   --kv-cache-memory-bytes N                memory for the KV cache, for example 4G
@@ -84,6 +86,17 @@ DEFAULT_MAX_N = "128"
 KEEP_ALIVE = "20"
 """Seconds that an idle connection is kept. vLLM's 5 are also those after which many clients give theirs up: such a one
 could use a connection at the moment in which it is closed."""
+
+DRAFTER = "melt_serve.engine.depth_drafts.DepthDrafter"
+"""The name by which vLLM finds what drafts by depth."""
+
+NAMES = {
+    "--default-loops": "--hf-overrides.total_ut_steps",
+    "--max-loops": "--hf-overrides.max_loops",
+    "--draft-tokens": "--speculative-config.num_speculative_tokens",
+    "--draft-loops": "--additional-config.draft_loops",
+}
+"""Flags of ours that vLLM knows by another name."""
 
 # The demo checkpoint is tiny: compiling it would take longer than all it will ever compute, and where
 # JSON may hold any white space, it likes to write nothing else.
@@ -184,8 +197,8 @@ def command(argv: Sequence[str]) -> list[str]:
         argv: `[PATH] [flags]`, as after `melt-serve serve`.
 
     Raises:
-        ValueError: PATH names a path that does not exist, or does not come first; or
-            the size of the KV cache is said twice.
+        ValueError: PATH names a path that does not exist, or does not come first; the size of the KV cache is said
+            twice; or drafts have loops and no number.
     """
     words = list(argv)
     model = words.pop(0) if words and not words[0].startswith("-") else None
@@ -211,6 +224,10 @@ def command(argv: Sequence[str]) -> list[str]:
         defaults.pop("--kv-cache-memory-bytes", None)
     if name is not None:
         defaults["--served-model-name"] = name
+    if names(words, "--draft-tokens"):
+        defaults["--speculative-config.model"] = DRAFTER
+    elif names(words, "--draft-loops"):
+        raise ValueError("--draft-loops is of use beside --draft-tokens only: say how many tokens to draft")
     if model is not None and thinks(Path(model)):
         defaults["--reasoning-parser"] = "loops"
     for flag, value in defaults.items():
@@ -256,10 +273,9 @@ def thinks(checkpoint: Path) -> bool:
 
 
 def with_vllms_name(word: str) -> str:
-    """Return the word, with our `--default-loops` or `--max-loops` turned into the flag that vLLM knows."""
+    """Return the word, with a flag of `NAMES` turned into the one that vLLM knows."""
     flag, equals, value = word.partition("=")
-    field = {"--default-loops": "total_ut_steps", "--max-loops": "max_loops"}.get(flag)
-    return f"--hf-overrides.{field}{equals}{value}" if field else word
+    return f"{NAMES.get(flag, flag)}{equals}{value}"
 
 
 def check_shared_memory() -> None:

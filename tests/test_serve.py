@@ -73,6 +73,18 @@ def test_default_and_max_loops_are_short_for_vllms_overrides():
     assert command(["--default-loops=2"])[-1] == "--hf-overrides.total_ut_steps=2"
 
 
+def test_drafts_by_depth_are_short_for_vllms_options(capsys):
+    words = command(["--draft-tokens", "3", "--draft-loops=2"])
+    assert words[-3:] == [
+        "--speculative-config.num_speculative_tokens",
+        "3",
+        "--additional-config.draft_loops=2",
+    ]
+    assert words[words.index("--speculative-config.model") + 1] == serve.DRAFTER
+    assert main(["--draft-loops", "2"]) == 2
+    assert "beside --draft-tokens only" in capsys.readouterr().err
+
+
 def test_the_size_of_the_cache_is_said_once(monkeypatch, capsys):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert "--kv-cache-memory-bytes" not in command([])

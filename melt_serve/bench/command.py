@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from melt_serve.bench import depth, kernels, memory, reference, scheduler, throughput
+from melt_serve.bench import depth, kernels, memory, reference, scheduler, speculation, throughput
 from melt_serve.bench.engine import BenchError
 from melt_serve.bench.options import add_flags, options_from
 from melt_serve.bench.report import refuse_plot
@@ -38,6 +38,7 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "memory": memory,
     "throughput": throughput,
     "depth": depth,
+    "speculation": speculation,
     "scheduler": scheduler,
     "kernels": kernels,
     "reference": reference,

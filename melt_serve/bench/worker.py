@@ -223,6 +223,36 @@ def ask_questions(llm: "LLM", questions: int, loops: int, exit_threshold: float)
     }
 
 
+def answer_in_crowds(llm: "LLM", first: int, questions: int, requests: int) -> dict[str, float]:
+    """Ask held-out questions from the `first` one on, so many `requests` at a time, as `speculation.Round` has it."""
+    from vllm import SamplingParams, TokensPrompt
+
+    from melt_serve.task.evaluate import heldout, longest_reply
+    from melt_serve.task.tokenizer import prompt_ids
+
+    tokenizer = llm.get_tokenizer()
+    asked = [TokensPrompt(prompt_token_ids=prompt_ids(each, tokenizer)) for each in heldout(first + questions)[first:]]
+    sampling = SamplingParams(temperature=0, max_tokens=longest_reply(tokenizer))
+    before, tokens, started = draft_counts(llm), 0, time.perf_counter()
+    for begin in range(0, questions, requests):
+        outputs = llm.generate(asked[begin : begin + requests], sampling, use_tqdm=False)
+        tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+    seconds = time.perf_counter() - started
+    counts = {name: count - before[name] for name, count in draft_counts(llm).items()}
+    return {"seconds": seconds, "tokens": tokens, **counts}
+
+
+def draft_counts(llm: "LLM") -> dict[str, int]:
+    """Return how often the engine has drafted, how many tokens, and how many of these were accepted."""
+    names = {
+        "steps": "vllm:spec_decode_num_drafts",
+        "drafted": "vllm:spec_decode_num_draft_tokens",
+        "accepted": "vllm:spec_decode_num_accepted_tokens",
+    }
+    counted = {each.name: each.value for each in llm.get_metrics() if each.name in names.values()}
+    return {name: counted.get(metric, 0) for name, metric in names.items()}
+
+
 def requests_that_fit(llm: "LLM") -> float:
     """Return how many requests of the greatest length the cache holds at once."""
     return float(llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
@@ -242,6 +272,7 @@ QUESTIONS: dict[str, Callable[..., object]] = {
     "latency": latency,
     "rows_held": rows_held,
     "ask_questions": ask_questions,
+    "answer_in_crowds": answer_in_crowds,
     "requests_that_fit": requests_that_fit,
     "profile": profile,
 }

@@ -139,30 +139,35 @@ class OpenRowsManager(CircularBufferManager):
         """Return how many blocks the request's first `num_tokens` tokens need from the pool beside those it has."""
         if apply_admission_cap:  # the most it needs on its way there: any of its chunks may be open after a step
             return self.missing_blocks(request_id, min(num_tokens, self.chunk_size - 1))
-        return self.missing_blocks(request_id, num_tokens)
+        return self.missing_blocks(request_id, num_tokens_main_model, num_tokens - num_tokens_main_model)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Take what `get_num_blocks_to_allocate` has said."""
-        missing = self.missing_blocks(request_id, num_tokens)
+        missing = self.missing_blocks(request_id, num_tokens_main_model, num_tokens - num_tokens_main_model)
         if not missing:
             return []
         new_blocks = self.block_pool.get_new_blocks(missing)
         self.req_to_blocks[request_id].extend(new_blocks)
         return new_blocks
 
-    def missing_blocks(self, request_id: str, num_tokens: int) -> int:
+    def missing_blocks(self, request_id: str, num_tokens: int, ahead: int = 0) -> int:
         """Return how many blocks a step that ends at `num_tokens` lacks.
 
         A request without blocks has run whole chunks only, so where the step ends a chunk it runs the whole of it.
+
+        Args:
+            request_id: whose.
+            num_tokens: of the request, at the end of the step.
+            ahead: drafts that the step guesses behind them; those of another chunk than the last token's are left out.
         """
         later_loops = self.depths[request_id].loops - 1
         if not later_loops:
             return 0
         held = len(self.req_to_blocks.get(request_id, ()))
-        if not held and num_tokens % self.chunk_size == 0:
-            return 0
-        last = (num_tokens - 1) % self.chunk_size  # token of the open chunk
-        return max(0, (last // self.block_size + 1) * later_loops - held)
+        begun = num_tokens % self.chunk_size  # tokens of the chunk that is open behind the step
+        needed = begun or (self.chunk_size if held else 0)
+        needed = max(needed, min(begun + ahead, self.chunk_size))
+        return max(0, cdiv(needed, self.block_size) * later_loops - held)
 
     def num_blocks_in_use(self) -> int:
         """Return how many blocks all requests hold."""

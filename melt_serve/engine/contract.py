@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from melt_serve.config import LoopLMConfig, MeltConfig, sharing_unit
 from melt_serve.engine import patches
+from melt_serve.engine.depth_drafts import DRAFTER, draft_loops, drafts_by_depth
 from melt_serve.kernels import dispatch
 
 if TYPE_CHECKING:
@@ -197,6 +198,12 @@ def refuse_features(vllm_config: "VllmConfig") -> None:
             """--hf-overrides '{"decode_mode": "chunk"}', or leave it out"""
         )
     refuse_drafts(vllm_config)
+    if vllm_config.speculative_config is not None and (
+        not current_platform.is_cpu() or vllm_config.use_v2_model_runner
+    ):
+        raise ValueError(
+            "MELT: --speculative-config is not proved on vLLM's model runner V2, which every GPU has; leave it out"
+        )
     if vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras:
         raise ValueError(
             "MELT: --fully-sharded-loras: adapters of k_proj and v_proj are not split over ranks; leave it out"
@@ -226,10 +233,18 @@ def refuse_drafts(vllm_config: "VllmConfig") -> None:
     if drafts is None:
         return
     family = family_of(vllm_config)
-    if drafts.method != "ngram":
+    if drafts_by_depth(vllm_config):
+        draft_loops(vllm_config)
+        if not current_platform.is_cpu() or vllm_config.use_v2_model_runner:
+            raise ValueError(f"{family}: drafts by depth run on a CPU only, in vLLM's model runner V1; draft by ngram")
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                f"{family}: drafts by depth know of no adapters; leave --enable-lora out, or draft by ngram"
+            )
+    elif drafts.method != "ngram":
         raise ValueError(
             f"{family}: --speculative-config with the method {drafts.method} is not proved: what drafts there knows no "
-            "plan of the step; choose ngram, or leave it out"
+            f"plan of the step; choose the method ngram, or the model {DRAFTER}, or leave it out"
         )
     if drafts.num_speculative_tokens > MOST_DRAFTS:
         raise ValueError(

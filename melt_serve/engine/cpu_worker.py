@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -17,6 +18,7 @@ from melt_serve.config import LoopLMConfig
 from melt_serve.engine import patches
 from melt_serve.engine.cpu_norms import prefer_kernels
 from melt_serve.engine.depth import asked_of
+from melt_serve.engine.depth_drafts import drafts_by_depth
 from melt_serve.engine.step import StepPlan
 
 
@@ -34,6 +36,17 @@ class MeltCPUModelRunner(CPUModelRunner):
 
     token_loops: Mapping[str, Sequence[int]] = {}
     exit_probabilities: Mapping[str, np.ndarray] = {}
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        if drafts_by_depth(vllm_config):
+            self.drafter.runner = self
+
+    def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Draft as vLLM does; what drafts by depth is told how many tokens, too, as vLLM tells n-grams."""
+        if drafts_by_depth(self.vllm_config):
+            self.drafter.most = scheduler_output.num_spec_tokens_to_schedule
+        return super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.model_config.hf_config, LoopLMConfig):

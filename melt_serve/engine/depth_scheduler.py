@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 from melt_serve.config import MeltConfig
 from melt_serve.engine import patches
 from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of
+from melt_serve.engine.depth_drafts import drafts_by_depth
 from melt_serve.engine.scheduler_stats import StepCounts
 from melt_serve.engine.usage import ASKED, LOOPS_RUN, TOKEN
 
@@ -38,6 +39,8 @@ class DepthScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         patches.resolve_depths_in_the_engine()
+        if drafts_by_depth(self.vllm_config):  # they write rows behind the step's last token
+            self.num_lookahead_tokens = self.num_spec_tokens
         if self.num_spec_tokens and self.dynamic_sd_lookup is None:
             # Without a table of drafts by batch size vLLM fills a waiting request's lone token up with placeholders of
             # drafts, for CUDA graphs of whole steps, and leaves it out of a step that has no room for them.

@@ -130,8 +130,9 @@ class StepPlan:
     Attributes:
         asked: [R], what each request asks, as the step's tokens are packed.
         loops: [R], the most loops of each.
+        runs: [R], how many of them it may run in this step: fewer where it only drafts.
         thresholds: [R], its exit threshold.
-        sequences: the requests, those with most loops first.
+        sequences: the requests, those that run most loops first.
         moved: they are in another order than the step's tokens.
         ran: [S], the loops that each token runs; where tokens exit early it is right once the step has run.
         exit_probabilities: by request, [loops], of the token that is sampled from, after each loop that it ran; of
@@ -140,6 +141,7 @@ class StepPlan:
 
     asked: Sequence[Asked]
     loops: np.ndarray
+    runs: np.ndarray
     thresholds: np.ndarray
     sequences: Sequences
     moved: bool
@@ -147,25 +149,30 @@ class StepPlan:
     exit_probabilities: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asked: Sequence[Asked], query_starts: np.ndarray, seq_lens: np.ndarray) -> StepPlan:
+    def of(
+        cls, asked: Sequence[Asked], query_starts: np.ndarray, seq_lens: np.ndarray, at_most: int | None = None
+    ) -> StepPlan:
         """Plan a step.
 
         Args:
             asked: by each of the R requests.
             query_starts: [R + 1], where the tokens of each begin among the step's S, and S.
             seq_lens: [R], how many tokens each has at the end of the step, at most.
+            at_most: run only the first so many loops.
         """
         loops = np.array([each.depth.loops for each in asked], dtype=np.int32)
-        order = np.argsort(-loops, kind="stable").astype(np.int32)
+        runs = loops if at_most is None else np.minimum(loops, at_most)
+        order = np.argsort(-runs, kind="stable").astype(np.int32)
         lengths = np.diff(query_starts)
         starts = np.append(0, np.cumsum(lengths[order])).astype(np.int32)
         return cls(
             asked,
             loops,
+            runs,
             np.array([each.depth.exit_threshold for each in asked], dtype=np.float32),
             Sequences(order, query_starts[order], starts, seq_lens[order], np.arange(starts[-1], dtype=np.int32)),
-            bool((np.diff(loops) > 0).any()),
-            np.repeat(loops, lengths),
+            bool((np.diff(runs) > 0).any()),
+            np.repeat(runs, lengths),
         )
 
     def loops_of_last(self, query_starts: np.ndarray, count: int) -> list[list[int]]:
@@ -182,11 +189,11 @@ class StepPlan:
     def waits_for_exits(self, loop: int, sequences: Sequences) -> bool:
         """Return whether a token of these may exit early after this loop."""
         requests = sequences.requests
-        return bool(((self.thresholds[requests] < 1) & (self.loops[requests] > loop)).any())
+        return bool(((self.thresholds[requests] < 1) & (self.runs[requests] > loop)).any())
 
     def running_after(self, loop: int, sequences: Sequences) -> int:
         """Return how many of these sequences, the first ones, may run another loop."""
-        return int(np.count_nonzero(self.loops[sequences.requests] > loop))
+        return int(np.count_nonzero(self.runs[sequences.requests] > loop))
 
     def tokens_after(self, loop: int, sequences: Sequences) -> int:
         """Return how many of their tokens, the first ones, may run another loop."""

@@ -38,7 +38,7 @@ from tests.engine.engines import (
     save_melt,
     scheduler_of,
 )
-from tests.engine.scenes import Ask, Scene, confined, counted, play, scheduled_ahead
+from tests.engine.scenes import Ask, Scene, confined, play, scheduled_ahead
 from tests.engine.test_token_loops import judge_told
 from tests.engine.waits import judge_waits, watched
 
@@ -341,16 +341,3 @@ def test_a_looplms_requests_of_mixed_depths_equal_the_reference_in_graphs_and_wi
             outputs = generate(llm, asked, depths, thresholds, contrasts, told=contrasts is not None, max_tokens=4)
             assert distance(model, asked, outputs, depths, thresholds, contrasts) <= RIGHT
         assert {key for key, _ in replayed} == {(1, size) for size in SIZES}, "one graph serves all loops"
-
-
-def test_drafts_of_ngrams_change_no_answer_in_chunk_mode(tmp_path):
-    """Of requests of mixed depths, with exits and contrasts; C = n + 1. vLLM's own speculator makes them."""
-    model = save_melt(tmp_path, decode_mode="chunk", num_hidden_layers=1)
-    drafts = {"method": "ngram", "num_speculative_tokens": 31, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
-    repetitive = [[1, 2, 3, 4] * 16, [8, 9] * 14]
-    with engine(tmp_path, block_size=32, speculative_config=drafts) as llm:
-        with counted(scheduler_of(llm)) as counts:
-            for exits, contrasts in ((None, None), ((1.0, 0.6), CONTRASTS[:2])):
-                outputs = generate(llm, repetitive, [3, 8], exits, contrasts, max_tokens=12)
-                assert distance(model, repetitive, outputs, [3, 8], exits, contrasts) <= RIGHT
-        assert counts["accepted"] and counts["rejected"] > 100, counts

@@ -13,9 +13,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.executor import ray_utils
 
+from melt_serve import serve
 from melt_serve.bundled import LOOPLM, MELT
 from melt_serve.engine import attention, contract, patches, plugin
 from melt_serve.engine.contract import CPU_WORKER, SCHEDULER
+from melt_serve.engine.depth_drafts import DRAFTER
 from melt_serve.task.evaluate import heldout
 from melt_serve.task.tokenizer import prompt_ids
 from tests.engine.engines import engine, generate, on, prompts, save_melt
@@ -145,10 +147,41 @@ def test_drafts_of_methods_that_are_not_proved_are_refused_by_name(checkpoint, d
             configure(folder, speculative_config=asked, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_config": {"draft_loops": 0}}, "draft_loops=0 of --additional-config must be .* from 1 to 7"),
+        ({"additional_config": {"draft_loops": 8}}, "draft_loops=8 of"),
+        ({"additional_config": {"draft_loops": "2"}}, "draft_loops='2' of"),
+        ({"enable_lora": True}, "drafts by depth know of no adapters"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_drafts_by_depth_need_loops_below_a_requests_and_no_adapters(checkpoint, options, message):
+    drafts = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 2}
+    assert serve.DRAFTER == DRAFTER
+    with pytest.raises(ValueError, match=f"MELT: {message}"):
+        configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"}, **options)
+
+
+def test_drafts_by_depth_are_refused_on_vllms_gpu_runner(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    drafts = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="drafts by depth run on a CPU only"):
+        configure(LOOPLM, speculative_config=drafts)
+
+
 def test_drafts_of_ngrams_are_taken_where_chunks_stay_open_and_no_step_is_scheduled_ahead_of_them(checkpoint):
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     config = configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"})
     assert config.num_speculative_tokens == 2 and not config.scheduler_config.async_scheduling
+
+
+def test_drafts_are_refused_on_vllms_gpu_runner(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="MELT: --speculative-config is not proved on vLLM's model runner V2"):
+        configure(checkpoint, speculative_config=drafts, hf_overrides={"decode_mode": "chunk"})
 
 
 def test_on_a_gpu_vllms_older_runner_is_refused(checkpoint, monkeypatch):
