@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingType
 
 from melt_serve.config import EFFORTS, LoopLMConfig
 
@@ -121,6 +122,14 @@ def depth_of(params: SamplingParams | None) -> Depth:
     """Return a request's depth. `resolve_depth` must have made its parameters."""
     assert params is not None and params.extra_args is not None
     return Depth(params.extra_args["loops"], params.extra_args["exit_threshold"])
+
+
+def takes_drafts(params: SamplingParams | None) -> bool:
+    """Return whether drafts change nothing for a request: it does not draw with a seed.
+
+    To verify a draft takes draws from the request's generator, and how many drafts there are depends on other requests.
+    """
+    return params is None or params.sampling_type is not SamplingType.RANDOM_SEED
 
 
 def asked_of(params: SamplingParams | None) -> Asked:

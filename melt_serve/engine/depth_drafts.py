@@ -17,7 +17,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from melt_serve.config import LoopLMConfig, MeltConfig, chunk_end
-from melt_serve.engine.depth import Asked, Depth, depth_of
+from melt_serve.engine.depth import Asked, Depth, depth_of, takes_drafts
 
 DRAFTER = f"{__name__}.DepthDrafter"
 """The `model` of a `--speculative-config` that drafts by depth."""
@@ -80,10 +80,10 @@ class DepthDrafter:
             token_ids: [requests, longest], the tokens.
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        depths = [depth_of(self.runner.requests[each].sampling_params) for each in self.runner.input_batch.req_ids]
-        room = np.array(
-            [self.room(depth, int(num_tokens[row])) * bool(sampled_token_ids[row]) for row, depth in enumerate(depths)]
-        )
+        asked = [self.runner.requests[each].sampling_params for each in self.runner.input_batch.req_ids]
+        depths = [depth_of(each) for each in asked]
+        drafted = [bool(new) and takes_drafts(each) for new, each in zip(sampled_token_ids, asked, strict=True)]
+        room = np.array([drafted[row] * self.room(depth, int(num_tokens[row])) for row, depth in enumerate(depths)])
         rows = np.flatnonzero(room)
         tokens = token_ids[rows, num_tokens[rows] - 1]
         for ahead in range(self.most):

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
@@ -17,7 +16,7 @@ from vllm.v1.request import Request
 
 from melt_serve.config import MeltConfig
 from melt_serve.engine import patches
-from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of
+from melt_serve.engine.depth import RETURN_LOOPS, Depth, depth_of, takes_drafts
 from melt_serve.engine.depth_drafts import drafts_by_depth
 from melt_serve.engine.scheduler_stats import StepCounts
 from melt_serve.engine.usage import ASKED, LOOPS_RUN, TOKEN
@@ -69,14 +68,11 @@ class DepthScheduler(AsyncScheduler):
         return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Keep drafts for the next step as vLLM does, but none of a request that draws with a seed.
-
-        To verify one takes draws from the request's generator, and how many drafts there are depends on the others.
-        """
+        """Keep drafts for the next step as vLLM does, but only where a request takes them."""
         super().update_draft_token_ids(draft_token_ids)
         for request_id in draft_token_ids.req_ids:
             request = self.requests.get(request_id)
-            if request is not None and request.sampling_params.sampling_type is SamplingType.RANDOM_SEED:
+            if request is not None and not takes_drafts(request.sampling_params):
                 request.spec_token_ids = []
 
     def update_from_output(
