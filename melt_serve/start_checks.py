@@ -3,6 +3,7 @@
 The checkpoint is read in a process of its own, which takes the memory of the libraries that read it when it ends.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from pathlib import Path
 from melt_serve.bundled import CHECKPOINTS
 
 DEFAULT_PORT = 8000
+NUMA = "libnuma.so.1"
+"""What vLLM's CPU build loads, and small images lack."""
 LEAST_OPEN_FILES = 256
 """vLLM's three processes were seen to take more than 64, and connections come on top."""
 ENOUGH_OPEN_FILES = 65_535
@@ -56,6 +59,7 @@ def check_start(words: Sequence[str], environment: MutableMapping[str, str]) -> 
     check_environment(environment)
     check_open_files()
     check_temporary_folder()
+    check_library()
     if value_of(words, "--uds") is None and value_of(words, "--config") is None:
         check_port(value_of(words, "--host"), value_of(words, "--port") or str(DEFAULT_PORT))
     check_certificate(value_of(words, "--ssl-certfile"), value_of(words, "--ssl-keyfile"))
@@ -129,6 +133,15 @@ def check_temporary_folder() -> None:
             f"no temporary file can be written ({error.strerror or error}): set TMPDIR to a folder with free space "
             "that can be written, or mount one at /tmp"
         ) from error
+
+
+def check_library() -> None:
+    """Refuse a machine that lacks what vLLM's CPU build loads: without its operators it fails a minute later."""
+    if on_cpu():
+        try:
+            ctypes.CDLL(NUMA)
+        except OSError:
+            raise StartError(f"{NUMA} is missing, which vLLM's CPU build loads: apt-get install libnuma1") from None
 
 
 def check_port(host: str | None, port: str) -> None:

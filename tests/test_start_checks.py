@@ -36,6 +36,13 @@ def refusal(capsys, *words):
     return error
 
 
+def test_a_library_that_small_images_lack_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(start_checks, "NUMA", "libnuma.so.0")
+    assert "libnuma.so.0 is missing, which vLLM's CPU build loads: apt-get install libnuma1" in refusal(capsys)
+    monkeypatch.setattr(start_checks, "on_cpu", lambda: False)
+    start_checks.check_library()
+
+
 def test_a_port_that_is_taken_is_named(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
