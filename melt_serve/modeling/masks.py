@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 QUERIES_AT_ONCE = 1024
 """Under a mask, so that nothing attention needs for a while grows with the square of a sequence."""
@@ -52,17 +53,25 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
-def lower_right(queries: int, keys: int, like: Tensor) -> Tensor:
+def lower_right(queries: int, keys: int, like: Tensor) -> Tensor | Spans:
     """Return what lets the last tokens of a sequence see all of it up to themselves.
 
     Args:
         queries, keys: how many these are, and the whole sequence.
         like: has their dtype and device. On a GPU the answer is no mask but a kind that its flash kernels know.
     """
-    if like.is_cuda or queries == keys:
-        return causal_lower_right(queries, keys)
+    if queries == keys:
+        return WHOLE
+    if like.is_cuda:
+        return bias_without_numbers(queries, keys)
     seen = torch.ones(1, queries, keys, dtype=torch.bool, device=like.device)
     return additive_mask(seen.tril_(keys - queries), like.dtype)
+
+
+def bias_without_numbers(queries: int, keys: int) -> Tensor:
+    """Make PyTorch's name for the same, which it cannot make while operations are counted."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 WHOLE: Spans = [(slice(None), slice(None))]
