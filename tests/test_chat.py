@@ -265,7 +265,7 @@ def test_a_chat_with_a_server_of_its_own_outlives_it_and_leaves_nothing_running(
     chat.see(r"melt-demo, 4 loops of at most 8[^\n]*\n" + PROMPT)
     refused = piped(ALOUD, "--server", f"{url}/v1", OPENAI_API_KEY="", VLLM_API_KEY="")
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert "set OPENAI_API_KEY or VLLM_API_KEY to the server's key" in refused.stderr
+    assert "give the server's key: --api-key, or else OPENAI_API_KEY" in refused.stderr
     assert chat.ask(ALOUD)[:2] == (4, 4)
     started = psutil.Process(chat.process.pid).children(recursive=True)
     assert len(started) >= 3  # the supervisor, the API server and the engine

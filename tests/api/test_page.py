@@ -129,7 +129,7 @@ def test_the_conversation_is_sent_outlives_a_reload_and_is_cleared(visit, client
     page.click("#send")
     expect(page.locator(".turn")).to_have_count(2)
     page.reload()
-    expect(newest(page, ".said.alarm")).to_have_text("Cut: the page was left before its end.")
+    expect(newest(page, ".said.alarm")).to_have_text(re.compile(r"^Cut: (the page was left|the connection broke)"))
     page.unroute("**/completions")
 
     page.add_init_script("sessionStorage.setItem('melt-conversation', '[{}]')")  # what another version may have kept
